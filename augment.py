@@ -1,0 +1,434 @@
+"""The traditional augmentations of the lecture, from first principles.
+
+Augmentation changes a picture in ways that keep its meaning, so that a classifier learns what does not matter.
+It is the yardstick for synthetic data: a generator must help more than a flip and a crop, which cost nothing.
+
+Everything works on whole batches, on their device, with parameters drawn per image, in two layers:
+
+    rotate(x, degrees)                 the mathematics: nothing random, each parameter is a tensor (B,)
+    draw(x, y, generator) -> (x, y)    the dice: AUGMENTATIONS["rotate"]; compose("hflip,rotate") chains them
+
+    x   images, float (B, C, H, W) in [-1, 1]. Channels are RGB triples (one picture; or two, before and after
+        a disaster: C = 6), then perhaps one mask, > 0 on the object (C = 4 or 7).
+    y   labels, float (B, K), a distribution over the classes per image, because two augmentations mix them.
+
+Geometry moves all channels together; colour, noise and Cutout change the pictures alike and leave the mask.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageOps
+
+
+def per_image(values, like):
+    """(B,) -> (B, 1, 1, ...), to broadcast over a tensor with the axes of `like`, in its precision."""
+    values = values.to(like.dtype) if values.is_floating_point() else values
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+# ---- geometry: one inverse map; flips and quarter turns are exact without it ----
+
+def warp(x, column, row):
+    """Give each output pixel what lies at another place of its image (bilinear).
+
+    u, v are the output pixel's centre, in pixels to the right of and below the image's centre. The place is
+    a u + b v + c to the right and d u + e v + f below; column = (a, b, c), row = (d, e, f), numbers or (B,).
+    Outside, the image goes on as its own reflection: black corners would tell which images were augmented.
+    """
+    H, W = x.shape[-2:]
+    u = torch.arange(W, device=x.device, dtype=x.dtype) - (W - 1) / 2                  # (W,)
+    v = torch.arange(H, device=x.device, dtype=x.dtype)[:, None] - (H - 1) / 2         # (H, 1)
+    a, b, c, d, e, f = (per_image(p, x[:, 0]) if torch.is_tensor(p) else p for p in (*column, *row))
+    right, below = (a * u + c) + b * v, (d * u + f) + e * v                            # (B, H, W)
+
+    # grid_sample counts from edge to edge as -1 .. 1 (align_corners=False). As we go over to that only here,
+    # after the map in pixels, angles are right on images that are not square.
+    grid = torch.stack((right * (2 / W), below * (2 / H)), dim=-1)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def rotate(x, degrees):
+    """Turn about the centre, counter-clockwise as seen on the picture (in which rows count downwards)."""
+    cos, sin = degrees.deg2rad().cos(), degrees.deg2rad().sin()
+    return warp(x, (cos, -sin, 0), (sin, cos, 0))
+
+
+def scale(x, factor):
+    """Zoom about the centre; factor > 1 magnifies. Far below 1 it would alias: nothing is smoothed before."""
+    return warp(x, (1 / factor, 0, 0), (0, 1 / factor, 0))
+
+
+def translate(x, dx, dy):
+    """Move dx pixels to the right and dy pixels down; fractions are allowed."""
+    return warp(x, (1, 0, -dx), (0, 1, -dy))
+
+
+def crop(x, top, left, height, width):
+    """Stretch the window [top, top + height) x [left, left + width), in (parts of) pixels, to H x W."""
+    H, W = x.shape[-2:]
+    return warp(x, (width / W, 0, left + (width - W) / 2), (0, height / H, top + (height - H) / 2))
+
+
+def hflip(x):
+    """Left becomes right."""
+    return x.flip(-1)
+
+
+def vflip(x):
+    """Top becomes bottom."""
+    return x.flip(-2)
+
+
+def rot90(x, turns):
+    """Quarter turns counter-clockwise, integers (B,). Raises ValueError unless the images are square."""
+    if x.shape[-2] != x.shape[-1]:
+        raise ValueError(f"rot90 needs square images, not {x.shape[-2]} x {x.shape[-1]}")
+    turns = per_image(turns, x)
+    x = torch.where(turns & 2 > 0, x.rot90(2, (-2, -1)), x)         # turns as a binary number: the half turn,
+    return torch.where(turns & 1 > 0, x.rot90(1, (-2, -1)), x)      # then the quarter turn
+
+
+# ---- colour: the formulas of torchvision's ColorJitter ----
+# They are made for values from 0 to 1. But black and the cut-off apart, nothing in them depends on where 0 lies
+# and how long 1 is: with -1 for black they give the same on our -1 to 1, without the way there and back.
+
+BLACK = -1
+
+
+def split(x):
+    """(B, C, H, W) -> its P pictures, (B, P, 3, H, W), and its mask, (B, 0 or 1, H, W).
+
+    Raises ValueError if the channels are not as the top of this file says.
+    """
+    C = x.shape[1]
+    if C < 3 or C % 3 == 2:
+        raise ValueError(f"channels must be RGB triples and at most one mask, not {C} in all")
+    return rearrange(x[:, :C - C % 3], "b (p c) h w -> b p c h w", c=3), x[:, C - C % 3:]
+
+
+def join(rgb, mask):
+    """The way back from `split`."""
+    x = rearrange(rgb, "b p c h w -> b (p c) h w")
+    return torch.cat((x, mask), dim=1) if mask.shape[1] else x
+
+
+def blend(other, rgb, factor):
+    """From `other` (factor 0) to `rgb` (factor 1) and beyond, cut off at black and at full."""
+    return torch.lerp(other, rgb, per_image(factor, rgb)).clamp_(BLACK, 1)
+
+
+def grey(rgb):
+    """The brightness that the eye sees (ITU-R BT.601), (B, P, 1, H, W)."""
+    red, green, blue = rgb.split(1, dim=2)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def mean_grey(rgb):
+    """One grey for each picture, (B, P, 1, 1, 1): neither 0.5 nor a mean per channel."""
+    return grey(rgb.mean((-2, -1), keepdim=True))    # grey is linear, so the mean may come first
+
+
+def turn_hue(rgb, shift):
+    """RGB -> hue, + shift turns, -> RGB. A pixel's largest and smallest value stay (V and S of HSV)."""
+    red, green, blue = rgb.unbind(2)                                                   # (B, P, H, W)
+    high, low = rgb.amax(2), rgb.amin(2)
+    chroma = high - low
+    chroma = chroma + (chroma == 0)      # grey has no hue: divide its zeros by 1, not by 0
+
+    # The hue runs round a hexagon: red 0, yellow 1, green 2, cyan 3, blue 4, magenta 5, and red again.
+    hue = torch.where(high == red, (green - blue) / chroma,
+                      torch.where(high == green, (blue - red) / chroma + 2, (red - green) / chroma + 4))
+    hue = (hue + 6 * per_image(shift, hue)) % 6
+
+    # A channel is at the top for a third of the round, at the bottom for a third, and on a ramp in between.
+    ramps = torch.stack(((hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()), dim=2).clamp(0, 1)
+    return torch.lerp(low[:, :, None], high[:, :, None], ramps)
+
+
+def adjust_brightness(x, factor):
+    """0 gives black, 1 the image itself."""
+    rgb, mask = split(x)
+    return join(blend(torch.full_like(rgb, BLACK), rgb, factor), mask)
+
+
+def adjust_contrast(x, factor):
+    """0 gives the picture's mean grey all over, 1 the image itself."""
+    rgb, mask = split(x)
+    return join(blend(mean_grey(rgb), rgb, factor), mask)
+
+
+def adjust_saturation(x, factor):
+    """0 gives the grey picture, 1 the image itself."""
+    rgb, mask = split(x)
+    return join(blend(grey(rgb), rgb, factor), mask)
+
+
+def adjust_hue(x, shift):
+    """Turn every hue by `shift` turns: 1/3 makes red green, green blue, and blue red."""
+    rgb, mask = split(x)
+    return join(turn_hue(rgb, shift), mask)
+
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)    # in the rows of `order`
+
+
+def color_jitter(x, brightness, contrast, saturation, shift, order):
+    """The four in turn, each image in its own order (torchvision: one per call). It matters: each cuts off.
+
+    order: integers (B, 4), in each row a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE. Hue costs most,
+    so it is done once for all: the first loop does what comes before an image's hue, the second what follows.
+    """
+    rgb, mask = split(x)
+    factors = torch.stack((brightness, contrast, saturation, torch.ones_like(shift)), dim=1).gather(1, order)
+    hue_at = (order == HUE).int().argmax(1)
+
+    def step(rgb, k, wanted):
+        kind = per_image(order[:, k], rgb)
+        other = torch.where(kind == CONTRAST, mean_grey(rgb), BLACK)
+        other = torch.where(kind == SATURATION, grey(rgb), other)
+        return blend(other, rgb, torch.where(wanted, factors[:, k], 1.0))              # 1 changes nothing
+
+    for k in (0, 1, 2):
+        rgb = step(rgb, k, k < hue_at)
+    rgb = turn_hue(rgb, shift)
+    for k in (1, 2, 3):
+        rgb = step(rgb, k, k > hue_at)
+    return join(rgb, mask)
+
+
+# ---- noise, holes, and mixing two images ----
+
+def add_noise(x, noise, sigma):
+    """Noise injection: `noise` ~ N(0, 1) has the shape of x, sigma (B,) takes black to white as 1."""
+    rgb, _ = split(x + 2 * per_image(sigma, x) * noise)
+    return join(rgb.clamp(BLACK, 1), split(x)[1])
+
+
+def box(x, cy, cx, height, width):
+    """True (B, 1, H, W) in the part of a height x width box about pixel (cy, cx) that is there; integers (B,)."""
+    rows = torch.arange(x.shape[-2], device=x.device)[:, None]
+    columns = torch.arange(x.shape[-1], device=x.device)
+    top, left, height, width = (per_image(p, x) for p in (cy - height // 2, cx - width // 2, height, width))
+    return (top <= rows) & (rows < top + height) & (left <= columns) & (columns < left + width)
+
+
+def cutout(x, cy, cx, side):
+    """Make a square mid-grey, which is 0 (DeVries and Taylor 2017, arXiv 1708.04552).
+
+    It may stick out of the image, as in the paper; squares that were always inside would hide more.
+    """
+    rgb, mask = split(x)
+    return join(rgb.masked_fill(box(x, cy, cx, side, side)[:, None], 0), mask)
+
+
+def cutmix(x, y, partner, cy, cx, height, width):
+    """Fill a box of image i, mask and all, from image partner[i] (Yun et al. 2019, arXiv 1905.04899).
+
+    The labels mix by the pixels that are really there from each, counted after the border has cut the box.
+    """
+    inside = box(x, cy, cx, height, width)
+    kept = 1 - inside.to(y.dtype).mean((-2, -1))                                       # lambda, (B, 1)
+    return torch.where(inside, x[partner], x), kept * y + (1 - kept) * y[partner]
+
+
+def copy_paste(x, y, partner):
+    """Put the object of image partner[i] onto image i (Ghiasi et al. 2021, arXiv 2012.07177).
+
+    A label speaks of one object, so label and mask are the pasted object's, and the one that was there is now
+    background. If the partner's mask is empty nothing happens. Raises ValueError if there is no mask channel.
+    """
+    if x.shape[1] % 3 != 1:
+        raise ValueError(f"copypaste needs a mask channel after the pictures: C = 4 or 7, not {x.shape[1]}")
+    pasted = x[partner]
+    on_object = pasted[:, -1:] > 0                                                     # (B, 1, H, W)
+    found = on_object.flatten(1).any(1)                                                # (B,)
+    rgb, _ = split(torch.where(on_object, pasted, x))
+    _, mask = split(torch.where(per_image(found, x), pasted, x))
+    return join(rgb, mask), torch.where(per_image(found, y), y[partner], y)
+
+
+# ---- the dice: nothing here waits for the device ----
+
+def uniform(x, low, high, generator):
+    """One number per image, (B,)."""
+    return low + (high - low) * torch.rand(len(x), generator=generator, device=x.device)
+
+
+def anywhere(x, generator):
+    """The row and the column of a pixel per image, each (B,)."""
+    return (torch.randint(n, (len(x),), generator=generator, device=x.device) for n in x.shape[-2:])
+
+
+def partners(x, generator):
+    """The number of another image for each, (B,): its neighbour in a random circle. (One alone has itself.)"""
+    circle = uniform(x, 0, 1, generator).argsort()
+    return circle.roll(1)[circle.argsort()]
+
+
+def sometimes(flip):
+    """The draw that flips half of the images."""
+    def draw(x, y, generator):
+        return torch.where(per_image(uniform(x, 0, 1, generator) < 0.5, x), flip(x), x), y
+    return draw
+
+
+def strength(change, low, high):
+    """The draw that gives `change` a parameter between low and high."""
+    def draw(x, y, generator):
+        return change(x, uniform(x, low, high, generator)), y
+    return draw
+
+
+def random_rot90(x, y, generator):
+    """An overhead image has no privileged direction, so this is the domain's own augmentation."""
+    return rot90(x, torch.randint(4, (len(x),), generator=generator, device=x.device)), y
+
+
+def random_scale(x, y, generator):
+    """Little, as a pixel is so many metres; log-uniform: as often 1.25 times larger as 1.25 times smaller."""
+    return scale(x, uniform(x, -math.log(1.25), math.log(1.25), generator).exp()), y
+
+
+def random_translate(x, y, generator):
+    """Up to a tenth of the image each way."""
+    H, W = x.shape[-2:]
+    return translate(x, uniform(x, -0.1, 0.1, generator) * W, uniform(x, -0.1, 0.1, generator) * H), y
+
+
+def random_crop(x, y, generator):
+    """Random resized crop: 40 to 100 % of the area, width to height 3 : 4 to 4 : 3 (log-uniform), all inside.
+
+    Szegedy et al. (2015, arXiv 1409.4842) go down to 8 %, which loses what a scene is about. A side that would
+    be longer than the image's is shortened to it. Pixels at the edge mix with their neighbours outside.
+    """
+    H, W = x.shape[-2:]
+    area = uniform(x, 0.4, 1, generator) * H * W
+    ratio = uniform(x, math.log(3 / 4), math.log(4 / 3), generator).exp()
+    height, width = (area / ratio).sqrt().clamp(max=H), (area * ratio).sqrt().clamp(max=W)
+    top, left = uniform(x, 0, 1, generator) * (H - height), uniform(x, 0, 1, generator) * (W - width)
+    return crop(x, top, left, height, width), y
+
+
+def random_color(x, y, generator):
+    """Colour jitter, as strong as its four parts below."""
+    factors = (uniform(x, 0.7, 1.3, generator) for _ in range(3))
+    order = torch.rand(len(x), 4, generator=generator, device=x.device).argsort(1)
+    return color_jitter(x, *factors, uniform(x, -0.05, 0.05, generator), order), y
+
+
+def random_noise(x, y, generator):
+    """A strength between none and a tenth of the way from black to white."""
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return add_noise(x, noise, uniform(x, 0, 0.1, generator)), y
+
+
+def random_cutout(x, y, generator):
+    """A third of the image's side: the paper has half of it for CIFAR-10, a quarter for CIFAR-100."""
+    side = torch.full((len(x),), min(x.shape[-2:]) // 3, device=x.device)
+    return cutout(x, *anywhere(x, generator), side), y
+
+
+def random_cutmix(x, y, generator):
+    """On half of the images, a box for each (the authors: one per batch), its area uniform: Beta(1, 1)."""
+    on = uniform(x, 0, 1, generator) < 0.5
+    side = (uniform(x, 0, 1, generator) * on).sqrt()
+    height, width = ((side * n).long() for n in x.shape[-2:])
+    return cutmix(x, y, partners(x, generator), *anywhere(x, generator), height, width)
+
+
+def random_copypaste(x, y, generator):
+    """On half of the images. The paper flips and rescales both images before: "hflip,scale,copypaste"."""
+    itself = torch.arange(len(x), device=x.device)
+    return copy_paste(x, y, torch.where(uniform(x, 0, 1, generator) < 0.5, partners(x, generator), itself))
+
+
+AUGMENTATIONS = {
+    "hflip": sometimes(hflip),
+    "vflip": sometimes(vflip),
+    "rot90": random_rot90,
+    "rotate": strength(rotate, -180, 180),
+    "scale": random_scale,
+    "translate": random_translate,
+    "crop": random_crop,
+    "brightness": strength(adjust_brightness, 0.7, 1.3),
+    "contrast": strength(adjust_contrast, 0.7, 1.3),
+    "saturation": strength(adjust_saturation, 0.7, 1.3),
+    "hue": strength(adjust_hue, -0.05, 0.05),    # little: another roof may be as red, but no meadow is
+    "color": random_color,
+    "noise": random_noise,
+    "cutout": random_cutout,
+    "cutmix": random_cutmix,
+    "copypaste": random_copypaste,
+}
+
+# A flip and quarter turns: all eight ways to lay down a square picture (vflip adds none). Then frame and light.
+OVERHEAD = "hflip,rot90,crop,color"
+
+
+def compose(names):
+    """A function (x, y, generator) -> (x, y) from names: "hflip,rot90,crop"; "" and "none" change nothing.
+
+    generator: a torch.Generator on x's device, or None for torch's own. Raises ValueError for unknown names.
+    """
+    wanted = [] if names.strip() in ("", "none") else [name.strip() for name in names.split(",")]
+    unknown = [name for name in wanted if name not in AUGMENTATIONS]
+    if unknown:
+        known = ", ".join(AUGMENTATIONS)
+        raise ValueError(f"unknown augmentation {', '.join(map(repr, unknown))}; known: {known}")
+
+    def augment(x, y, generator):
+        for name in wanted:
+            x, y = AUGMENTATIONS[name](x, y, generator)
+        return x, y
+    return augment
+
+
+# ---- python augment.py PICTURE: a contact sheet ----
+
+def settlement(size):
+    """A red roof and, as the mask's object, a round white tank, seen from above: (1, 4, size, size)."""
+    v, u = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
+    roof, tank = torch.maximum((u + 0.6).abs(), (v + 0.5).abs()) < 0.25, u**2 + v**2 < 0.1
+    ground = torch.stack((0.3 + 0.5 * roof, 0.5 + 0.1 * u - 0.3 * roof, 0.25 + 0.1 * v))
+    return torch.cat((torch.where(tank, 0.95, ground), tank[None]))[None] * 2 - 1
+
+
+def contact_sheet(x):
+    """A row of the batch x per augmentation, and its name: a PIL image."""
+    size, generator = x.shape[-1], torch.Generator().manual_seed(0)
+    rows = {"original": compose("none"), **AUGMENTATIONS}
+    sheet = Image.new("RGB", (80 + len(x) * size, len(rows) * size), "white")
+    for k, (name, draw) in enumerate(rows.items()):
+        strip = rearrange(draw(x, torch.eye(len(x)), generator)[0][:, :3], "b c h w -> h (b w) c")
+        sheet.paste(Image.fromarray(((strip + 1) * 127.5).round().byte().numpy()), (80, k * size))
+        ImageDraw.Draw(sheet).text((8, k * size + size // 2), name, fill="black")
+    return sheet
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Contact sheet of the augmentations.", allow_abbrev=False)
+    parser.add_argument("picture", nargs="?", help="a picture; its middle is the object")
+    parser.add_argument("--out", default="runs/augment.png", help="where the sheet goes (%(default)s)")
+    args, one = parser.parse_args(argv), settlement(96)
+    other = adjust_hue(one.flip(-1), torch.tensor([0.5]))           # so that mixing two images shows
+    try:
+        if args.picture:
+            picture = ImageOps.fit(Image.open(args.picture).convert("RGB"), (96, 96))
+            other[0, :3] = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(torch.cat((other, one)).repeat(4, 1, 1, 1)).save(args.out)
+    except (OSError, ValueError) as error:                          # ValueError: no such picture format
+        print(f"augment.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.out}: a row each for {', '.join(AUGMENTATIONS)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""What augment.py promises, checked against textbook formulas, loops over pixels, and exact identities."""
+
+import colorsys
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import augment
+from augment import AUGMENTATIONS, BRIGHTNESS, CONTRAST, HUE, SATURATION, compose
+
+
+def images(B=3, C=3, H=8, W=8, seed=0):
+    """Random images in float64; a mask channel holds a square object, at another place in each image."""
+    x = torch.rand(B, C, H, W, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    if C % 3 == 1:
+        x[:, -1] = -1
+        for i in range(B):
+            x[i, -1, 1 + i % 3:4 + i % 3, 2:5] = 1
+    return x
+
+
+def ramp(H=8, W=8):
+    """Red rises to the right, green downwards."""
+    v, u = torch.meshgrid(torch.linspace(-1, 1, H), torch.linspace(-1, 1, W), indexing="ij")
+    return torch.stack((u, v, 0 * u))[None].double()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def each(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def look_up(image, row, col):
+    """Bilinear value between pixel centres, with mirrored borders: the definition, one pixel at a time."""
+    def mirrored(i, n):
+        i %= 2 * n
+        return min(i, 2 * n - 1 - i)
+    r, c, total = math.floor(row), math.floor(col), 0
+    for i, wi in ((r, r + 1 - row), (r + 1, row - r)):
+        for j, wj in ((c, c + 1 - col), (c + 1, col - c)):
+            total = total + wi * wj * image[:, mirrored(i, image.shape[1]), mirrored(j, image.shape[2])]
+    return total
+
+
+# ---- geometry
+
+def test_rotating_by_ninety_degrees_is_a_quarter_turn_counter_clockwise():
+    x = images(4)
+    turned = augment.rotate(x, each(0, 90, 180, -90))
+    assert_close(turned, augment.rot90(x, torch.tensor([0, 1, 2, 3])))
+    assert_close(augment.rot90(ramp(), torch.tensor([1]))[0, 0, 0, 0], ramp()[0, 0, 0, -1])   # right -> top
+
+
+def test_quarter_turns_are_exact_per_image_and_four_are_the_identity():
+    x = images(6)
+    turned = augment.rot90(x, torch.arange(6) - 1)
+    assert all(torch.equal(turned[i], x[i].rot90(i - 1, (-2, -1))) for i in range(6))
+    assert not torch.equal(turned[0], x[0])
+
+
+def test_rot90_refuses_images_that_are_not_square():
+    with pytest.raises(ValueError, match="4 x 6"):
+        augment.rot90(images(H=4, W=6), torch.zeros(3, dtype=torch.long))
+
+
+def test_flips_mirror_the_right_axis():
+    assert augment.hflip(ramp())[0, 0, 0, 0] == 1 and augment.hflip(ramp())[0, 1, 0, 0] == -1
+    assert augment.vflip(ramp())[0, 1, 0, 0] == 1 and augment.vflip(ramp())[0, 0, 0, 0] == -1
+
+
+def test_neutral_parameters_change_nothing():
+    x, zero, one = images(H=6, W=10), each(0, 0, 0), each(1, 1, 1)
+    for same in (augment.rotate(x, zero), augment.scale(x, one), augment.translate(x, zero, zero),
+                 augment.crop(x, zero, zero, 6 * one, 10 * one), augment.adjust_brightness(x, one),
+                 augment.adjust_contrast(x, one), augment.adjust_saturation(x, one),
+                 augment.adjust_hue(x, zero), augment.adjust_hue(x, one), augment.add_noise(x, x, zero)):
+        assert_close(same, x)
+
+
+def test_translation_moves_right_and_down_by_whole_pixels_and_mirrors_the_rest():
+    x = images(H=6, W=9)
+    moved = augment.translate(x, each(2, 2, 2), each(1, 1, 1))
+    assert_close(moved[:, :, 1:, 2:], x[:, :, :-1, :-2])
+    assert_close(moved[:, :, 1:, :2], x[:, :, :-1, :2].flip(-1))
+
+
+def test_scale_two_shows_the_middle_half_like_the_crop_of_it():
+    x = images(H=8, W=12)
+    two = each(2, 2, 2)
+    window = (each(2, 2, 2), each(3, 3, 3), each(4, 4, 4), each(6, 6, 6))
+    assert_close(augment.scale(x, two), augment.crop(x, *window))
+    assert_close(augment.scale(x, two)[0, :, 1, 2], look_up(x[0], 2.25, 3.75))
+
+
+def test_crop_is_the_window_of_each_image_pixel_by_pixel():
+    x, H, W = images(2, H=6, W=9), 6, 9
+    windows = [(1.0, 2.5, 4.0, 5.0), (0.0, 0.0, 3.0, 9.0)]                   # top, left, height, width
+    got = augment.crop(x, *torch.tensor(windows, dtype=torch.float64).T)
+    for i, (top, left, height, width) in enumerate(windows):
+        for r in range(H):
+            for c in range(W):
+                there = (top + (r + 0.5) * height / H - 0.5, left + (c + 0.5) * width / W - 0.5)
+                assert_close(got[i, :, r, c], look_up(x[i], *there))
+
+
+def test_rotation_is_the_textbook_map_pixel_by_pixel():
+    x, cos, sin = images(1, H=5, W=8), 0.75**0.5, 0.5
+    got = augment.rotate(x, each(30))
+    for r in range(5):
+        for c in range(8):
+            right, up = c - 3.5, 2 - r                                       # turned back, clockwise
+            row = 2 - (up * cos - right * sin)
+            assert_close(got[0, :, r, c], look_up(x[0], row, 3.5 + right * cos + up * sin))
+
+
+def test_a_turned_disc_stays_a_disc_on_a_picture_that_is_not_square():
+    v, u = torch.meshgrid(torch.arange(24) - 11.5, torch.arange(48) - 23.5, indexing="ij")
+    inner = u**2 + v**2 < 144                                                # the corners are reflections
+    disc = torch.exp(-(u**2 + v**2) / 18).expand(1, 3, 24, 48).double()
+    assert_close(augment.rotate(disc, each(37))[..., inner], disc[..., inner], atol=0.03, rtol=0)
+
+
+def test_the_mask_moves_with_the_picture():
+    x = images(C=4)
+    x[:, 0] = x[:, 3]                                                        # red is the mask
+    for name in ("hflip", "vflip", "rot90", "rotate", "scale", "translate", "crop", "cutmix"):
+        out, _ = AUGMENTATIONS[name](x, torch.eye(3), seeded())
+        assert torch.equal(out[:, 3], out[:, 0])
+
+
+# ---- colour
+
+def rgb_of(x):
+    return (x + 1) / 2
+
+
+def textbook(x, kind, amount):
+    """One of the four on one picture (3, H, W) in [-1, 1], as torchvision's documentation has it."""
+    rgb = rgb_of(x)
+    shade = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
+    if kind == HUE:
+        out = torch.empty_like(rgb)
+        for r in range(rgb.shape[1]):
+            for c in range(rgb.shape[2]):
+                h, s, v = colorsys.rgb_to_hsv(*rgb[:, r, c].tolist())
+                out[:, r, c] = torch.tensor(colorsys.hsv_to_rgb((h + amount) % 1, s, v), dtype=x.dtype)
+        return out * 2 - 1
+    other = {BRIGHTNESS: torch.zeros_like(shade), CONTRAST: shade.mean(), SATURATION: shade}[kind]
+    return (amount * rgb + (1 - amount) * other).clamp(0, 1) * 2 - 1
+
+
+@pytest.mark.parametrize("change, kind, amounts", [
+    (augment.adjust_brightness, BRIGHTNESS, (0.4, 1.0, 1.7)),
+    (augment.adjust_contrast, CONTRAST, (0.0, 0.6, 1.9)),
+    (augment.adjust_saturation, SATURATION, (0.0, 0.5, 1.8)),
+    (augment.adjust_hue, HUE, (0.2, -0.45, 0.8))])
+def test_colours_are_the_textbook_formulas_on_every_picture_of_a_stack(change, kind, amounts):
+    x = images(3, C=7)
+    x[:, :3, :2] = 0.3                                                       # some grey pixels
+    out = change(x, each(*amounts))
+    for i, amount in enumerate(amounts):
+        assert_close(out[i, :3], textbook(x[i, :3], kind, amount))
+        assert_close(out[i, 3:6], textbook(x[i, 3:6], kind, amount))
+    assert torch.equal(out[:, 6], x[:, 6])
+
+
+def test_grey_pixels_have_no_hue_to_turn():
+    x = torch.tensor([-1.0, -0.3, 0.0, 1.0]).view(1, 1, 2, 2).repeat(1, 3, 1, 1)
+    assert torch.equal(augment.adjust_hue(x, torch.tensor([0.3])), x)
+
+
+def test_a_third_of_a_turn_makes_red_green():
+    red, green = torch.full((2, 1, 3, 2, 2), -1.0).double()
+    red[:, 0], green[:, 1] = 1, 1
+    assert_close(augment.adjust_hue(red, each(1 / 3)), green)
+
+
+def test_colour_jitter_does_the_four_steps_in_the_order_of_each_image():
+    orders = torch.cartesian_prod(*[torch.arange(4)] * 4)
+    orders = orders[[len(set(row)) == 4 for row in orders.tolist()]]         # all 24
+    x = images(1, C=4, H=4, W=4).repeat(24, 1, 1, 1)
+    amounts = (1.4, 1.6, 0.3, 0.1)
+    out = augment.color_jitter(x, *(torch.full((24,), a, dtype=torch.float64) for a in amounts), orders)
+    for i, order in enumerate(orders.tolist()):
+        step = x[i, :3]
+        for kind in order:
+            step = textbook(step, kind, amounts[kind])
+        assert_close(out[i, :3], step)
+    assert len(torch.unique(out.round(decimals=6), dim=0)) > 12              # the order matters
+
+
+def test_colour_jitter_draws_an_order_per_image(monkeypatch):
+    seen = []
+    monkeypatch.setattr(augment, "color_jitter", lambda x, *parameters: seen.append(parameters[-1]) or x)
+    AUGMENTATIONS["color"](images(200), None, seeded())
+    assert len(seen[0].unique(dim=0)) == 24
+
+
+# ---- noise, holes, mixtures
+
+def test_noise_has_the_strength_that_was_asked_for_and_is_cut_off():
+    x = torch.zeros(2, 4, 64, 64)
+    noise = torch.randn(x.shape, generator=seeded())
+    out = augment.add_noise(x, noise, torch.tensor([0.05, 5.0]))
+    assert_close(out[0, :3].std() / 2, torch.tensor(0.05), atol=0.001, rtol=0)
+    assert out.abs().max() == 1 and not out[:, 3].any()
+
+
+def test_cutout_is_a_mid_grey_square_that_the_border_may_cut():
+    x = images(3, C=7, H=8, W=10).clamp(min=0.1)
+    centres, side = [(4, 5), (0, 9), (7, 1)], 4
+    cy, cx = torch.tensor(centres).T
+    out = augment.cutout(x, cy, cx, torch.full((3,), side))
+    for i, (y0, x0) in enumerate(centres):
+        expected = x[i].clone()
+        for r in range(8):
+            for c in range(10):
+                if y0 - 2 <= r < y0 + 2 and x0 - 2 <= c < x0 + 2:
+                    expected[:6, r, c] = 0
+        assert torch.equal(out[i], expected)
+    assert [(o[0] == 0).sum().item() for o in out] == [16, 6, 9]
+
+
+def test_random_cutout_puts_the_centre_anywhere_so_some_holes_are_cut():
+    out, _ = AUGMENTATIONS["cutout"](torch.ones(300, 3, 12, 18), None, seeded())
+    areas = (out[:, 0] == 0).sum((1, 2))
+    assert areas.max() == 16 and areas.min() == 4
+    assert abs((areas < 16).float().mean() - (1 - 9 / 12 * 15 / 18)) < 0.1
+
+
+def test_cutmix_fills_the_box_from_the_partner_and_its_lambda_is_the_exact_area():
+    x, y = images(3, C=4, H=8, W=12), torch.eye(3, dtype=torch.float64)
+    before, partner = x.clone(), torch.tensor([1, 2, 0])
+    boxes = [(4, 6, 4, 6), (0, 11, 5, 5), (7, 0, 0, 8)]                      # cy, cx, height, width
+    out, mixed = augment.cutmix(x, y, partner, *torch.tensor(boxes).T)
+    for i, (cy, cx, height, width) in enumerate(boxes):
+        expected, taken = before[i].clone(), 0
+        for r in range(max(cy - height // 2, 0), min(cy - height // 2 + height, 8)):
+            for c in range(max(cx - width // 2, 0), min(cx - width // 2 + width, 12)):
+                expected[:, r, c], taken = before[partner[i], :, r, c], taken + 1
+        assert torch.equal(out[i], expected)
+        assert_close(mixed[i], y[i] * (1 - taken / 96) + y[partner[i]] * taken / 96)
+    assert [round(96 * (1 - m)) for m in mixed.diagonal().tolist()] == [24, 9, 0] and torch.equal(x, before)
+
+
+def test_random_cutmix_has_uniform_areas_on_half_of_the_images_and_a_box_for_each():
+    _, y = AUGMENTATIONS["cutmix"](torch.zeros(400, 3, 32, 32), torch.eye(400), seeded())
+    kept = y.diagonal()
+    assert 0.4 < (kept == 1).float().mean() < 0.6 and len(kept.unique()) > 100
+    assert kept.min() < 0.3
+
+
+def test_partners_are_others():
+    for B in (2, 5, 64):
+        partner = augment.partners(torch.zeros(B, 1), seeded())
+        assert (partner != torch.arange(B)).all() and torch.equal(partner.sort().values, torch.arange(B))
+
+
+def test_copy_paste_brings_the_object_its_label_and_its_mask():
+    x, y = images(3, C=7), torch.eye(3, dtype=torch.float64)
+    x[2, 6] = -1                                                             # nothing to paste from image 2
+    before, partner = x.clone(), torch.tensor([1, 2, 0])
+    out, label = augment.copy_paste(x, y, partner)
+    for i, j, pasted in ((0, 1, True), (1, 2, False), (2, 0, True)):
+        expected = before[i].clone()
+        for r in range(8):
+            for c in range(8):
+                if before[j, 6, r, c] > 0:
+                    expected[:6, r, c] = before[j, :6, r, c]
+        expected[6] = before[j if pasted else i, 6]     # the old object is background now
+        assert torch.equal(out[i], expected) and torch.equal(label[i], y[j if pasted else i])
+
+
+def test_copy_paste_refuses_images_without_a_mask():
+    for C in (3, 6):
+        with pytest.raises(ValueError, match="mask"):
+            compose("hflip,copypaste")(images(C=C), torch.eye(3), seeded())
+
+
+# ---- the dice and their composition
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_every_augmentation_works_keeps_its_inputs_and_follows_its_seed(name):
+    for B, C in ((B, C) for B in (1, 5) for C in (3, 4, 6, 7)):
+        if name == "copypaste" and C % 3 == 0:
+            continue
+        x, y = images(B, C, 16, 16).float(), torch.eye(5)[:B]
+        runs = [AUGMENTATIONS[name](x, y, seeded(seed)) for seed in (0, 0, *range(1, 9))]
+        for out, label in runs:
+            assert out.shape == x.shape and out.dtype == x.dtype and out.abs().max() <= 1
+            assert_close(label.sum(1), torch.ones(B))
+        assert torch.equal(x, images(B, C, 16, 16).float()) and torch.equal(y, torch.eye(5)[:B])
+        assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+        alone = B == 1 and name in ("cutmix", "copypaste")                   # no other image to mix with
+        assert alone == all(torch.equal(out, x) for out, _ in runs)
+        assert alone or len({out.numpy().tobytes() for out, _ in runs}) > 1
+
+
+@pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if name not in ("cutmix", "copypaste")])
+def test_every_image_has_its_own_parameters(name):
+    x = images(1, 4, 16, 16).repeat(32, 1, 1, 1)
+    out, _ = AUGMENTATIONS[name](x, None, seeded())
+    different = len(out.unique(dim=0))
+    assert different == {"hflip": 2, "vflip": 2, "rot90": 4}.get(name, different) and different > 1
+    assert different > 25 or name in ("hflip", "vflip", "rot90")
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue", "color", "noise", "cutout"])
+def test_colour_noise_and_cutout_leave_the_mask_alone(name):
+    x = images(5, 7)
+    assert torch.equal(AUGMENTATIONS[name](x, None, seeded())[0][:, 6], x[:, 6])
+
+
+def test_crop_windows_lie_inside_and_have_the_promised_areas_and_ratios(monkeypatch):
+    seen = []
+    monkeypatch.setattr(augment, "crop", lambda x, *window: seen.append(window) or x)
+    AUGMENTATIONS["crop"](torch.zeros(2000, 3, 32, 48), None, seeded())
+    top, left, height, width = seen[0]
+    assert top.min() >= 0 and (top + height).max() <= 32.001
+    assert left.min() >= 0 and (left + width).max() <= 48.001
+    area, ratio = height * width / (32 * 48), width / height
+    assert 0.39 < area.min() < 0.45 and area.max() > 0.9
+    inner = area < 0.5                                                       # no side is shortened here
+    assert ratio[inner].min() < 0.78 and 1.28 < ratio[inner].max() < 1.34
+    assert abs(ratio[inner].log().mean()) < 0.03
+
+
+def test_compose_applies_the_names_in_order_from_one_generator():
+    x, y, dice = images(5, 4), torch.eye(5), seeded(3)
+    by_hand = x, y
+    for name in ("crop", "rot90", "cutmix"):
+        by_hand = AUGMENTATIONS[name](*by_hand, dice)
+    composed = compose("crop, rot90,cutmix")(x, y, seeded(3))
+    assert torch.equal(composed[0], by_hand[0]) and torch.equal(composed[1], by_hand[1])
+    assert not torch.equal(compose("cutmix,rot90,crop")(x, y, seeded(3))[0], composed[0])
+
+
+def test_compose_of_nothing_is_the_identity():
+    x, y = images(), torch.eye(3)
+    for names in ("", "none"):
+        out, label = compose(names)(x, y, seeded())
+        assert torch.equal(out, x) and torch.equal(label, y)
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
+    for names in ("hflip,mixup", "hflip,,crop"):
+        with pytest.raises(ValueError, match="unknown augmentation '(mixup)?'; known: hflip, vflip"):
+            compose(names)
+
+
+def test_strange_channels_are_an_error():
+    with pytest.raises(ValueError, match="RGB"):
+        compose(augment.OVERHEAD)(images(C=5), torch.eye(3), seeded())
+
+
+def test_the_default_for_overhead_images_makes_all_eight_views_of_a_square():
+    views, _ = compose("hflip,rot90")(images(1).repeat(100, 1, 1, 1), None, seeded())
+    assert len(views.unique(dim=0)) == 8 and augment.OVERHEAD.startswith("hflip,rot90,")
+
+
+# ---- the demo
+
+def test_the_demo_writes_a_contact_sheet(tmp_path, capsys):
+    augment.main(["--out", str(tmp_path / "new" / "sheet.png")])
+    sheet = augment.Image.open(tmp_path / "new" / "sheet.png")
+    assert sheet.size == (80 + 8 * 96, (1 + len(AUGMENTATIONS)) * 96)
+    assert "copypaste" in capsys.readouterr().out
+    augment.main([str(tmp_path / "new" / "sheet.png"), "--out", str(tmp_path / "again.png")])
+    assert augment.Image.open(tmp_path / "again.png").tobytes() != sheet.tobytes()
+
+
+def test_a_bad_path_is_one_line_and_exit_code_two(tmp_path, capsys):
+    for arguments in ([str(tmp_path / "none.png")], [augment.__file__], ["--out", str(tmp_path)]):
+        with pytest.raises(SystemExit, match="^2$"):
+            augment.main(arguments)
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_an_abbreviated_flag_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match="^2$"):
+        augment.main(["--ou", str(tmp_path / "sheet.png")])

@@ -1,0 +1,166 @@
+"""Train a classifier on real scenes, synthetic ones or a mixture, and score it.
+
+    python train_cls.py --data data/NWPU-RESISC45 --augment hflip,vflip,rot90,crop,color
+    python train_cls.py --data data/NWPU-RESISC45 --synthetic runs/made --share 0.5
+
+Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
+"""
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+from augment import OVERHEAD, compose
+from data import Problem, Scenes, flag
+from vit import ViT
+
+
+@dataclass
+class Config:
+    """What makes a classifier, the images aside."""
+    size: int = flag(64, "side of the images in pixels")
+    patch: int = flag(8, "side of the patches that become tokens")
+    dim: int = flag(192, "width of a token")
+    depth: int = flag(6, "transformer blocks")
+    heads: int = flag(3, "attention heads")
+    steps: int = flag(5000, "optimizer steps")
+    batch: int = flag(128, "images per step, real and synthetic together")
+    lr: float = flag(1e-3, "peak learning rate")
+    warmup: int = flag(200, "steps to reach it")
+    decay: float = flag(0.1, "weight decay, on matrices only")
+    smoothing: float = flag(0.1, "label smoothing")
+    share: float = flag(0.0, "probability that a synthetic image takes the place of a real one")
+    augment: str = flag(OVERHEAD, "augmentations by name, in order; none is none")
+    seed: int = flag(0, "fixes split, choice of images, weights and batches")
+
+    def __post_init__(self):
+        compose(self.augment)
+        if self.size % self.patch:
+            raise ValueError(f"--size {self.size} is not divisible by --patch {self.patch}")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"--share {self.share}: a probability, 0 to 1")
+
+
+@dataclass
+class Script(Config):
+    """What only the command line needs."""
+    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class")
+    synthetic: str = flag("", "tree of synthetic images with the same class names, as train_gen.py --sample writes it")
+    skip_broken: bool = flag(False, "leave out pictures that do not decode")
+    per_class: int = flag(0, "real training images per class (0: the whole training split)")
+    out: str = flag("runs/cls", "folder for classifier.pt")
+    test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
+
+
+def fit(real, synthetic, cfg, path=None, every=1000, title="classifier"):
+    """Train a ViT from scratch for cfg.steps steps on real and synthetic (Scenes; the one that is not used may be None).
+
+    Each place of a batch is filled from `synthetic` with probability cfg.share. All draws follow from (seed, step) in the same
+    order whatever the share, so that two runs of a seed differ only in what they are meant to. With a path, a checkpoint is
+    kept there every so many steps, and a run that was killed goes on from it. Returns the model in eval mode
+    and what it has seen: {steps, images, synthetic}.
+    """
+    pools = [pool for pool, used in ((real, cfg.share < 1), (synthetic, cfg.share > 0)) if used]
+    device = data.pick_device()
+    images = torch.cat([pool.images for pool in pools]).to(device)
+    labels = torch.cat([pool.labels for pool in pools]).to(device)
+    sizes = len(pools[0]), len(pools[-1])
+    offset = len(images) - sizes[1]                                      # where the synthetic images start
+    K = len(pools[0].classes)
+
+    torch.manual_seed(cfg.seed)
+    model = ViT(K, cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, images.shape[1]).to(device)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]             # biases and norms do not decay
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.decay), dict(params=vectors, weight_decay=0)])
+    parts = dict(model=model, optimizer=optimizer)
+    identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=pools[0].classes,
+                    channels=images.shape[1], names=[name for pool in pools for name in pool.names])
+    saved = data.resume(path, "classifier", identity, parts)
+    start, synthetic_seen = (saved["step"], saved["synthetic_seen"].to(device)) if saved else (0, torch.zeros((), device=device))
+
+    augment = compose(cfg.augment)
+    for step in tqdm(range(start, cfg.steps), title, cfg.steps, initial=start, disable=None, leave=False):
+        g = data.rng(cfg.seed, step, device=device)
+        u, which = torch.rand(2, cfg.batch, device=device, generator=g)
+        synthetic_seen += (u < cfg.share).sum()
+        index = torch.where(u < cfg.share, offset + (which * sizes[1]).long(), (which * sizes[0]).long())
+        x, y = augment(data.to_float(images[index]), F.one_hot(labels[index], K).float(), g)
+        with data.autocast(device):
+            loss = F.cross_entropy(model(x), y, label_smoothing=cfg.smoothing)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = data.lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % every == 0 or step + 1 == cfg.steps:
+            if not math.isfinite(loss.item()):
+                raise Problem(f"the loss is {loss.item()} at step {step + 1}: lower --lr")
+            if path:
+                data.save_checkpoint(path, "classifier", identity, step + 1, parts, synthetic_seen=synthetic_seen)
+    return model.eval(), dict(steps=step + 1, images=(step + 1) * len(x), synthetic=int(synthetic_seen))
+
+
+@torch.no_grad()
+def predict(model, images, batch=512):
+    """The class of each image (N, C, H, W) uint8, as (N,) int64 on the CPU."""
+    device = next(model.parameters()).device
+    with data.autocast(device):
+        return torch.cat([model(data.to_float(chunk.to(device))).argmax(1).cpu() for chunk in images.split(batch)])
+
+
+def confusion(labels, predicted, K):
+    """How often class i was taken for class j: (K, K) int64, rows are the truth."""
+    return torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
+
+
+def scores(matrix):
+    """Accuracy, macro-F1 and the recall of each class, from a confusion matrix. A class that never occurs has recall 0."""
+    matrix = matrix.double()
+    hits, truth, called = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    f1 = 2 * hits / (truth + called).clamp(min=1)                        # = 2 P R / (P + R)
+    return dict(accuracy=(hits.sum() / matrix.sum()).item(), macro_f1=f1.mean().item(),
+                recall=(hits / truth.clamp(min=1)).tolist())
+
+
+def load_classifier(path):
+    """The model of a checkpoint in eval mode, and its class names. Raises Problem if the file is none."""
+    saved = data.load_checkpoint(path, "classifier")
+    cfg = Config(**saved["config"])
+    model = ViT(len(saved["classes"]), cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, saved["channels"])
+    model.load_state_dict(saved["model"])
+    return model.to(data.pick_device()).eval(), saved["classes"]
+
+
+def main(cfg):
+    """The script: train on the training split of a tree, score on val, and only if asked to on test."""
+    scenes = data.read_folder(cfg.data, cfg.size, cfg.skip_broken)
+    parts = data.split(scenes, cfg.data, cfg.seed)
+    index = data.subset(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
+    synthetic = None
+    if bool(cfg.synthetic) != (cfg.share > 0):
+        raise Problem("--synthetic and --share belong together: give the tree and the probability of its images")
+    if cfg.synthetic:
+        synthetic = data.read_folder(cfg.synthetic, cfg.size, cfg.skip_broken)
+        if unknown := set(synthetic.classes) - set(scenes.classes):
+            raise Problem(f"{cfg.synthetic} has classes that {cfg.data} has not: {', '.join(sorted(unknown))}")
+        to_real = torch.tensor([scenes.classes.index(name) for name in synthetic.classes])
+        synthetic = Scenes(synthetic.images, to_real[synthetic.labels], scenes.classes, synthetic.names, synthetic.groups)
+    print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, on {data.pick_device()}")
+    model, _ = fit(scenes[index], synthetic, cfg, Path(cfg.out) / "classifier.pt")
+    for part in ("val", "test") if cfg.test else ("val",):
+        held = scenes[parts[part]]
+        s = scores(confusion(held.labels, predict(model, held.images), len(scenes.classes)))
+        worst = min(range(len(scenes.classes)), key=s["recall"].__getitem__)
+        print(f"{part}: accuracy {s['accuracy']:.3f}, macro-F1 {s['macro_f1']:.3f} on {len(held)} images; "
+              f"weakest class {scenes.classes[worst]} ({s['recall'][worst]:.2f})")
+
+
+if __name__ == "__main__":
+    data.launch(main, Script)

@@ -1,0 +1,202 @@
+"""Train a generator on labelled scenes, and make images with it.
+
+    python train_gen.py --data data/NWPU-RESISC45 --out runs/gen
+    python train_gen.py --sample runs/gen/generator.pt --classes river,forest --count 16 --out runs/made
+
+The loss barely moves after the first minutes, and a lower one is not a better image: look at samples-*.png instead.
+"""
+import copy
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import data
+from augment import compose
+from data import Problem, flag
+from ddpm import SCHEDULES, Diffusion, noise_of
+from unet import Condition, UNet
+
+
+@dataclass
+class Config:
+    """What makes a generator. Two with the same Config and the same images are the same."""
+    size: int = flag(64, "side of the images in pixels")
+    width: int = flag(128, "channels at the finest resolution")
+    mults: tuple = flag((1, 2, 3, 4), "width of each resolution in units of --width")
+    blocks: int = flag(2, "blocks per resolution, down and up")
+    patch: int = flag(1, "fold so many pixels a side into channels (2 on a CPU)")
+    schedule: str = flag("cosine", "noise schedule: cosine, linear")
+    predict: str = flag("v", "what the network predicts: v, eps")
+    timesteps: int = flag(1000, "length T of the chain")
+    steps: int = flag(50_000, "optimizer steps")
+    batch: int = flag(128, "images per step")
+    lr: float = flag(2e-4, "peak learning rate")
+    warmup: int = flag(500, "steps to reach it")
+    ema: float = flag(0.999, "decay of the averaged weights, with which images are made")
+    drop: float = flag(0.1, "share of the images trained without their class, for guidance")
+    augment: str = flag("hflip,rot90", "augmentations; only such as keep images likely, since the generator learns them")
+    seed: int = flag(0, "fixes split, choice of images, weights and noise")
+
+    def __post_init__(self):
+        compose(self.augment)
+        if self.schedule not in SCHEDULES or self.predict not in ("v", "eps"):
+            raise ValueError(f"--schedule {self.schedule} --predict {self.predict}: cosine or linear, v or eps, are known")
+        if self.size % (self.patch * 2 ** (len(self.mults) - 1)):
+            raise ValueError(f"--size {self.size} must be divisible by {self.patch * 2 ** (len(self.mults) - 1)}: --patch, "
+                             "times 2 for every resolution in --mults after the first")
+
+
+@dataclass
+class Script(Config):
+    """What only the command line needs."""
+    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class")
+    skip_broken: bool = flag(False, "leave out pictures that do not decode")
+    per_class: int = flag(0, "training images per class (0: the whole training split)")
+    out: str = flag("runs/gen", "folder for generator.pt, its log and sample grids, or for the images made")
+    every: int = flag(1000, "steps between checkpoints, log lines and sample grids")
+    sample: str = flag("", "make images with this checkpoint instead of training one")
+    classes: str = flag("", "with --sample: which classes, by comma (empty: all)")
+    count: int = flag(16, "with --sample: images per class")
+    calls: int = flag(20, "network calls per image")
+    w: float = flag(1.5, "guidance scale (1: none)")
+
+
+@dataclass
+class Generator:
+    """A trained generator: the noise process, the averaged network in eval mode, and what it was made with."""
+    diffusion: Diffusion
+    model: nn.Module
+    classes: list[str]
+    config: Config
+
+
+def networks(cfg, classes, channels):
+    """The noise process and a fresh network, weights fixed by the seed."""
+    torch.manual_seed(cfg.seed)
+    model = UNet(classes, channels, cfg.width, cfg.mults, cfg.blocks, cfg.patch)
+    return Diffusion(cfg.timesteps, cfg.schedule, cfg.predict), model
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """Move the averaged weights a step towards the model's; copy what is not learned.
+
+    torch's AveragedModel does the same, but copies its counter to the GPU at every step, and the CPU waits for it.
+    """
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for a, b in zip(ema.buffers(), model.buffers(), strict=True):
+        a.copy_(b)
+
+
+def train(real, cfg, path=None, every=1000, look=0, title="generator"):
+    """Train on real (Scenes) by cfg (Config); keep everything in the checkpoint `path`, if any, its log beside it. -> Generator.
+
+    Every step draws its randomness from (seed, step): a run that was killed goes on at its last checkpoint and ends with the
+    numbers of one that was not. With look > 0 every checkpoint comes with a grid, `look` images per class from the same noise.
+    Raises Problem if the checkpoint is of other settings or images, or if the loss is not finite.
+    """
+    device = data.pick_device()
+    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1])
+    diffusion, model = diffusion.to(device), model.to(device)
+    ema = copy.deepcopy(model).eval()
+    generator = Generator(diffusion, ema, real.classes, cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01)
+    parts = dict(model=model, ema=ema, optimizer=optimizer)
+    identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=real.classes, names=real.names,
+                    channels=real.images.shape[1])
+    saved = data.resume(path, "generator", identity, parts)
+    start, log = (saved["step"], saved["log"]) if saved else (0, [])
+
+    augment = compose(cfg.augment)
+    images, labels = real.images.to(device), real.labels.to(device)
+    quarters = torch.zeros(2, 4, device=device)                          # per quarter of t: sum of losses, count
+    for step in tqdm(range(start, cfg.steps), title, cfg.steps, initial=start, disable=None, leave=False):
+        g = data.rng(cfg.seed, step, device=device)
+        index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
+        x0, _ = augment(data.to_float(images[index]), None, g)
+        with data.autocast(device):
+            loss, t = diffusion.loss(model, x0, Condition(labels[index]), cfg.drop, g)
+        loss.mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = data.lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, model, min(cfg.ema, (1 + step) / (10 + step)))   # a young average forgets the start sooner
+        quarters.index_add_(1, t * 4 // cfg.timesteps, torch.stack([loss.detach(), torch.ones_like(loss)]))
+
+        if (step + 1) % every == 0 or step + 1 == cfg.steps:
+            (total, count), quarters = quarters.tolist(), torch.zeros_like(quarters)
+            if not math.isfinite(sum(total)):
+                raise Problem(f"the loss is {sum(total)} at step {step + 1}: lower --lr")
+            log.append([step + 1, sum(total) / sum(count), *[s / max(n, 1) for s, n in zip(total, count, strict=True)]])
+            if path:
+                data.save_checkpoint(path, "generator", identity, step + 1, parts, log=log)
+                data.save_csv(path.with_suffix(".csv"), ["step", "loss", "t_quarter_1", "t_2", "t_3", "t_4"], log)
+            if look:
+                y = torch.arange(len(real.classes)).repeat_interleave(look)
+                picture = data.grid(generate(generator, y, seed=0), look, zoom=max(1, 64 // cfg.size))
+                data.save_picture(picture, path.with_name(f"samples-{step + 1:06d}.png"))
+    return generator
+
+
+def load_generator(path):
+    """The Generator of a checkpoint, ready to make images. Raises Problem if the file is none."""
+    saved = data.load_checkpoint(path, "generator")
+    cfg, channels = Config(**saved["config"]), saved["channels"]
+    diffusion, model = networks(cfg, len(saved["classes"]), channels)
+    model.load_state_dict(saved["ema"])
+    device = data.pick_device()
+    return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg)
+
+
+def generate(generator, y, seed, calls=20, w=1.5, batch=256, title="images"):
+    """Images of the classes y (N,) int64, as uint8 (N, C, H, W). Image k follows from (seed, k), whatever the batch."""
+    diffusion, model, cfg = generator.diffusion, generator.model, generator.config
+    device = diffusion.signal.device
+    shape = (model.channels, cfg.size, cfg.size)
+    made = []
+    for k in tqdm(range(0, len(y), batch), title, disable=None, leave=False):
+        cond = Condition(y[k:k + batch].to(device))
+        seeds = [(seed * 1_000_003 + i) % 2**32 for i in range(k, min(k + batch, len(y)))]
+        with data.autocast(device):
+            x = diffusion.sample(model, cond, noise_of(seeds, shape, device), calls, w=w)
+        made.append(data.to_uint8(x).cpu())
+    return torch.cat(made)
+
+
+def sample(cfg):
+    """Write images of a checkpoint as a tree that every reader of class folders reads, and a grid of them."""
+    generator = load_generator(cfg.sample)
+    wanted = cfg.classes.split(",") if cfg.classes else generator.classes
+    if unknown := set(wanted) - set(generator.classes):
+        raise Problem(f"{cfg.sample} knows no class {', '.join(sorted(unknown))}; it knows {', '.join(generator.classes)}")
+    y = torch.tensor([generator.classes.index(name) for name in wanted]).repeat_interleave(cfg.count)
+    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w)
+    for k, image in enumerate(images):
+        name = generator.classes[y[k]]
+        data.save_picture(data.picture(image), Path(cfg.out) / name / f"{name}_{k % cfg.count + 1:05d}.png")
+    data.save_picture(data.grid(images, cfg.count), Path(cfg.out) / "grid.png")
+    print(f"{len(images)} images of {len(wanted)} classes in {cfg.out}, all of them in {cfg.out}/grid.png")
+
+
+def main(cfg):
+    """The script: train on the training split of a tree, or make images."""
+    if cfg.sample:
+        return sample(cfg)
+    scenes = data.read_folder(cfg.data, cfg.size, cfg.skip_broken)
+    index = data.split(scenes, cfg.data, cfg.seed)["train"]
+    if cfg.per_class:
+        index = data.subset(scenes, index, cfg.per_class, cfg.seed)
+    path = Path(cfg.out) / "generator.pt"
+    print(f"{len(index)} images of {len(scenes.classes)} classes, on {data.pick_device()}; look at {cfg.out}/samples-*.png")
+    train(scenes[index], cfg, path, cfg.every, look=8)
+    print(f"done: python train_gen.py --sample {path} makes images with it")
+
+
+if __name__ == "__main__":
+    data.launch(main, Script)

@@ -1,0 +1,140 @@
+"""The U-Net that predicts the noise (Ho et al. 2020, appendix B), and `Condition`, everything that it can be told.
+
+Letters: B batch, C image channels, H W image sides, D width of the embedding, K classes.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from vit import Attention
+
+
+@dataclass
+class Condition:
+    """What the generator is told of each image. Nothing is told where y is -1: the null condition of guidance."""
+    y: torch.Tensor                                                      # (B,) int64: class 0 .. K - 1, or -1
+
+    def hide(self, mask):
+        """The same without what is said of the images in mask, (B,) bool."""
+        return Condition(y=torch.where(mask, -1, self.y))
+
+    def and_null(self):
+        """The condition, then as many rows that say nothing: (2 B,)."""
+        return Condition(y=torch.cat([self.y, torch.full_like(self.y, -1)]))
+
+
+def timestep_embedding(t, dim):
+    """Sines and cosines of t (B,) at dim / 2 wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017, 3.5). (B, dim)."""
+    omega = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def zero(layer):
+    """A layer that starts as 0, so that each block starts as the identity and the first image as nothing (Ho et al.)."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class Block(nn.Module):
+    """Two convolutions around a residual; between them the embedding scales and shifts (AdaGN, Dhariwal & Nichol 2021).
+
+    (B, C_in, H, W), (B, D) -> (B, C_out, H, W). With attention, every pixel then looks at every other.
+    """
+
+    def __init__(self, c_in, c_out, emb, attention=False):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.scale_shift = nn.Linear(emb, 2 * c_out)
+        self.norm2 = nn.GroupNorm(8, c_out)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.norm3 = nn.GroupNorm(8, c_out) if attention else None
+        self.attention = Attention(c_out, heads=max(1, c_out // 64)) if attention else None
+        if attention:
+            zero(self.attention.out)
+
+    def forward(self, x, emb):
+        scale, shift = rearrange(self.scale_shift(F.silu(emb)), "b (n c) -> n b c 1 1", n=2)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.norm2(h) * (1 + scale) + shift
+        x = self.skip(x) + self.conv2(F.silu(h))
+        if self.attention:
+            tokens = rearrange(self.norm3(x), "b c h w -> b (h w) c")
+            x = x + rearrange(self.attention(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+        return x
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, and the way to the next one (down: after the blocks; up: before them)."""
+
+    def __init__(self, blocks, resize):
+        super().__init__()
+        self.blocks, self.resize = nn.ModuleList(blocks), resize
+
+
+class UNet(nn.Module):
+    """x_t (B, C, H, W), t (B,), Condition -> the noise (or v) in it, (B, C, H, W).
+
+    mults are the widths of the resolutions in units of `width`, each half as fine as the one before; attention at the coarsest.
+    With patch > 1, squares of patch x patch pixels are folded into channels first and unfolded at the end: at patch = 2 a
+    quarter of the work, which makes 32 px feasible on a CPU.
+    """
+
+    def __init__(self, classes, channels=3, width=64, mults=(1, 2, 4), blocks=2, patch=1):
+        super().__init__()
+        if width % 8:
+            raise ValueError(f"the width of the U-Net must be divisible by 8 (its norms have 8 groups), not {width}")
+        self.classes, self.channels, self.width, self.patch = classes, channels, width, patch
+        D, last = 4 * width, len(mults) - 1
+        self.time = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
+        self.label = nn.Embedding(classes + 1, D)                        # the last row stands for y = -1, "not told"
+        self.stem = nn.Conv2d(channels * patch**2, width, 3, padding=1)
+
+        c, skips = width, []                                             # skips: their channels; in forward, their tensors
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i, m in enumerate(mults):
+            level = []
+            for _ in range(blocks):
+                level.append(Block(c, m * width, D, attention=i == last))
+                c = m * width
+                skips.append(c)
+            self.down.append(Level(level, nn.Conv2d(c, c, 3, stride=2, padding=1) if i < last else nn.Identity()))
+        self.mid = Block(c, c, D, attention=True)
+        for i, m in reversed(list(enumerate(mults))):
+            grow = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)) if i < last else nn.Identity()
+            level = []
+            for _ in range(blocks):
+                level.append(Block(c + skips.pop(), m * width, D, attention=i == last))
+                c = m * width
+            self.up.append(Level(level, grow))
+        assert not skips
+        self.head = nn.Sequential(nn.GroupNorm(8, c), nn.SiLU(), zero(nn.Conv2d(c, channels * patch**2, 3, padding=1)))
+
+    def forward(self, x, t, cond):
+        factor = self.patch * 2 ** (len(self.down) - 1)
+        assert x.shape[2] % factor == x.shape[3] % factor == 0, f"sides {tuple(x.shape[2:])} must be divisible by {factor}"
+        p = self.patch
+        y = torch.where(cond.y < 0, self.classes, cond.y)
+        emb = self.time(timestep_embedding(t, self.width)) + self.label(y)           # (B, D)
+
+        h = self.stem(rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p))    # (B, width, H/p, W/p)
+        skips = []
+        for level in self.down:
+            for block in level.blocks:
+                h = block(h, emb)
+                skips.append(h)
+            h = level.resize(h)
+        h = self.mid(h, emb)
+        for level in self.up:
+            h = level.resize(h)
+            for block in level.blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        assert not skips
+        return rearrange(self.head(h), "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)

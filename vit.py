@@ -1,0 +1,77 @@
+"""The vision transformer that recognises: ViT (Dosovitskiy et al. 2021, 2010.11929) in the plain form of Beyer et al. 2022
+(2205.01580): fixed sin-cos positions and the mean of all tokens, so no class token and nothing learned but the blocks.
+
+Letters: B batch, C channels, H W image sides, P patch side, L tokens, D width of a token, K classes.
+"""
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, Eq. 1): softmax(q k^T / sqrt(d)) v in every head. (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} attention heads do not divide a width of {dim}")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(x, "b h l d -> b l (h d)"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: tokens exchange (attention), then each thinks for itself (MLP). (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def sincos_positions(rows, cols, dim):
+    """Where each token is: sines and cosines of its row and column at dim / 4 wavelengths from 2 pi to 20,000 pi. (L, D)."""
+    if dim % 4:
+        raise ValueError(f"2-D sin-cos positions need a width divisible by 4, not {dim}")
+    omega = 10_000 ** -torch.linspace(0, 1, dim // 4)
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    angles = [p.reshape(-1, 1) * omega for p in (x, y)]                  # 2 of (L, D/4)
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
+
+
+class ViT(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] to class logits (B, K). The first loss is exactly ln K, since the head starts at 0."""
+
+    def __init__(self, classes, size=64, patch=8, dim=192, depth=6, heads=3, channels=3):
+        super().__init__()
+        if size % patch:
+            raise ValueError(f"an image of {size} px cannot be cut into patches of {patch} px: {size} / {patch} is no whole number")
+        self.patch = patch
+        self.embed = nn.Linear(channels * patch * patch, dim)
+        self.register_buffer("positions", sincos_positions(size // patch, size // patch, dim), persistent=False)
+        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, x):
+        """What the head sees: the mean token, (B, D). Distances between images are measured here."""
+        x = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)         # (B, L, P P C)
+        x = self.embed(x) + self.positions                                                       # (B, L, D)
+        return self.norm(self.blocks(x)).mean(dim=1)                                             # (B, D)
+
+    def forward(self, x):
+        return self.head(self.features(x))                                                       # (B, K)
