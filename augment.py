@@ -1,7 +1,7 @@
 """The traditional augmentations of the lecture, from first principles.
 
-Augmentation changes a picture in ways that keep its meaning, so that a classifier learns what does not matter.
-It is the yardstick for synthetic data: a generator must help more than a flip and a crop, which cost nothing.
+Augmentation changes a picture in ways that keep its meaning: so a classifier learns what does not matter.
+It is the yardstick for synthetic data, as a generator must help more than a flip and a crop, which are free.
 
 Everything works on whole batches, on their device, with parameters drawn per image, in two layers:
 
@@ -96,8 +96,8 @@ def rot90(x, turns):
 
 
 # ---- colour: the formulas of torchvision's ColorJitter ----
-# They are made for values from 0 to 1. But black and the cut-off apart, nothing in them depends on where 0 lies
-# and how long 1 is: with -1 for black they give the same on our -1 to 1, without the way there and back.
+# They are made for values from 0 to 1. But black and the cut-off apart, nothing in them depends on where 0
+# lies and how long 1 is: with -1 for black they give the same on our -1 to 1, without the way there and back.
 
 BLACK = -1
 
@@ -182,7 +182,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)    # in the rows of `order`
 def color_jitter(x, brightness, contrast, saturation, shift, order):
     """The four in turn, each image in its own order (torchvision: one per call). It matters: each cuts off.
 
-    order: integers (B, 4), in each row a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE. Hue costs most,
+    order: integers (B, 4), each row a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE. Hue costs most,
     so it is done once for all: the first loop does what comes before an image's hue, the second what follows.
     """
     rgb, mask = split(x)
@@ -212,7 +212,7 @@ def add_noise(x, noise, sigma):
 
 
 def box(x, cy, cx, height, width):
-    """True (B, 1, H, W) in the part of a height x width box about pixel (cy, cx) that is there; integers (B,)."""
+    """True (B, 1, H, W) in a height x width box about pixel (cy, cx), cut by the border; integers (B,)."""
     rows = torch.arange(x.shape[-2], device=x.device)[:, None]
     columns = torch.arange(x.shape[-1], device=x.device)
     top, left, height, width = (per_image(p, x) for p in (cy - height // 2, cx - width // 2, height, width))
@@ -267,7 +267,7 @@ def anywhere(x, generator):
 
 
 def partners(x, generator):
-    """The number of another image for each, (B,): its neighbour in a random circle. (One alone has itself.)"""
+    """The number of another image for each, (B,): its neighbour in a random circle. Alone, it has itself."""
     circle = uniform(x, 0, 1, generator).argsort()
     return circle.roll(1)[circle.argsort()]
 
@@ -303,10 +303,10 @@ def random_translate(x, y, generator):
 
 
 def random_crop(x, y, generator):
-    """Random resized crop: 40 to 100 % of the area, width to height 3 : 4 to 4 : 3 (log-uniform), all inside.
+    """Random resized crop: 40 to 100 % of the area, width to height 3 : 4 to 4 : 3 (log-uniform), inside.
 
-    Szegedy et al. (2015, arXiv 1409.4842) go down to 8 %, which loses what a scene is about. A side that would
-    be longer than the image's is shortened to it. Pixels at the edge mix with their neighbours outside.
+    Szegedy et al. (2015, arXiv 1409.4842) go down to 8 %, which loses what a scene is about. A side longer
+    than the image's is shortened to it. Pixels at the edge mix with their neighbours outside.
     """
     H, W = x.shape[-2:]
     area = uniform(x, 0.4, 1, generator) * H * W
@@ -368,7 +368,7 @@ AUGMENTATIONS = {
     "copypaste": random_copypaste,
 }
 
-# A flip and quarter turns: all eight ways to lay down a square picture (vflip adds none). Then frame and light.
+# All eight ways to lay down a square picture (vflip adds none), then the frame, then the light.
 OVERHEAD = "hflip,rot90,crop,color"
 
 

@@ -1,7 +1,8 @@
-"""Everything that touches the disk: scenes read, drawn, split and saved; and the few things that all scripts share.
+"""Everything that touches the disk: scenes read, drawn, split and saved; and the few things that all
+scripts share.
 
-A data set is one uint8 tensor (N, C, H, W) with a label for each image. RESISC45 at 64 px is 387 MB, so it lives on the device
-as it is: a batch is an index draw, and there are no workers to wait for.
+A data set is one uint8 tensor (N, C, H, W) with a label for each image. RESISC45 at 64 px is 387 MB, so it
+lives on the device as it is: a batch is an index draw, and there are no workers to wait for.
 """
 import argparse
 import csv
@@ -51,7 +52,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def launch(main, config, argv=None):
-    """Run a script: one --flag per field of its Config; a mistake of the user is one line on stderr and exit code 2."""
+    """Run a script: one --flag per field of its Config; a mistake of the user is one line on stderr and
+    exit code 2.
+    """
     parser = _Parser(description=sys.modules[main.__module__].__doc__.split("\n\n")[0], allow_abbrev=False,
                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(config):
@@ -60,7 +63,7 @@ def launch(main, config, argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
     arguments = vars(parser.parse_args(argv))
     try:
-        settings = config(**arguments)                                   # its __post_init__ looks at the values
+        settings = config(**arguments)                                 # its __post_init__ looks at the values
     except ValueError as error:
         parser.error(error)
     try:
@@ -82,10 +85,10 @@ def autocast(device):
 def rng(*key, device="cpu"):
     """Randomness by name: a generator for this key of whole numbers, say (seed, step).
 
-    A run that was stopped then goes on with the same numbers without having saved any state. The hash is there because
-    torch's CPU generator looks at 32 bits of its seed only.
+    A run that was stopped then goes on with the same numbers without having saved any state. The hash is
+    there because torch's CPU generator looks at 32 bits of its seed only.
     """
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence((len(key), *key)).generate_state(1)[0]))
 
 
 def lr_at(step, steps, lr, warmup):
@@ -96,18 +99,24 @@ def lr_at(step, steps, lr, warmup):
 
 
 def to_float(images):
-    """uint8 -> float in [-1, 1]. This and to_uint8 are the only crossing, for real and synthetic images alike."""
+    """uint8 -> float in [-1, 1]. This and to_uint8 are the only crossing, for real and synthetic images
+    alike.
+    """
     return images.float() / 127.5 - 1
 
 
 def to_uint8(x):
-    """Float in [-1, 1] -> uint8. Rounds: truncation would darken synthetic images by half a grey level, a cue to learn."""
+    """Float in [-1, 1] -> uint8. Rounds: truncation would darken synthetic images by half a grey level,
+    a cue to learn.
+    """
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 @contextmanager
 def replacing(path):
-    """A temporary name beside path. What is written there takes path's place at the end, or, after an error, nothing does."""
+    """A temporary name beside path. What is written there takes path's place at the end, or, after an
+    error, nothing does.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -125,13 +134,16 @@ def save_csv(path, header, rows):
 
 
 def save_checkpoint(path, kind, identity, step, parts, **more):
-    """One file with everything of a run: what it is (identity), how far it is (step), the state of its parts."""
+    """One file with everything of a run: what it is (identity), how far it is (step), the state of its
+    parts.
+    """
     with replacing(path) as temporary:
         torch.save({"kind": kind, **identity, "step": step, **{k: p.state_dict() for k, p in parts.items()}, **more}, temporary)
 
 
 def resume(path, kind, identity, parts):
-    """Give the parts {name: module or optimizer} the state they had, if there is a checkpoint. Returns it, or None.
+    """Give the parts {name: module or optimizer} the state they had, if there is a checkpoint. Returns it,
+    or None.
 
     Raises Problem if the checkpoint is of a run with another identity {name: value}.
     """
@@ -167,7 +179,7 @@ class Scenes:
     images: torch.Tensor                                                 # (N, C, H, W) uint8
     labels: torch.Tensor                                                 # (N,) int64, an index into classes
     classes: list[str]
-    names: list[str]                                                     # "river/river_001.jpg": who was in which split
+    names: list[str]                                           # "river/river_001.jpg": who was in which split
     groups: torch.Tensor                                                 # (N,) int64: same group, same split
 
     def __len__(self):
@@ -180,7 +192,9 @@ class Scenes:
 
 
 def decode(path, size):
-    """One picture as (3, size, size) uint8: the central square, reduced with antialiasing. Grey, palette, 16 bits become RGB."""
+    """One picture as (3, size, size) uint8: the central square, reduced with antialiasing. Grey,
+    palette, 16 bits become RGB.
+    """
     with Image.open(path) as pil:
         if pil.mode.startswith("I") or pil.mode == "F":          # 16 bits: the upper 8 count
             pil = Image.fromarray((np.asarray(pil, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
@@ -195,7 +209,9 @@ def decode(path, size):
 
 
 def read_folder(root, size, skip_broken=False, cache="runs/cache"):
-    """A tree with a folder per class, decoded once and cached; a cache that no longer fits its tree is made anew."""
+    """A tree with a folder per class, decoded once and cached; a cache that no longer fits its tree is
+    made anew.
+    """
     root = Path(root)
     files = find_pictures(root)
     stats = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
@@ -217,7 +233,7 @@ def read_folder(root, size, skip_broken=False, cache="runs/cache"):
         except Exception as error:                                       # Pillow raises a dozen kinds
             broken.append((i, str(error)))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:                      # Pillow lets go of the GIL while it decodes
+    with ThreadPoolExecutor(os.cpu_count()) as pool:              # Pillow lets go of the GIL while it decodes
         list(tqdm(pool.map(read, range(len(files))), f"reading {root.name}", len(files), disable=None, leave=False))
     if broken and not skip_broken:
         names = ", ".join(str(files[i]) for i, _ in sorted(broken)[:3])
@@ -255,10 +271,11 @@ def find_pictures(root):
 
 
 def split(scenes, root=None, seed=0, shares=(0.6, 0.2, 0.2)):
-    """Indices of train, val and test, {name: (n,) int64}: the official lists if they lie beside the images, else by seed.
+    """Indices of train, val and test, {name: (n,) int64}: the official lists if they lie beside the images,
+    else by seed.
 
-    Stratified by class. Exact doubles never straddle: a group goes where its first image goes; with the official lists,
-    training gives up what val or test also holds.
+    Stratified by class. Exact doubles never straddle: a group goes where its first image goes; with the
+    official lists, training gives up what val or test also holds.
     """
     if root and (lists := official_lists(scenes, Path(root))):
         held = [set(scenes.groups[lists["test"]].tolist())]
@@ -279,7 +296,9 @@ def split(scenes, root=None, seed=0, shares=(0.6, 0.2, 0.2)):
 
 
 def official_lists(scenes, root):
-    """The 60/20/20 lists of Neumann et al. 2019 (resisc45-train.txt ...) as indices, or None where they do not lie."""
+    """The 60/20/20 lists of Neumann et al. 2019 (resisc45-train.txt ...) as indices, or None where they
+    do not lie.
+    """
     by_name = {Path(name).name: i for i, name in enumerate(scenes.names)}
     lists = {}
     for part in ("train", "val", "test"):
@@ -538,7 +557,9 @@ def draw_scene(name, rng, size=128):
 
 
 def draw_tree(root, per_class, seed=0, size=128):
-    """Draw root/<class>/<class>_001.jpg and so on, unless they are there; scene k follows from (seed, class, k). -> root"""
+    """Draw root/<class>/<class>_001.jpg and so on, unless they are there; scene k follows from (seed,
+    class, k). -> root
+    """
     wanted = [(name, k, Path(root) / name / f"{name}_{k:03d}.jpg") for name in SCENES for k in range(1, per_class + 1)]
     missing = [(name, k, path) for name, k, path in wanted if not path.exists()]
     for name, k, path in tqdm(missing, "drawing scenes", disable=None, leave=False):

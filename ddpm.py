@@ -7,12 +7,11 @@ There are no weights in this file; the network is an argument. The letters are t
     abar the share of the image's variance left   eta  1: fresh noise at every step (DDPM), 0: none (DDIM)
     v    sqrt(abar) eps - sqrt(1 - abar) x0       w    guidance scale; w = 1 is no guidance
 
-DDPM: Ho et al. 2020 (2006.11239). DDIM: Song et al. 2021 (2010.02502). Cosine schedule: Nichol & Dhariwal 2021
-(2102.09672). v: Salimans & Ho 2022 (2202.00512). Guidance: Ho & Salimans 2022 (2207.12598). DPM-Solver++(2M): Lu et
-al. 2022 (2211.01095).
+DDPM: Ho et al. 2020 (2006.11239). DDIM: Song et al. 2021 (2010.02502). Cosine schedule: Nichol & Dhariwal
+2021 (2102.09672). v: Salimans & Ho 2022 (2202.00512). Guidance: Ho & Salimans 2022 (2207.12598).
+DPM-Solver++(2M): Lu et al. 2022 (2211.01095).
 """
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +21,19 @@ from torch import nn
 def linear_abar(T):
     """The schedule of the lecture (Ho et al., section 4): beta from 1e-4 to 0.02 at T = 1000. (T,) float64.
 
-    Shorter chains get proportionally larger betas, or x_T would still show the image: at T = 100 sqrt(abar_T) would be .60.
+    Shorter chains get proportionally larger betas, or x_T would still show the image: at T = 100
+    sqrt(abar_T) would be .60.
     """
     if T <= 20:
         raise ValueError(f"the linear schedule needs T > 20 (got {T}): below, beta reaches 1 and abar 0; use cosine")
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-    return (1 - beta).cumprod(0)                                         # Eq. 4: abar_t = prod_{s<=t} (1 - beta_s)
+    return (1 - beta).cumprod(0)                                    # Eq. 4: abar_t = prod_{s<=t} (1 - beta_s)
 
 
 def cosine_abar(T):
-    """Nichol & Dhariwal Eq. 17, with their limit beta <= .999: the image fades evenly over the chain. (T,) float64."""
+    """Nichol & Dhariwal Eq. 17, with their limit beta <= .999: the image fades evenly over the chain.
+    (T,) float64.
+    """
     t = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -44,7 +46,8 @@ SCHEDULES = {"cosine": cosine_abar, "linear": linear_abar}
 def posterior(abar, abar_prev, eta=1.0):
     """q(x_prev | x_t, x0) = N(a x_t + b x0, sigma^2): returns a, b, sigma, shaped as abar.
 
-    DDIM Eq. 7 and 16, for any two noise levels of the chain. With eta = 1 and neighbouring levels this is Ho et al. Eq. 6-7.
+    DDIM Eq. 7 and 16, for any two noise levels of the chain. With eta = 1 and neighbouring levels this is
+    Ho et al. Eq. 6-7.
     """
     sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
     a = ((1 - abar_prev - sigma**2).clamp(min=0) / (1 - abar)).sqrt()
@@ -53,7 +56,9 @@ def posterior(abar, abar_prev, eta=1.0):
 
 
 def guided(model, x, t, cond, w):
-    """Classifier-free guidance (Eq. 6 there, w = 1 + their w): null + w (told - null), as one batch of twice the size."""
+    """Classifier-free guidance (Eq. 6 there, w = 1 + their w): null + w (told - null), as one batch of
+    twice the size.
+    """
     if w == 1:
         return model(x, t, cond)
     told, null = model(torch.cat([x, x]), torch.cat([t, t]), cond.and_null()).chunk(2)
@@ -70,13 +75,15 @@ def noise_of(seeds, shape, device="cpu"):
 
 
 class Diffusion(nn.Module):
-    """The chain: T noise levels, and what the network is asked to predict from x_t, "v" or (as in the lecture) "eps"."""
+    """The chain: T noise levels, and what the network is asked to predict from x_t, "v" or (as in the
+    lecture) "eps".
+    """
 
     def __init__(self, T=1000, schedule="cosine", predict="v"):
         super().__init__()
         assert predict in ("v", "eps"), predict
         self.T, self.predict = T, predict
-        self.abar = SCHEDULES[schedule](T)                               # float64, stays on the CPU; the models use:
+        self.abar = SCHEDULES[schedule](T)                        # float64, stays on the CPU; the models use:
         self.register_buffer("signal", self.abar.sqrt().float(), persistent=False)         # (T,)
         self.register_buffer("noise", (1 - self.abar).sqrt().float(), persistent=False)    # (T,)
 
@@ -99,10 +106,12 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, model, cond, noise, steps=20, eta=0.0, order=2, w=1.0, clip=True):
-        """Images (B, C, H, W) in [-1, 1], from `noise()`, which returns N(0, I) of that shape at every call.
+        """Images (B, C, H, W) in [-1, 1], from `noise()`, which returns N(0, I) of that shape at every
+        call.
 
-        order=2 is DPM-Solver++(2M), for 10 to 25 steps; order=1, eta=0 is DDIM; order=1, eta=1, steps=T is DDPM (Algorithm
-        2). Few steps with eta > 0 lose variance (of a Gaussian with std .2, 50 steps return .176): keep eta = 0 there.
+        order=2 is DPM-Solver++(2M), for 10 to 25 steps; order=1, eta=0 is DDIM; order=1, eta=1, steps=T is
+        DDPM (Algorithm 2). Few steps with eta > 0 lose variance (of a Gaussian with std .2, 50 steps return
+        .176): keep eta = 0 there.
         """
         assert not model.training, "call model.eval() first: dropout would stay on"
         x = noise()
@@ -112,26 +121,27 @@ class Diffusion(nn.Module):
             signal, noise_t, a, b, sigma, c = row
             out = guided(model, x, t.expand(len(x)), cond, w)
             x0 = self._x0(x, out, signal, noise_t)
-            if clip:                         # not in Algorithm 2, but in Ho's code: where abar is tiny, a small error of
+            if clip:              # not in Algorithm 2, but in Ho's code: where abar is tiny, a small error of
                 x0 = x0.clamp(-1, 1)         # the network is a huge one in x0. eps follows suit: a, b are those of x0.
-            x = a * x + b * (x0 + c * (x0 - x0_last))                    # Eq. 7 of DDPM and of DDIM, Eq. 2M of ++
+            x = a * x + b * (x0 + c * (x0 - x0_last))                # Eq. 7 of DDPM and of DDIM, Eq. 2M of ++
             x0_last = x0
             if eta:
                 x = x + sigma * noise()
         return x
 
     def plan(self, steps, eta=0.0, order=2):
-        """Which t are visited, (steps,), and the numbers of each step, (steps, 6) float64: all that the loop needs to know.
+        """Which t are visited, (steps,), and the numbers of each step, (steps, 6) float64: all that the
+        loop needs to know.
 
-        The t are dense near 0, where the image is decided (t ~ k^2), and all T of them if steps = T. The last step leads to
-        abar = 1, the image itself: there a = sigma = 0 and b = 1.
+        The t are dense near 0, where the image is decided (t ~ k^2), and all T of them if steps = T. The
+        last step leads to abar = 1, the image itself: there a = sigma = 0 and b = 1.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
         assert order == 1 or (order == 2 and eta == 0), "the second order is for the noise-free sampler (eta = 0)"
         k = torch.arange(steps, dtype=torch.float64)
         ts = torch.maximum((self.T - 1) * (k / max(steps - 1, 1)) ** 2, k).round().long()
-        ts[-1] = self.T - 1                                              # always from pure noise, even in one step
+        ts[-1] = self.T - 1                                         # always from pure noise, even in one step
         abar = self.abar[ts]
         abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         a, b, sigma = posterior(abar, abar_prev, eta)
@@ -140,7 +150,7 @@ class Diffusion(nn.Module):
         # estimates. c = 0 (DDIM) in the first step, which has no last estimate, and in the final one, where lambda ends.
         c = torch.zeros_like(abar)
         if order == 2:
-            h = -(abar / (1 - abar)).log().diff() / 2                    # h[k]: lambda's way from ts[k + 1] down to ts[k]
+            h = -(abar / (1 - abar)).log().diff() / 2        # h[k]: lambda's way from ts[k + 1] down to ts[k]
             c[1:-1] = h[:-1] / (2 * h[1:])
         return ts.flip(0), torch.stack([abar.sqrt(), (1 - abar).sqrt(), a, b, sigma, c], dim=1).flip(0)
 

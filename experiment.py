@@ -1,10 +1,12 @@
-"""Does synthetic data from a diffusion model help a classifier of remote-sensing images, and compared with what?
+"""Does synthetic data from a diffusion model help a classifier of remote-sensing images, and compared with
+what?
 
     python experiment.py                              drawn scenes, minutes on a CPU: shows the method, says nothing of the world
     python experiment.py --data data/NWPU-RESISC45    the question itself
 
-For each number of real images per class and each seed: draw a subset of the training split, train a generator on exactly this
-subset, make a synthetic set with it, then train the same classifier once per arm and score it on the test split. The rules:
+For each number of real images per class and each seed: draw a subset of the training split, train a
+generator on exactly this subset, make a synthetic set with it, then train the same classifier once per arm
+and score it on the test split. The rules:
 
     equal budget   every arm takes the same optimizer steps and images per step; synthetic images take the place of real ones
     no leak        a generator sees its arm's real training images and nothing else; nothing is chosen by the test split
@@ -33,7 +35,7 @@ import train_gen
 from augment import OVERHEAD
 from data import Scenes, flag
 
-ARMS = {                                      # share: probability of a synthetic image;   augment: by name, augment.py
+ARMS = {                             # share: probability of a synthetic image;   augment: by name, augment.py
     "real":                            dict(share=0.0, augment="none"),
     "real + augmentation":             dict(share=0.0, augment=OVERHEAD),
     "synthetic only":                  dict(share=1.0, augment="none"),
@@ -51,7 +53,7 @@ class Scale:
     made: int                                                            # synthetic images per class
     calls: int                                                           # network calls per synthetic image
     w: float                                                             # guidance scale
-    drawn: int                                                           # scenes per class where no data are given
+    drawn: int                                                      # scenes per class where no data are given
     gen: train_gen.Config
     cls: train_cls.Config
 
@@ -89,7 +91,7 @@ class Config:
             raise ValueError(f"unknown arm {', '.join(sorted(unknown))}; the arms are {', '.join(ARMS)}")
         if self.scale not in ("", *SCALES):
             raise ValueError(f"--scale {self.scale}: smoke, cpu or gpu")
-        self.resolved()                                                  # so that a bad size or count is told at once
+        self.resolved()                                          # so that a bad size or count is told at once
 
     def resolved(self):
         """The Scale that these flags stand for."""
@@ -105,7 +107,9 @@ class Config:
 # ---- the runs
 
 def comparison(cfg):
-    """The script: everything that is still missing is run, then the table, the verdict and the page are written."""
+    """The script: everything that is still missing is run, then the table, the verdict and the page are
+    written.
+    """
     s, out, arms = cfg.resolved(), Path(cfg.out), cfg.arms.split(",")
     root = Path(cfg.data) if cfg.data else data.draw_tree(out / "drawn", s.drawn)
     scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache=out / "cache")
@@ -114,7 +118,7 @@ def comparison(cfg):
     plan(s, arms, scenes, parts)
     rows = read_results(out)
 
-    mine, shown = [], None                                               # the rows of this comparison; what the page shows
+    mine, shown = [], None                                  # the rows of this comparison; what the page shows
     for seed in range(s.seeds):
         for count in s.counts:
             real, synthetic = scenes[data.subset(scenes, parts["train"], count, seed)], None
@@ -145,7 +149,9 @@ def run_id(arm, s, real, test, seed):
 
 
 def synthesize(real, s, seed, out, what):
-    """Train a generator on real (or take the one that was) and make s.made images per class with it: Scenes."""
+    """Train a generator on real (or take the one that was) and make s.made images per class with it:
+    Scenes.
+    """
     name = hashlib.sha256(repr((s.gen, real.names, seed)).encode()).hexdigest()[:12]
     generator = train_gen.train(real, replace(s.gen, seed=seed), out / "generators" / f"{name}.pt", title=f"generator, {what}")
     y = torch.arange(len(real.classes)).repeat_interleave(s.made)
@@ -210,7 +216,7 @@ def plan(s, arms, scenes, parts):
     images = generators * s.made * len(scenes.classes)
     gen = seconds(lambda c: train_gen.train(probe, c), s.gen)
     cls = seconds(lambda c: train_cls.fit(probe, None, c), s.cls)
-    call = gen / 3 / s.gen.batch * (1 if s.w == 1 else 2)                 # a forward pass is a third of a step
+    call = gen / 3 / s.gen.batch * (1 if s.w == 1 else 2)                # a forward pass is a third of a step
     total = generators * s.gen.steps * gen + images * s.calls * call + cells * len(arms) * s.cls.steps * cls
     print(f"{len(scenes)} scenes of {len(scenes.classes)} classes at {s.cls.size} px: {len(parts['train'])} to train, "
           f"{len(parts['val'])} kept aside, {len(parts['test'])} to test")
@@ -230,18 +236,19 @@ def t_quantile(p, dof):
 
 
 def interval(d):
-    """Mean and half width of its 95 % interval, for d (seeds, images): one arm's hits minus another's, -1, 0 or 1.
+    """Mean and half width of its 95 % interval, for d (seeds, images): one arm's hits minus another's, -1,
+    0 or 1.
 
-    Both the seeds and the test images are samples of what might have been. Their variances are told apart as in a two-way
-    analysis of variance without repetition, var = (MS_seed + MS_image - MS_rest) / (S N), and the degrees of freedom are those
-    of Satterthwaite 1946.
+    Both the seeds and the test images are samples of what might have been. Their variances are told apart
+    as in a two-way analysis of variance without repetition, var = (MS_seed + MS_image - MS_rest) / (S N),
+    and the degrees of freedom are those of Satterthwaite 1946.
     """
     S, N = d.shape
     seed, image, mean = d.mean(1), d.mean(0), d.mean()
     ms = np.array([N * seed.var(ddof=1), S * image.var(ddof=1),
                    ((d - seed[:, None] - image + mean) ** 2).sum() / ((S - 1) * (N - 1))])
     total = ms @ [1, 1, -1]
-    if total <= ms[2]:                                                   # nothing beyond the noise of single answers
+    if total <= ms[2]:                                            # nothing beyond the noise of single answers
         total, dof = ms[2], (S - 1) * (N - 1)
     else:
         dof = total**2 / (ms**2 / [S - 1, N - 1, (S - 1) * (N - 1)]).sum()
@@ -257,7 +264,9 @@ def hits(rows, arm, count, out, test):
 
 
 def difference(rows, arm, base, count, out, test):
-    """(mean, half width) of what arm gains over base, as shares of 1; None unless both have the same two seeds or more."""
+    """(mean, half width) of what arm gains over base, as shares of 1; None unless both have the same two
+    seeds or more.
+    """
     a, b = hits(rows, arm, count, out, test), hits(rows, base, count, out, test)
     if arm == base or a is None or b is None or len(a) != len(b) or len(a) < 2:
         return None
@@ -276,7 +285,9 @@ def points(gain):
 
 
 def table_rows(rows, out, test):
-    """For each count and arm: count, arm, accuracies by seed, gain over real, gain over real + augmentation."""
+    """For each count and arm: count, arm, accuracies by seed, gain over real, gain over real +
+    augmentation.
+    """
     for count in sorted({r["count"] for r in rows}):
         for arm in ARMS:
             mine = [r["accuracy"] for r in rows if r["arm"] == arm and r["count"] == count]
@@ -322,9 +333,11 @@ def symmetries(images):
 
 
 def nearest(images, pool):
-    """For each image the pool's most similar one over the 8 turns and flips: distances, indices, turned images.
+    """For each image the pool's most similar one over the 8 turns and flips: distances, indices, turned
+    images.
 
-    images (N, C, H, W), pool (M, C, H, W) uint8; the distance is the root mean square of pixel differences in grey levels.
+    images (N, C, H, W), pool (M, C, H, W) uint8; the distance is the root mean square of pixel differences
+    in grey levels.
     """
     a = rearrange(symmetries(images).float(), "s n c h w -> s n (c h w)")
     b = rearrange(pool.float(), "m c h w -> m (c h w)")
@@ -360,7 +373,9 @@ def side_by_side(real, synthetic, columns=8, most=24):
 
 
 def copies(real, synthetic, held):
-    """Are the synthetic images copies? The most suspicious ones over their nearest training images, and a sentence."""
+    """Are the synthetic images copies? The most suspicious ones over their nearest training images, and
+    a sentence.
+    """
     some = torch.linspace(0, len(synthetic) - 1, min(len(synthetic), 400)).long()
     distance, which, turned = nearest(synthetic.images[some], real.images)
     floor, _, _ = nearest(held.images[:400], real.images)
@@ -374,7 +389,9 @@ def copies(real, synthetic, held):
 
 
 def chart(rows):
-    """Accuracy of each arm: a dot per seed, a bar at the mean, a colour per count. SVG, which reads the page's colours."""
+    """Accuracy of each arm: a dot per seed, a bar at the mean, a colour per count. SVG, which reads the
+    page's colours.
+    """
     counts = sorted({r["count"] for r in rows})
     arms = [arm for arm in ARMS if any(r["arm"] == arm for r in rows)]
     parts, x = [], lambda share: 230 + 440 * share
@@ -412,7 +429,9 @@ tspan { stroke: none } pre { overflow-x: auto; padding: .8rem; border: 1px solid
 
 
 def report(out, cfg, s, test, rows, shown):
-    """Write report.html, one file that needs no other, from what has been run so far. shown: (real, synthetic) or None."""
+    """Write report.html, one file that needs no other, from what has been run so far. shown: (real,
+    synthetic) or None.
+    """
     figures = []
     if shown:
         suspects, sentence = copies(*shown, test)

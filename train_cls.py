@@ -58,12 +58,13 @@ class Script(Config):
 
 
 def fit(real, synthetic, cfg, path=None, every=1000, title="classifier"):
-    """Train a ViT from scratch for cfg.steps steps on real and synthetic (Scenes; the one that is not used may be None).
+    """Train a ViT from scratch for cfg.steps steps on real and synthetic (Scenes; the one that is not used
+    may be None).
 
-    Each place of a batch is filled from `synthetic` with probability cfg.share. All draws follow from (seed, step) in the same
-    order whatever the share, so that two runs of a seed differ only in what they are meant to. With a path, a checkpoint is
-    kept there every so many steps, and a run that was killed goes on from it. Returns the model in eval mode
-    and what it has seen: {steps, images, synthetic}.
+    Each place of a batch is filled from `synthetic` with probability cfg.share. All draws follow from
+    (seed, step) in the same order whatever the share, so that two runs of a seed differ only in what they
+    are meant to. With a path, a checkpoint is kept there every so many steps, and a run that was killed
+    goes on from it. Returns the model in eval mode and what it has seen: {steps, images, synthetic}.
     """
     pools = [pool for pool, used in ((real, cfg.share < 1), (synthetic, cfg.share > 0)) if used]
     device = data.pick_device()
@@ -121,7 +122,9 @@ def confusion(labels, predicted, K):
 
 
 def scores(matrix):
-    """Accuracy, macro-F1 and the recall of each class, from a confusion matrix. A class that never occurs has recall 0."""
+    """Accuracy, macro-F1 and the recall of each class, from a confusion matrix. A class that never
+    occurs has recall 0.
+    """
     matrix = matrix.double()
     hits, truth, called = matrix.diag(), matrix.sum(1), matrix.sum(0)
     f1 = 2 * hits / (truth + called).clamp(min=1)                        # = 2 P R / (P + R)

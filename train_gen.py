@@ -3,7 +3,8 @@
     python train_gen.py --data data/NWPU-RESISC45 --out runs/gen
     python train_gen.py --sample runs/gen/generator.pt --classes river,forest --count 16 --out runs/made
 
-The loss barely moves after the first minutes, and a lower one is not a better image: look at samples-*.png instead.
+The loss barely moves after the first minutes, and a lower one is not a better image: look at samples-*.png
+instead.
 """
 import copy
 import math
@@ -67,7 +68,9 @@ class Script(Config):
 
 @dataclass
 class Generator:
-    """A trained generator: the noise process, the averaged network in eval mode, and what it was made with."""
+    """A trained generator: the noise process, the averaged network in eval mode, and what it was made
+    with.
+    """
     diffusion: Diffusion
     model: nn.Module
     classes: list[str]
@@ -85,7 +88,8 @@ def networks(cfg, classes, channels):
 def update_ema(ema, model, decay):
     """Move the averaged weights a step towards the model's; copy what is not learned.
 
-    torch's AveragedModel does the same, but copies its counter to the GPU at every step, and the CPU waits for it.
+    torch's AveragedModel does the same, but copies its counter to the GPU at every step, and the CPU waits
+    for it.
     """
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for a, b in zip(ema.buffers(), model.buffers(), strict=True):
@@ -93,18 +97,20 @@ def update_ema(ema, model, decay):
 
 
 def train(real, cfg, path=None, every=1000, look=0, title="generator"):
-    """Train on real (Scenes) by cfg (Config); keep everything in the checkpoint `path`, if any, its log beside it. -> Generator.
+    """Train on real (Scenes) by cfg (Config); keep everything in the checkpoint `path`, if any, its log
+    beside it. -> Generator.
 
-    Every step draws its randomness from (seed, step): a run that was killed goes on at its last checkpoint and ends with the
-    numbers of one that was not. With look > 0 every checkpoint comes with a grid, `look` images per class from the same noise.
-    Raises Problem if the checkpoint is of other settings or images, or if the loss is not finite.
+    Every step draws its randomness from (seed, step): a run that was killed goes on at its last checkpoint
+    and ends with the numbers of one that was not. With look > 0 every checkpoint comes with a grid, `look`
+    images per class from the same noise. Raises Problem if the checkpoint is of other settings or images,
+    or if the loss is not finite.
     """
     device = data.pick_device()
     diffusion, model = networks(cfg, len(real.classes), real.images.shape[1])
     diffusion, model = diffusion.to(device), model.to(device)
     ema = copy.deepcopy(model).eval()
     generator = Generator(diffusion, ema, real.classes, cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=real.classes, names=real.names,
                     channels=real.images.shape[1])
@@ -113,7 +119,7 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
 
     augment = compose(cfg.augment)
     images, labels = real.images.to(device), real.labels.to(device)
-    quarters = torch.zeros(2, 4, device=device)                          # per quarter of t: sum of losses, count
+    quarters = torch.zeros(2, 4, device=device)                       # per quarter of t: sum of losses, count
     for step in tqdm(range(start, cfg.steps), title, cfg.steps, initial=start, disable=None, leave=False):
         g = data.rng(cfg.seed, step, device=device)
         index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
@@ -155,7 +161,9 @@ def load_generator(path):
 
 
 def generate(generator, y, seed, calls=20, w=1.5, batch=256, title="images"):
-    """Images of the classes y (N,) int64, as uint8 (N, C, H, W). Image k follows from (seed, k), whatever the batch."""
+    """Images of the classes y (N,) int64, as uint8 (N, C, H, W). Image k follows from (seed, k),
+    whatever the batch.
+    """
     diffusion, model, cfg = generator.diffusion, generator.model, generator.config
     device = diffusion.signal.device
     shape = (model.channels, cfg.size, cfg.size)

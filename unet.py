@@ -1,4 +1,5 @@
-"""The U-Net that predicts the noise (Ho et al. 2020, appendix B), and `Condition`, everything that it can be told.
+"""The U-Net that predicts the noise (Ho et al. 2020, appendix B), and `Condition`, everything that it can
+be told.
 
 Letters: B batch, C image channels, H W image sides, D width of the embedding, K classes.
 """
@@ -15,7 +16,9 @@ from vit import Attention
 
 @dataclass
 class Condition:
-    """What the generator is told of each image. Nothing is told where y is -1: the null condition of guidance."""
+    """What the generator is told of each image. Nothing is told where y is -1: the null condition of
+    guidance.
+    """
     y: torch.Tensor                                                      # (B,) int64: class 0 .. K - 1, or -1
 
     def hide(self, mask):
@@ -28,21 +31,26 @@ class Condition:
 
 
 def timestep_embedding(t, dim):
-    """Sines and cosines of t (B,) at dim / 2 wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017, 3.5). (B, dim)."""
+    """Sines and cosines of t (B,) at dim / 2 wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017,
+    3.5). (B, dim).
+    """
     omega = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def zero(layer):
-    """A layer that starts as 0, so that each block starts as the identity and the first image as nothing (Ho et al.)."""
+    """A layer that starts as 0, so that each block starts as the identity and the first image as nothing
+    (Ho et al.).
+    """
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 class Block(nn.Module):
-    """Two convolutions around a residual; between them the embedding scales and shifts (AdaGN, Dhariwal & Nichol 2021).
+    """Two convolutions around a residual; between them the embedding scales and shifts (AdaGN, Dhariwal &
+    Nichol 2021).
 
     (B, C_in, H, W), (B, D) -> (B, C_out, H, W). With attention, every pixel then looks at every other.
     """
@@ -82,9 +90,9 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """x_t (B, C, H, W), t (B,), Condition -> the noise (or v) in it, (B, C, H, W).
 
-    mults are the widths of the resolutions in units of `width`, each half as fine as the one before; attention at the coarsest.
-    With patch > 1, squares of patch x patch pixels are folded into channels first and unfolded at the end: at patch = 2 a
-    quarter of the work, which makes 32 px feasible on a CPU.
+    mults are the widths of the resolutions in units of `width`, each half as fine as the one before;
+    attention at the coarsest. With patch > 1, squares of patch x patch pixels are folded into channels
+    first and unfolded at the end: at patch = 2 a quarter of the work, which makes 32 px feasible on a CPU.
     """
 
     def __init__(self, classes, channels=3, width=64, mults=(1, 2, 4), blocks=2, patch=1):
@@ -94,10 +102,10 @@ class UNet(nn.Module):
         self.classes, self.channels, self.width, self.patch = classes, channels, width, patch
         D, last = 4 * width, len(mults) - 1
         self.time = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
-        self.label = nn.Embedding(classes + 1, D)                        # the last row stands for y = -1, "not told"
+        self.label = nn.Embedding(classes + 1, D)                 # the last row stands for y = -1, "not told"
         self.stem = nn.Conv2d(channels * patch**2, width, 3, padding=1)
 
-        c, skips = width, []                                             # skips: their channels; in forward, their tensors
+        c, skips = width, []                                # skips: their channels; in forward, their tensors
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, m in enumerate(mults):
             level = []

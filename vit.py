@@ -1,5 +1,6 @@
-"""The vision transformer that recognises: ViT (Dosovitskiy et al. 2021, 2010.11929) in the plain form of Beyer et al. 2022
-(2205.01580): fixed sin-cos positions and the mean of all tokens, so no class token and nothing learned but the blocks.
+"""The vision transformer that recognises: ViT (Dosovitskiy et al. 2021, 2010.11929) in the plain form of
+Beyer et al. 2022 (2205.01580): fixed sin-cos positions and the mean of all tokens, so no class token and
+nothing learned but the blocks.
 
 Letters: B batch, C channels, H W image sides, P patch side, L tokens, D width of a token, K classes.
 """
@@ -10,7 +11,9 @@ from torch import nn
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, Eq. 1): softmax(q k^T / sqrt(d)) v in every head. (B, L, D) -> (B, L, D)."""
+    """Multi-head self-attention (Vaswani et al. 2017, Eq. 1): softmax(q k^T / sqrt(d)) v in every head.
+    (B, L, D) -> (B, L, D).
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -27,7 +30,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: tokens exchange (attention), then each thinks for itself (MLP). (B, L, D) -> (B, L, D)."""
+    """Pre-norm transformer block: tokens exchange (attention), then each thinks for itself (MLP). (B, L,
+    D) -> (B, L, D).
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -42,7 +47,9 @@ class Block(nn.Module):
 
 
 def sincos_positions(rows, cols, dim):
-    """Where each token is: sines and cosines of its row and column at dim / 4 wavelengths from 2 pi to 20,000 pi. (L, D)."""
+    """Where each token is: sines and cosines of its row and column at dim / 4 wavelengths from 2 pi to
+    20,000 pi. (L, D).
+    """
     if dim % 4:
         raise ValueError(f"2-D sin-cos positions need a width divisible by 4, not {dim}")
     omega = 10_000 ** -torch.linspace(0, 1, dim // 4)
@@ -52,7 +59,9 @@ def sincos_positions(rows, cols, dim):
 
 
 class ViT(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] to class logits (B, K). The first loss is exactly ln K, since the head starts at 0."""
+    """Images (B, C, H, W) in [-1, 1] to class logits (B, K). The first loss is exactly ln K, since the
+    head starts at 0.
+    """
 
     def __init__(self, classes, size=64, patch=8, dim=192, depth=6, heads=3, channels=3):
         super().__init__()
@@ -69,7 +78,7 @@ class ViT(nn.Module):
 
     def features(self, x):
         """What the head sees: the mean token, (B, D). Distances between images are measured here."""
-        x = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)         # (B, L, P P C)
+        x = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)     # (B, L, P P C)
         x = self.embed(x) + self.positions                                                       # (B, L, D)
         return self.norm(self.blocks(x)).mean(dim=1)                                             # (B, D)
 

@@ -1,0 +1,246 @@
+"""data.py: pictures of every kind read right, splits that do not leak, files whole or not at all, mistakes told."""
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import data
+from data import Problem, Scenes, flag
+
+
+def tree(root, classes=("forest", "river"), count=6, size=20):
+    """Random pictures in class folders."""
+    g = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            Image.fromarray(g.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(root / name / f"{name}_{k}.png")
+    return root
+
+
+def scenes(groups, labels):
+    n = len(labels)
+    return Scenes(torch.zeros(n, 3, 2, 2, dtype=torch.uint8), torch.tensor(labels), ["a", "b"],
+                  [f"x/{i}.jpg" for i in range(n)], torch.tensor(groups))
+
+
+# ---- numbers
+
+def test_all_256_values_survive_the_way_to_float_and_back():
+    values = torch.arange(256, dtype=torch.uint8)
+    x = data.to_float(values)
+    assert x[0] == -1 and x[255] == 1
+    assert_close(data.to_uint8(x), values)
+    assert_close(data.to_uint8(x + 0.9 / 255), values)                   # rounds: less than half a level is nothing
+    assert_close(data.to_uint8(x - 0.9 / 255), values)
+
+
+def test_values_out_of_range_are_cut_off_not_wrapped():
+    assert data.to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
+    lr = [data.lr_at(step, 110, 2.0, 10) for step in range(110)]
+    assert lr[:10] == pytest.approx([0.2 * k for k in range(1, 11)])
+    assert lr[60] == pytest.approx(1.0) and lr[109] < 1e-3 and lr == sorted(lr[:10]) + sorted(lr[10:], reverse=True)
+
+
+def test_randomness_by_name_is_repeatable_and_every_part_of_the_name_counts():
+    draws = [torch.rand(1, generator=data.rng(*key)).item() for key in ((0, 1), (0, 1), (1, 0), (0, 2), (0, 1, 0), (2**32, 1))]
+    assert draws[0] == draws[1] and len(set(draws)) == 5
+
+
+# ---- reading
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    ramp = np.linspace(0, 255, 16, dtype=np.uint8).repeat(16).reshape(16, 16)
+    pictures = {"grey.png": Image.fromarray(ramp), "palette.png": Image.fromarray(ramp).convert("P"),
+                "deep.png": Image.fromarray(ramp.astype(np.uint16) * 257), "rgb.tif": Image.fromarray(ramp).convert("RGB"),
+                "alpha.png": Image.fromarray(ramp).convert("LA"), "deep.tif": Image.fromarray(ramp.astype(np.uint16) * 257)}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+        assert_close(torch.tensor(data.decode(tmp_path / name, 16)), torch.tensor(ramp).expand(3, 16, 16), rtol=0, atol=1)
+
+
+def test_the_central_square_is_kept_and_reduced_without_aliasing(tmp_path):
+    wide = np.zeros((32, 64, 3), dtype=np.uint8)
+    wide[:, 16:48] = (np.indices((32, 32)).sum(0) % 2 * 255)[..., None]  # a checkerboard between black margins
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert abs(data.decode(tmp_path / "wide.png", 8).astype(int)[:, 2:-2, 2:-2] - 127).max() < 6
+
+
+def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_to_speak_of(tmp_path):
+    data.save_picture(data.draw_scene("dense_residential", np.random.default_rng(0), 256), tmp_path / "x.jpg", quality=95)
+    with Image.open(tmp_path / "x.jpg") as whole:
+        slow = np.asarray(whole.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)).astype(float)
+    fast = data.decode(tmp_path / "x.jpg", 32).transpose(1, 2, 0)
+    assert np.sqrt(((fast - slow) ** 2).mean()) < 2.5                    # grey levels
+
+
+def test_read_folder_gives_sorted_classes_names_and_right_labels(tmp_path):
+    s = data.read_folder(tree(tmp_path / "t", ("river", "beach", "forest")), 20, cache=tmp_path / "cache")
+    assert s.classes == ["beach", "forest", "river"] and len(s) == 18
+    assert all(s.classes[label] == name.split("/")[0] for label, name in zip(s.labels, s.names, strict=True))
+    assert_close(data.picture(s.images[7]).tobytes(), Image.open(tmp_path / "t" / s.names[7]).tobytes())
+
+
+def test_the_cache_is_used_and_a_stale_one_noticed(tmp_path, monkeypatch, capsys):
+    root, cache = tree(tmp_path / "t"), tmp_path / "cache"
+    first = data.read_folder(root, 8, cache=cache)
+    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))
+    again = data.read_folder(root, 8, cache=cache)
+    assert_close(again.images, first.images)
+    assert again.names == first.names and capsys.readouterr().err == ""
+    monkeypatch.undo()
+    Image.new("RGB", (20, 20), "white").save(root / "river" / "river_3.png")
+    assert "changed" not in capsys.readouterr().err
+    third = data.read_folder(root, 8, cache=cache)
+    assert (third.images[third.names.index("river/river_3.png")] == 255).all() and "changed" in capsys.readouterr().err
+
+
+def test_a_broken_picture_is_counted_and_named_and_skipped_only_if_asked(tmp_path, capsys):
+    root = tree(tmp_path / "t")
+    (root / "river" / "river_2.png").write_bytes(b"no picture")
+    with pytest.raises(Problem, match=r"1 of 12 .*river_2\.png.*--skip-broken"):
+        data.read_folder(root, 8, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*"))
+    s = data.read_folder(root, 8, skip_broken=True, cache=tmp_path / "cache")
+    assert len(s) == 11 and "river/river_2.png" not in s.names and "river_2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: p / "none", "no folder"),
+    (lambda p: tree(p / "t", ("river",)), "only one class"),
+    (lambda p: tree(p / "t", ()) if (p / "t" / "empty").mkdir(parents=True) else p / "t", "no pictures"),
+    (lambda p: tree(p / "t" / "Images").parent, "did you mean .*Images"),
+])
+def test_a_tree_that_will_not_do_is_told_why(tmp_path, make, message):
+    with pytest.raises(Problem, match=message):
+        data.read_folder(make(tmp_path), 8, cache=tmp_path / "cache")
+
+
+# ---- splits
+
+def test_a_split_is_stratified_disjoint_complete_and_by_seed():
+    s = scenes(list(range(200)), [0] * 150 + [1] * 50)
+    parts = data.split(s, seed=3)
+    assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(200))
+    assert {k: [(s.labels[v] == c).sum().item() for c in (0, 1)] for k, v in parts.items()} == dict(
+        train=[90, 30], val=[30, 10], test=[30, 10])
+    assert parts["test"].tolist() == data.split(s, seed=3)["test"].tolist() != data.split(s, seed=4)["test"].tolist()
+
+
+def test_exact_doubles_never_straddle(tmp_path):
+    root = tree(tmp_path / "t", count=20)
+    for k in range(10):                                                  # across classes too, as in RESISC45
+        (root / "river" / f"copy_{k}.png").write_bytes((root / "forest" / f"forest_{k}.png").read_bytes())
+    s = data.read_folder(root, 20, cache=tmp_path / "cache")
+    assert len(s.groups.unique()) == len(s) - 10
+    for seed in range(5):
+        parts = data.split(s, seed=seed)
+        sets = [set(s.groups[index].tolist()) for index in parts.values()]
+        assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+
+
+def test_the_official_lists_are_used_and_training_gives_up_what_test_holds(tmp_path):
+    root = tree(tmp_path / "t", count=10)
+    (root / "forest" / "forest_0.png").write_bytes((root / "forest" / "forest_9.png").read_bytes())
+    for part, ks in (("train", range(6)), ("val", (6, 7)), ("test", (8, 9))):
+        lines = [f"{name}_{k}.png" for name in ("forest", "river") for k in ks]
+        (root / f"resisc45-{part}.txt").write_text("\n".join(lines))
+    s = data.read_folder(root, 20, cache=tmp_path / "cache")
+    names = {part: sorted(s.names[i] for i in index) for part, index in data.split(s, root).items()}
+    assert names["test"] == ["forest/forest_8.png", "forest/forest_9.png", "river/river_8.png", "river/river_9.png"]
+    assert len(names["val"]) == 4 and "forest/forest_0.png" not in names["train"] and len(names["train"]) == 11
+
+
+def test_smaller_subsets_are_part_of_larger_ones_and_too_large_ones_are_refused():
+    s = scenes(list(range(100)), [0, 1] * 50)
+    index = torch.arange(20, 100)
+    small, large = (set(data.subset(s, index, n, seed=1).tolist()) for n in (5, 20))
+    assert small < large and min(large) >= 20 and len(large) == 40
+    assert small != set(data.subset(s, index, 5, seed=2).tolist())
+    with pytest.raises(Problem, match="class a has 40 .* 41"):
+        data.subset(s, index, 41, seed=1)
+
+
+# ---- drawing
+
+def test_scene_k_follows_from_seed_class_and_k_alone(tmp_path):
+    three, five = data.draw_tree(tmp_path / "3", 3, size=32), data.draw_tree(tmp_path / "5", 5, size=32)
+    files = sorted(p.relative_to(three) for p in three.rglob("*.jpg"))
+    assert len(files) == 3 * len(data.SCENES) >= 24
+    assert all((three / f).read_bytes() == (five / f).read_bytes() for f in files)
+    assert len({(three / f).read_bytes() for f in files}) == len(files)
+
+
+# ---- files
+
+def test_nothing_half_written_is_left_behind(tmp_path):
+    (tmp_path / "x.txt").write_text("old")
+    with pytest.raises(RuntimeError), data.replacing(tmp_path / "x.txt") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "x.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 99, {"kind": "classifier"}, [1, 2]])
+def test_a_checkpoint_of_something_else_is_told(tmp_path, content):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(Problem, match="a generator is needed"):
+        data.load_checkpoint(path, "generator")
+    with pytest.raises(Problem, match="no checkpoint at"):
+        data.load_checkpoint(tmp_path / "none.pt", "generator")
+
+
+# ---- flags
+
+@dataclass
+class Flags:
+    """For the tests of launch."""
+    steps: int = flag(5, "a number")
+    lr: float = flag(1e-3, "a rate")
+    fast: bool = flag(False, "a switch")
+    counts: tuple = flag((1, 2), "several numbers")
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError("--steps below 0")
+
+
+def test_fields_become_flags_with_their_types():
+    cfg = data.launch(lambda cfg: cfg, Flags, ["--steps", "7", "--lr", "2e-4", "--fast", "--counts", "3,4,5"])
+    assert cfg == Flags(7, 2e-4, True, (3, 4, 5))
+    assert data.launch(lambda cfg: cfg, Flags, ["--no-fast"]) == Flags()
+
+
+def problem(_):
+    raise Problem("no such thing: do that")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--bogus"], "--bogus"), (["--ste", "5"], "--ste"), (["--steps", "1e3"], "1e3"), (["--steps", "-1"], "--steps below 0"),
+    (["--counts", "3,x"], "3,x"), ([], "no such thing: do that")])
+def test_a_mistake_is_one_line_and_exit_code_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        data.launch(problem, Flags, argv)
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and message in err and err.count("\n") == 1
+
+
+# ---- the script
+
+def test_data_py_draws_a_tree_and_says_what_is_in_it(tmp_path):
+    command = [sys.executable, "data.py", "--data", str(tmp_path / "t"), "--size", "16", "--out", str(tmp_path / "x.png")]
+    absent = subprocess.run(command, capture_output=True, text=True)
+    assert absent.returncode == 2 and absent.stderr.count("\n") == 1 and "75206b2e16446591afa88e2628744886" in absent.stdout
+    drawn = subprocess.run([*command, "--draw", "5"], capture_output=True, text=True, check=True)
+    assert re.search(r"40 pictures of 8 classes, 0 of them exact doubles; 24 train, 8 val, 8 test", drawn.stdout)
+    assert Image.open(tmp_path / "x.png").width == 10 * 18

@@ -1,0 +1,268 @@
+"""ddpm.py against the papers' formulas in float64, and against data whose perfect denoiser is known."""
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from ddpm import Diffusion, cosine_abar, guided, linear_abar, noise_of, posterior
+from unet import Condition
+
+
+class Exact(nn.Module):
+    """The perfect network for images of one pixel row drawn from equally likely Gaussians N(mu_k, s^2). mu: (K, D)."""
+
+    def __init__(self, diffusion, mu, s):
+        super().__init__()
+        self.diffusion, self.mu, self.s = diffusion, mu, s
+        self.eval()
+
+    def forward(self, x, t, cond=None):
+        abar = self.diffusion.abar[t].view(-1, 1)
+        var = abar * self.s**2 + 1 - abar
+        flat = x.flatten(1)
+        logits = -((flat[:, None] - abar.sqrt()[:, None] * self.mu) ** 2).sum(-1) / (2 * var)
+        mu = logits.softmax(1) @ self.mu
+        eps = ((1 - abar).sqrt() * (flat - abar.sqrt() * mu) / var).view_as(x)
+        abar = abar.view(-1, 1, 1, 1)
+        x0 = (x - (1 - abar).sqrt() * eps) / abar.sqrt()
+        return eps if self.diffusion.predict == "eps" else abar.sqrt() * eps - (1 - abar).sqrt() * x0
+
+
+class Wild(nn.Module):
+    """A network far from the truth: whatever depends on x, t and y."""
+
+    def forward(self, x, t, cond):
+        return 3 * torch.sin(5 * x) + t.view(-1, 1, 1, 1) / 50 + cond.y.view(-1, 1, 1, 1)
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def source(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(*shape, dtype=torch.float64, generator=g)
+
+
+# ---- schedules
+
+@pytest.mark.parametrize("schedule", [linear_abar, cosine_abar])
+@pytest.mark.parametrize("T", [50, 100, 1000])
+def test_abar_falls_from_nearly_1_to_nearly_0_for_every_T(schedule, T):
+    abar = schedule(T)
+    assert abar.shape == (T,) and abar.dtype == torch.float64
+    assert (abar.diff() < 0).all() and abar[0] > 0.99 and 0 < abar[-1].sqrt() < 0.02
+
+
+def test_linear_is_the_product_of_the_papers_betas():
+    product = 1.0
+    for t, abar in enumerate(linear_abar(1000).tolist()):
+        product *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
+        assert abar == pytest.approx(product, rel=1e-12)
+
+
+def test_cosine_is_nichol_and_dhariwal_eq_17_where_beta_is_below_its_limit():
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
+    assert_close(cosine_abar(1000)[:990], torch.tensor(f[1:991], dtype=torch.float64) / f[0])
+
+
+def test_linear_refuses_chains_too_short_for_it():
+    with pytest.raises(ValueError, match="T > 20"):
+        linear_abar(20)
+
+
+# ---- q
+
+def test_q_sample_is_what_t_plus_1_single_steps_do():
+    diffusion, x0, eps = Diffusion(100, "linear"), gaussian(1, 1, 2, 2), gaussian(1, 1, 2, 2, seed=1)
+    signal, var = 1.0, 0.0
+    for t in range(100):
+        beta = 0.001 + (0.2 - 0.001) * t / 99                            # Eq. 2: x_t ~ N(sqrt(1 - beta) x_{t-1}, beta)
+        signal, var = math.sqrt(1 - beta) * signal, (1 - beta) * var + beta
+        assert_close(diffusion.q_sample(x0, torch.tensor([t]), eps), signal * x0 + math.sqrt(var) * eps, rtol=0, atol=1e-6)
+
+
+def test_posterior_of_neighbours_is_ho_eq_6_and_7():
+    abar = cosine_abar(1000)
+    prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    alpha = abar / prev
+    a, b, sigma = posterior(abar, prev)
+    assert_close(a, alpha.sqrt() * (1 - prev) / (1 - abar), rtol=0, atol=1e-12)
+    assert_close(b, prev.sqrt() * (1 - alpha) / (1 - abar), rtol=0, atol=1e-12)
+    assert_close(sigma**2, (1 - prev) / (1 - abar) * (1 - alpha), rtol=0, atol=1e-12)
+
+
+# ---- the loss
+
+def test_loss_is_algorithm_1_for_either_prediction():
+    for predict in ("v", "eps"):
+        diffusion, x0, seen = Diffusion(50, predict=predict), gaussian(64, 3, 4, 4).float(), {}
+
+        def network(x, t, cond, seen=seen):
+            seen.update(x=x, t=t)
+            return x / 2
+
+        loss, t = diffusion.loss(network, x0, Condition(torch.zeros(64, dtype=torch.long)))
+        abar = cosine_abar(50)[t].view(-1, 1, 1, 1).float()
+        eps = (seen["x"] - abar.sqrt() * x0) / (1 - abar).sqrt()
+        target = eps if predict == "eps" else abar.sqrt() * eps - (1 - abar).sqrt() * x0
+        assert_close(loss, ((seen["x"] / 2 - target) ** 2).mean((1, 2, 3)), rtol=1e-3, atol=1e-3)
+        assert_close(t, seen["t"])
+        assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1
+
+
+def test_loss_trains_every_t_from_0_to_T_minus_1():
+    diffusion, y = Diffusion(20), Condition(torch.zeros(500, dtype=torch.long))
+    _, t = diffusion.loss(lambda x, t, cond: x, torch.zeros(500, 1, 1, 1), y)
+    assert sorted(set(t.tolist())) == list(range(20))
+
+
+def test_loss_hides_the_class_of_a_tenth_of_the_images_one_by_one():
+    seen = []
+    for _ in range(20):
+        Diffusion(20).loss(lambda x, t, c: seen.append(c.y) or x, torch.zeros(500, 1, 1, 1), Condition(torch.full((500,), 3)))
+    hidden = torch.stack(seen) == -1
+    assert abs(hidden.float().mean() - 0.1) < 0.01
+    assert (torch.stack(seen)[~hidden] == 3).all() and hidden.any(1).all()
+
+
+def test_the_perfect_network_has_a_lower_loss_than_silence():
+    diffusion = Diffusion(predict="eps")
+    x0 = 0.3 + 0.2 * gaussian(4000, 1, 1, 1)
+    y = Condition(torch.zeros(4000, dtype=torch.long))
+    exact = Exact(diffusion, torch.tensor([[0.3]], dtype=torch.float64), 0.2)
+    assert diffusion.loss(exact, x0, y)[0].mean() < 0.2
+    assert diffusion.loss(lambda x, t, c: torch.zeros_like(x), x0, y)[0].mean() > 0.9
+
+
+# ---- sampling
+
+def test_eta_1_and_all_steps_is_algorithm_2_with_clipped_x0():
+    diffusion, y = Diffusion(50, predict="eps"), Condition(torch.tensor([1, 2, 0]))
+    ours = diffusion.sample(Wild().eval(), y, source(3, 1, 2, 2), steps=50, eta=1, order=1)
+    noise, abar = source(3, 1, 2, 2), cosine_abar(50).tolist()
+    x = noise()
+    for t in reversed(range(50)):
+        prev = abar[t - 1] if t else 1.0
+        eps = Wild()(x, torch.full((3,), t), y)
+        x0 = ((x - math.sqrt(1 - abar[t]) * eps) / math.sqrt(abar[t])).clamp(-1, 1)
+        beta = 1 - abar[t] / prev
+        mean = math.sqrt(prev) * beta / (1 - abar[t]) * x0 + math.sqrt(1 - beta) * (1 - prev) / (1 - abar[t]) * x    # Eq. 7
+        x = mean + math.sqrt((1 - prev) / (1 - abar[t]) * beta) * noise()
+    assert_close(ours, x, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4])
+def test_order_1_is_ddim_eq_12(eta):
+    diffusion, y = Diffusion(100, predict="eps"), Condition(torch.tensor([1, 0]))
+    ours = diffusion.sample(Wild().eval(), y, source(2, 1, 2, 2), steps=7, eta=eta, order=1, clip=False)
+    noise, (ts, _), abar = source(2, 1, 2, 2), diffusion.plan(7, eta, 1), cosine_abar(100).tolist()
+    x = noise()
+    for t, t_prev in zip(ts.tolist(), [*ts.tolist()[1:], None], strict=True):
+        a, prev = abar[t], 1.0 if t_prev is None else abar[t_prev]
+        eps = Wild()(x, torch.full((2,), t), y)
+        sigma = eta * math.sqrt((1 - prev) / (1 - a)) * math.sqrt(1 - a / prev)                                     # Eq. 16
+        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        x = math.sqrt(prev) * x0 + math.sqrt(1 - prev - sigma**2) * eps
+        x = x + sigma * noise() if eta else x
+    assert_close(ours, x, rtol=1e-9, atol=1e-9)
+
+
+def test_order_2_is_dpm_solver_plus_plus_2m_as_its_paper_writes_it():
+    diffusion, y = Diffusion(1000, predict="eps"), Condition(torch.tensor([1, 0]))
+    ours = diffusion.sample(Wild().eval(), y, source(2, 1, 2, 2), steps=8)
+    (ts, _), abar = diffusion.plan(8), cosine_abar(1000)
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    lam = (alpha / sigma).log()
+    x, last, h_last = source(2, 1, 2, 2)(), None, None
+    for s, t in zip(ts[:-1], ts[1:], strict=True):                       # from s down to t, Lu et al. Algorithm 2
+        x0 = ((x - sigma[s] * Wild()(x, s.expand(2), y)) / alpha[s]).clamp(-1, 1)
+        h = lam[t] - lam[s]
+        D = x0 if last is None else (1 + h / (2 * h_last)) * x0 - h / (2 * h_last) * last
+        x, last, h_last = sigma[t] / sigma[s] * x - alpha[t] * torch.expm1(-h) * D, x0, h
+    x0 = ((x - sigma[0] * Wild()(x, ts[-1].expand(2), y)) / alpha[0]).clamp(-1, 1)
+    assert_close(ours, x0, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("predict", ["v", "eps"])
+def test_ancestral_sampling_returns_the_gaussian_that_the_data_are(predict):
+    diffusion = Diffusion(predict=predict)
+    exact = Exact(diffusion, torch.tensor([[0.3]], dtype=torch.float64), 0.2)
+    x = diffusion.sample(exact, None, source(20_000, 1, 1, 1), steps=1000, eta=1, order=1)
+    assert abs(x.mean() - 0.3) < 0.01 and abs(x.std() - 0.2) < 0.01
+
+
+def test_few_steps_with_fresh_noise_lose_variance_and_the_default_does_not():
+    diffusion = Diffusion()
+    exact = Exact(diffusion, torch.tensor([[0.3]], dtype=torch.float64), 0.2)
+    few = dict(model=exact, cond=None, noise=source(20_000, 1, 1, 1), steps=20)
+    assert diffusion.sample(**few, eta=1, order=1).std() < 0.185
+    assert abs(diffusion.sample(**few).std() - 0.2) < 0.004
+
+
+def test_20_calls_of_order_2_are_as_good_as_100_of_ddim_on_a_mixture():
+    diffusion, mu = Diffusion(), torch.tensor([(-0.5, 0.3), (0.5, 0.4), (0.1, -0.5)], dtype=torch.float64)
+    exact, noise = Exact(diffusion, mu, 0.1), gaussian(5000, 1, 1, 2)
+    truth = diffusion.sample(exact, None, lambda: noise, steps=1000)
+
+    def off(steps, order):
+        return (diffusion.sample(exact, None, lambda: noise, steps, order=order) - truth).square().mean().sqrt()
+
+    assert off(20, 2) < off(100, 1) < off(20, 1)
+
+
+def test_a_data_set_of_one_image_comes_back_exactly_so_the_last_step_adds_no_noise():
+    mu = gaussian(1, 12).clamp(-1, 1)
+    diffusion = Diffusion(100)
+    x = diffusion.sample(Exact(diffusion, mu, 0.0), None, source(5, 3, 2, 2), steps=100, eta=1, order=1)
+    assert_close(x, mu.view(1, 3, 2, 2).expand(5, -1, -1, -1), rtol=0, atol=1e-6)
+
+
+def test_clipping_keeps_any_network_within_the_range_of_images():
+    y, kw = Condition(torch.tensor([1, 1])), dict(steps=10)
+    clipped = Diffusion(100).sample(Wild().eval(), y, source(2, 1, 4, 4), **kw)
+    free = Diffusion(100).sample(Wild().eval(), y, source(2, 1, 4, 4), clip=False, **kw)
+    assert clipped.abs().max() <= 1 < free.abs().max()
+
+
+def test_sampling_in_train_mode_is_refused():
+    with pytest.raises(AssertionError, match="eval"):
+        Diffusion(20).sample(Wild().train(), Condition(torch.tensor([0])), source(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("T", [21, 100, 1000])
+def test_the_plan_goes_from_pure_noise_to_the_image_and_visits_all_t_in_T_steps(T):
+    diffusion = Diffusion(T)
+    for steps in (2, 5, 20, T - 1, T):
+        ts, table = diffusion.plan(steps, order=1)
+        assert ts[0] == T - 1 and ts[-1] == 0 and (ts.diff() < 0).all() and table.shape == (steps, 6)
+        a, b, sigma, c = table[-1, 2:].tolist()
+        assert a == sigma == c == 0 and b == 1
+    assert ts.tolist() == list(reversed(range(T))) and diffusion.plan(1)[0].tolist() == [T - 1]
+
+
+@pytest.mark.parametrize("steps", [0, 101])
+def test_impossible_numbers_of_steps_are_refused(steps):
+    with pytest.raises(ValueError, match="sampling steps"):
+        Diffusion(100).plan(steps)
+
+
+# ---- guidance and noise
+
+def test_guidance_is_a_straight_line_in_w_through_null_and_plain():
+    x, t, y = gaussian(3, 1, 2, 2), torch.tensor([1, 5, 9]), Condition(torch.tensor([1, 2, 3]))
+    null, plain = Wild()(x, t, y.hide(torch.ones(3, dtype=torch.bool))), Wild()(x, t, y)
+    assert (null != plain).all()
+    assert_close(guided(Wild(), x, t, y, 1), plain)
+    for w in (0.0, 0.5, 3.0):
+        assert_close(guided(Wild(), x, t, y, w), null + w * (plain - null))
+
+
+def test_an_image_does_not_depend_on_which_others_share_its_batch():
+    whole, part = noise_of([5, 6, 7], (3, 4, 4)), noise_of([6], (3, 4, 4))
+    for _ in range(2):
+        a, b = whole(), part()
+        assert_close(a[1:2], b)
+        assert (a[0] != a[1]).any() and (a[1] != a[2]).any()

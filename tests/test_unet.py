@@ -1,0 +1,93 @@
+"""unet.py: what goes in decides what comes out, nothing is built in vain, any channels and sides."""
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from unet import Condition, UNet, timestep_embedding
+
+
+def awake(**kw):
+    """A small U-Net whose zero-initialised layers have been moved, as after some training."""
+    torch.manual_seed(0)
+    model = UNet(**{"classes": 3, "width": 16, "mults": (1, 2), "blocks": 1, **kw})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model.eval()
+
+
+def inputs(B=2, C=3, H=16, W=16):
+    return torch.randn(B, C, H, W), torch.arange(B) * 100, Condition(torch.arange(B) % 3)
+
+
+@pytest.mark.parametrize("channels, H, W, patch", [(3, 16, 16, 1), (1, 8, 24, 1), (4, 16, 32, 2), (7, 32, 16, 4)])
+def test_any_channels_and_sides_that_fit_come_back_in_their_shape(channels, H, W, patch):
+    x, t, cond = inputs(2, channels, H, W)
+    assert awake(channels=channels, patch=patch)(x, t, cond).shape == x.shape
+
+
+def test_it_starts_by_predicting_nothing():
+    torch.manual_seed(0)
+    out = UNet(3, width=16, mults=(1, 2), blocks=1)(*inputs())
+    assert_close(out, torch.zeros_like(out))
+
+
+def test_time_class_and_image_each_change_the_answer():
+    model, (x, t, cond) = awake(), inputs()
+    base = model(x, t, cond)
+    for other in (model(x, t + 1, cond), model(x, t, Condition((cond.y + 1) % 3)), model(x + 0.1, t, cond)):
+        assert ((other - base).abs().amax((1, 2, 3)) > 1e-4).all()
+
+
+def test_a_hidden_class_leaves_no_trace():
+    model, (x, t, _) = awake(), inputs()
+    a, b = (Condition(torch.tensor(y)).hide(torch.tensor([True, False])) for y in ([0, 1], [2, 1]))
+    assert_close(model(x, t, a), model(x, t, b))
+    assert (model(x, t, a) != model(x, t, Condition(torch.tensor([0, 1]))))[0].any()
+
+
+def test_condition_and_null_is_itself_and_then_nothing():
+    assert Condition(torch.tensor([2, 0])).and_null().y.tolist() == [2, 0, -1, -1]
+
+
+def test_every_parameter_gets_a_gradient():
+    model, (x, t, _) = awake(blocks=2, mults=(1, 2, 2)), inputs(4)
+    model(x, t, Condition(torch.tensor([0, 1, 2, -1]))).square().mean().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+
+
+def test_images_of_a_batch_do_not_see_each_other():
+    model, (x, t, cond) = awake(), inputs(3)
+    alone = model(x[1:2], t[1:2], Condition(cond.y[1:2]))
+    assert_close(model(x, t, cond)[1:2], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_deep_copy_is_independent():
+    model, (x, t, cond) = awake(), inputs()
+    twin, before = copy.deepcopy(model), model(x, t, cond)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert_close(twin(x, t, cond), before)
+
+
+def test_attention_lets_far_corners_meet():
+    model, (x, t, cond) = awake(mults=(1,)), inputs(1, H=32, W=32)
+    x.requires_grad_()
+    model(x, t, cond)[0, :, 0, 0].sum().backward()
+    assert x.grad[0, :, 31, 31].abs().sum() > 0
+
+
+def test_timestep_embedding_is_sines_and_cosines_of_geometric_frequencies():
+    e = timestep_embedding(torch.tensor([0, 7]), 8)
+    w = 10_000 ** (-torch.arange(4) / 4)
+    assert_close(e, torch.stack([torch.cat([(t * w).sin(), (t * w).cos()]) for t in (0, 7)]))
+
+
+def test_bad_sizes_are_told():
+    with pytest.raises(ValueError, match="divisible by 8"):
+        UNet(3, width=20)
+    with pytest.raises(AssertionError, match="divisible by 4"):
+        awake(mults=(1, 2, 2))(*inputs(H=18))
