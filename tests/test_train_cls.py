@@ -1,0 +1,138 @@
+"""train_cls.py: fair mixtures, honest scores."""
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import data
+import train_cls
+from data import Problem, Scenes
+from train_cls import Config, confusion, fit, load_classifier, predict, scores
+
+TINY = Config(size=8, patch=4, dim=16, depth=1, heads=2, steps=6, batch=16, warmup=2, augment="none")
+
+
+def numbered(n, start=0):
+    """Images that are one grey level each, so that a batch tells where it came from; two classes."""
+    level = torch.arange(start, start + n, dtype=torch.uint8)
+    return Scenes(level.view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous(), torch.arange(n) % 2, ["a", "b"],
+                  [f"{k}.png" for k in range(start, start + n)], torch.arange(n))
+
+
+def batches(monkeypatch, *args):
+    """The grey levels of every batch that fit(*args) trains on, (steps, batch), and what fit returns."""
+    seen = []
+
+    def spy(_):
+        return lambda x, y, g: (seen.append(data.to_uint8(x[:, 0, 0, 0])) or x, y)
+
+    with monkeypatch.context() as m:
+        m.setattr(train_cls, "compose", spy)
+        model, counts = fit(*args)
+    return torch.stack(seen), counts
+
+
+def test_a_synthetic_image_takes_the_place_of_a_real_one_and_nothing_else_changes(monkeypatch):
+    real, synthetic, cfg = numbered(100), numbered(50, start=200), replace(TINY, steps=40, batch=64)
+    alone, seen_alone = batches(monkeypatch, real, None, cfg)
+    mixed, seen_mixed = batches(monkeypatch, real, synthetic, replace(cfg, share=0.3))
+    pure, seen_pure = batches(monkeypatch, None, synthetic, replace(cfg, share=1.0))
+    taken = mixed >= 200
+    assert abs(taken.float().mean() - 0.3) < 0.03
+    assert_close(mixed[~taken], alone[~taken])
+    assert_close(mixed[taken], pure[taken])
+    assert alone.max() < 100 and pure.min() >= 200
+    assert set(alone.flatten().tolist()) == set(range(100)) and set(pure.flatten().tolist()) == set(range(200, 250))
+    for seen, n in ((seen_alone, 0), (seen_mixed, taken.sum()), (seen_pure, 40 * 64)):
+        assert seen == dict(steps=40, images=40 * 64, synthetic=n)
+
+
+def test_seed_and_nothing_else_decides_the_weights(monkeypatch):
+    real = numbered(20)
+    weights = [fit(real, None, replace(TINY, seed=seed))[0].head.weight.detach() for seed in (0, 0, 1)]
+    assert_close(weights[0], weights[1], rtol=0, atol=0)
+    assert (weights[0] != weights[2]).any()
+
+
+def test_it_learns_and_predict_does_not_depend_on_the_batch():
+    y = torch.arange(64) % 2
+    images = torch.where(y.bool()[:, None, None, None], 200, 50).to(torch.uint8).expand(-1, 3, 8, 8).contiguous()
+    s = Scenes(images, y, ["dark", "light"], [str(k) for k in range(64)], torch.arange(64))
+    model, _ = fit(s, None, replace(TINY, steps=30, lr=3e-3))
+    assert_close(predict(model, images), y)
+    assert_close(predict(model, images, batch=7), predict(model, images))
+
+
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch):
+    real, synthetic, cfg = numbered(20), numbered(20, 100), replace(TINY, share=0.5, augment="hflip,cutmix")
+    whole, seen = fit(real, synthetic, cfg, tmp_path / "a.pt", every=3)
+    save = data.save_checkpoint
+
+    def save_and_die(*args, **kw):
+        save(*args, **kw)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(train_cls.data, "save_checkpoint", save_and_die)
+        fit(real, synthetic, cfg, tmp_path / "b.pt", every=3)
+    again, seen_again = fit(real, synthetic, cfg, tmp_path / "b.pt", every=3)
+    assert seen == seen_again
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+    loaded, classes = load_classifier(tmp_path / "b.pt")
+    assert classes == ["a", "b"] and not loaded.training
+    assert_close(loaded.head.weight, whole.head.weight)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    with pytest.raises(Problem, match="--lr"):
+        fit(numbered(20), None, replace(TINY, lr=1e30))
+
+
+def test_confusion_counts_truth_by_row_and_answer_by_column():
+    assert confusion(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 1]), 3).tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
+
+
+def test_scores_are_the_textbooks():
+    truth, answer = torch.randint(4, (500,)), torch.randint(4, (500,))
+    s, f1 = scores(confusion(truth, answer, 4)), []
+    for c in range(4):
+        tp = ((truth == c) & (answer == c)).sum().item()
+        precision, recall = tp / (answer == c).sum().item(), tp / (truth == c).sum().item()
+        assert s["recall"][c] == pytest.approx(recall)
+        f1.append(2 * precision * recall / (precision + recall))
+    assert s["accuracy"] == pytest.approx((truth == answer).float().mean().item())
+    assert s["macro_f1"] == pytest.approx(sum(f1) / 4)
+
+
+def test_an_oracle_scores_1_and_a_constant_the_share_of_its_class():
+    truth = torch.tensor([0, 0, 0, 1])
+    assert scores(confusion(truth, truth, 2)) == dict(accuracy=1.0, macro_f1=1.0, recall=[1.0, 1.0])
+    assert scores(confusion(truth, torch.zeros_like(truth), 2))["accuracy"] == 0.75
+    assert scores(confusion(truth, torch.zeros_like(truth), 3))["macro_f1"] == pytest.approx(6 / 7 / 3)     # an absent class
+
+
+@pytest.mark.parametrize("kw, message", [(dict(augment="blur"), "blur"), (dict(patch=5), "--patch 5"), (dict(share=1.5), "--share")])
+def test_bad_settings_are_told(kw, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**{"size": 16, "patch": 4, **kw})
+
+
+def run(*argv):
+    return subprocess.run([sys.executable, "train_cls.py", *map(str, argv)], capture_output=True, text=True)
+
+
+def test_the_command_trains_on_a_mixture_and_reads_test_only_if_asked(tmp_path):
+    root, synthetic = data.draw_tree(tmp_path / "t", 5, size=16), data.draw_tree(tmp_path / "s", 2, seed=1, size=16)
+    (synthetic / "runway" / "runway_001.jpg").unlink()
+    (synthetic / "runway" / "runway_002.jpg").unlink()                   # synthetic trees need not hold every class
+    flags = f"--data {root} --size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
+    plain = run(*flags, "--out", tmp_path / "a")
+    assert plain.returncode == 0 and "val: accuracy" in plain.stdout and "test:" not in plain.stdout
+    mixed = run(*flags, "--out", tmp_path / "b", "--synthetic", synthetic, "--share", 0.5, "--test")
+    assert mixed.returncode == 0 and "14 synthetic" in mixed.stdout and "test: accuracy" in mixed.stdout
+    alone = run(*flags, "--out", tmp_path / "c", "--synthetic", synthetic)
+    assert alone.returncode == 2 and "--share" in alone.stderr and alone.stderr.count("\n") == 1

@@ -1,0 +1,127 @@
+"""train_gen.py: a generator learns, a killed run ends as one that was not, images follow from their number."""
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import data
+import train_gen
+from data import Problem, Scenes
+from train_gen import Config, generate, load_generator, train, update_ema
+
+TINY = Config(size=8, width=16, mults=(1, 2), blocks=1, timesteps=100, steps=6, batch=8, lr=1e-3, warmup=2, augment="none")
+
+
+def halves(n=64, noise=0.1):
+    """8 x 8 grey images: of class 0 the left half is bright, of class 1 the right one."""
+    y = torch.arange(n) % 2
+    sign = torch.where(torch.arange(8) < 4, 1.0, -1.0)
+    x = (1 - 2.0 * y).view(-1, 1, 1, 1) * sign * 0.8 + noise * torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Scenes(data.to_uint8(x), y, ["left", "right"], [f"{k}.png" for k in range(n)], torch.arange(n))
+
+
+def test_a_diffusion_model_learns_which_half_is_bright():
+    generator = train(halves(), replace(TINY, steps=200, batch=32, lr=2e-3, warmup=20, ema=0.95))
+    y = torch.tensor([0, 1]).repeat(20)
+    x = data.to_float(generate(generator, y, seed=1, calls=20, w=1.5))
+    pattern = torch.where(torch.arange(8) < 4, 1.0, -1.0) * (1 - 2.0 * y).view(-1, 1, 1, 1)
+    likeness = (x * pattern / 0.8).mean((1, 2, 3))
+    assert likeness[y == 0].mean() > 0.7 and likeness[y == 1].mean() > 0.7
+
+
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch):
+    cfg = replace(TINY, augment="hflip,rot90")
+    whole = train(halves(), cfg, tmp_path / "a" / "g.pt", every=3)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(train_gen.data, "save_csv", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(halves(), cfg, tmp_path / "b" / "g.pt", every=3)
+    assert data.load_checkpoint(tmp_path / "b" / "g.pt", "generator")["step"] == 3
+    torch.manual_seed(99)
+    again = train(halves(), cfg, tmp_path / "b" / "g.pt", every=3)
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+    assert (tmp_path / "a" / "g.csv").read_text() == (tmp_path / "b" / "g.csv").read_text()
+
+
+def test_a_checkpoint_of_other_settings_or_images_is_refused(tmp_path):
+    train(halves(), TINY, tmp_path / "g.pt")
+    for real, cfg in ((halves(), replace(TINY, lr=2e-3)), (halves(32), TINY)):
+        with pytest.raises(Problem, match="another"):
+            train(real, cfg, tmp_path / "g.pt")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
+    with pytest.raises(Problem, match="--lr"):
+        train(halves(), replace(TINY, lr=1e30, steps=20), tmp_path / "g.pt")
+    assert not (tmp_path / "g.pt").exists()
+
+
+def test_the_log_says_how_the_loss_of_each_quarter_of_t_went(tmp_path):
+    train(halves(), replace(TINY, steps=40, batch=32), tmp_path / "g.pt", every=20)
+    rows = [list(map(float, line.split(","))) for line in (tmp_path / "g.csv").read_text().split("\n")[1:-1]]
+    assert [row[0] for row in rows] == [20, 40]
+    assert all(min(row[2:]) < row[1] < max(row[2:]) for row in rows) and rows[1][1] < rows[0][1] < 1.1
+
+
+def test_ema_is_the_weighted_mean_of_all_weights_so_far():
+    model, ema = nn.Linear(2, 1), nn.Linear(2, 1)
+    model.register_buffer("count", torch.zeros(1))
+    ema.register_buffer("count", torch.zeros(1))
+    expected = ema.weight.detach().clone()
+    for k in range(5):
+        with torch.no_grad():
+            model.weight.fill_(k)
+            model.count.fill_(k)
+        update_ema(ema, model, 0.9)
+        expected = 0.9 * expected + 0.1 * k
+    assert_close(ema.weight.detach(), expected)
+    assert ema.count == 4
+
+
+def test_image_k_follows_from_seed_and_k_whatever_the_batch():
+    generator = train(halves(), TINY)
+    y = torch.tensor([0, 1, 0, 1, 0])
+    whole = generate(generator, y, seed=3, calls=3)
+    assert (whole.int() - generate(generator, y, seed=3, calls=3, batch=2).int()).abs().max() <= 1
+    assert (whole[0] != whole[2]).any() and (whole != generate(generator, y, seed=4, calls=3)).any()
+
+
+def test_a_loaded_generator_makes_the_same_images(tmp_path):
+    made = train(halves(), TINY, tmp_path / "g.pt")
+    loaded = load_generator(tmp_path / "g.pt")
+    y = torch.tensor([0, 1])
+    assert loaded.classes == ["left", "right"] and loaded.config == TINY and not loaded.model.training
+    assert_close(generate(loaded, y, seed=0, calls=3), generate(made, y, seed=0, calls=3))
+
+
+@pytest.mark.parametrize("kw, message", [(dict(augment="blur"), "blur"), (dict(schedule="x"), "cosine"),
+                                         (dict(predict="x0"), "eps"), (dict(size=18), "divisible by 4")])
+def test_bad_settings_are_told(kw, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**{"size": 16, "mults": (1, 2, 2), **kw})
+
+
+def run(*argv):
+    return subprocess.run([sys.executable, "train_gen.py", *map(str, argv)], capture_output=True, text=True)
+
+
+def test_the_commands_train_and_make_pictures_that_can_be_read_back(tmp_path):
+    root = data.draw_tree(tmp_path / "t", 5, size=16)
+    flags = "--size 16 --width 16 --mults 1,2 --blocks 1 --steps 4 --batch 4 --warmup 2 --every 2".split()
+    trained = run("--data", root, "--out", tmp_path / "gen", *flags, "--per-class", 2)
+    assert trained.returncode == 0, trained.stderr
+    assert {p.name for p in (tmp_path / "gen").iterdir()} == {"generator.pt", "generator.csv", "samples-000002.png",
+                                                             "samples-000004.png"}
+    made = run("--sample", tmp_path / "gen" / "generator.pt", "--classes", "river,forest", "--count", 3, "--calls", 2,
+               "--out", tmp_path / "made")
+    assert made.returncode == 0, made.stderr
+    back = data.read_folder(tmp_path / "made", 16, cache=tmp_path / "cache")
+    assert back.classes == ["forest", "river"] and back.images.shape == (6, 3, 16, 16) and len(back.groups.unique()) == 6
+    assert Path(tmp_path / "made" / "grid.png").exists()
+    wrong = run("--sample", tmp_path / "gen" / "generator.pt", "--classes", "moon")
+    assert wrong.returncode == 2 and "moon" in wrong.stderr and "river" in wrong.stderr and wrong.stderr.count("\n") == 1
