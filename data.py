@@ -419,15 +419,15 @@ def path(rng, bend=0.0, level=0.0, angle=0.0, start=-3.0):
 
 def clutter(c, rng, rich):
     """What may lie anywhere: fields, tracks, groups of trees, buildings."""
-    for _ in range(rng.poisson(1.2 * rich)):
+    for _ in range(rng.poisson(0.7 * rich)):
         c.paint(rng.uniform(-1.2, 1.2, 2) + rng.uniform(0.25, 0.9, 2) * SQUARE, LAND)
-    for _ in range(rng.poisson(0.6 * rich)):
+    for _ in range(rng.poisson(0.3 * rich)):
         track = path(rng, 0, rng.uniform(-1, 1), rng.uniform(0, 6))
         c.paint(band(track, rng.uniform(0.01, 0.05)), PAVING + SAND)
-    for _ in range(rng.poisson(3 * rich)):
+    for _ in range(rng.poisson(1.5 * rich)):
         for spot in rng.normal(rng.uniform(-1.2, 1.2, 2), rng.uniform(0.03, 0.3), (rng.integers(1, 14), 2)):
             c.tree(spot, rng.uniform(0.02, 0.07))
-    for _ in range(rng.poisson(2 * rich)):
+    for _ in range(rng.poisson(0.8 * rich)):
         c.solid(rng.uniform(-1.2, 1.2, 2), rng.uniform(0.04, 0.16, 2) * SQUARE, ROOFS)
 
 
@@ -456,7 +456,7 @@ def circular_farmland(c, rng):
 
 
 def dense_residential(c, rng):
-    plot, block, green = rng.uniform(0.17, 0.3), rng.uniform(0.24, 0.36), rng.uniform(0, 0.8)
+    plot, block, green = rng.uniform(0.3, 0.45), rng.uniform(0.38, 0.5), rng.uniform(0, 0.5)
     paving = [PAVING[rng.integers(3)]]
     for v in np.arange(-2, 3) * 2 * block:
         for u, side in [(u, side) for u in np.arange(-1.5, 1.5, plot) for side in (-0.5, 0.5)]:
@@ -470,7 +470,7 @@ def dense_residential(c, rng):
 
 
 def forest(c, rng):
-    size, gap = rng.uniform(0.07, 0.13), rng.choice([0, 0, 0.05, 0.1])
+    size, gap = rng.uniform(0.12, 0.2), rng.choice([0, 0, 0.05, 0.1])
     edge, track = path(rng, 0.3, rng.choice([0.5, 0.9, 3, 3])), path(rng, 0.3)
     c.paint([*edge, (3, -4), (-3, -4)], [(30, 44, 24, 190)])
     c.paint(band(track, gap), SAND + LAND)
@@ -481,7 +481,7 @@ def forest(c, rng):
 
 def intersection(c, rng):
     paving, crossing = [PAVING[rng.integers(3)]], (rng.uniform(0.7, 2.4), rng.choice([-3, -3, 0]))  # 0: a T
-    roads = [(angle, start, rng.uniform(0.1, 0.24)) for angle, start in ((0, -3), crossing)]
+    roads = [(angle, start, rng.uniform(0.16, 0.28)) for angle, start in ((0, -3), crossing)]
     for kerb, colours in ((0.04, PAVING[1:]), (0, paving)):
         for angle, start, half in roads:
             c.paint(band(path(rng, 0, 0, angle, start), half + kerb), colours, 3)
@@ -507,7 +507,7 @@ def river(c, rng):
 
 
 def runway(c, rng):
-    half, end, paving = rng.uniform(0.12, 0.26), rng.choice([-3, -1, -0.6]), [PAVING[rng.integers(3)]]
+    half, end, paving = rng.uniform(0.16, 0.3), rng.choice([-3, -1, -0.6]), [PAVING[rng.integers(3)]]
     c.paint(band(path(rng), half + rng.uniform(0.15, 0.4)), LAND)
     if rng.random() < 0.5:  # a taxiway and the link to it
         c.paint(band(path(rng, 0, half + 0.4), 0.08), paving, 3)
@@ -547,7 +547,7 @@ def draw_scene(name, rng, size=128):
     SCENES[name](canvas, rng)
     pixels = np.asarray(canvas.image.reduce(2), np.float32)
     ground = noise(rng, size)
-    pixels *= 1 + rng.uniform(0.06, 0.14) * ground
+    pixels *= 1 + rng.uniform(0.03, 0.09) * ground
     pixels += rng.uniform(0, 10) * ground[::-1] * (0.8, 0.2, -0.8)                   # dry and lush places
     grey = pixels.mean(2, keepdims=True)
     pixels = grey + rng.uniform(0.6, 1.1) * (pixels - grey)                          # season

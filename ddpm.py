@@ -79,10 +79,10 @@ class Diffusion(nn.Module):
     lecture) "eps".
     """
 
-    def __init__(self, T=1000, schedule="cosine", predict="v"):
+    def __init__(self, T=1000, schedule="cosine", predict="v", gamma=5.0):
         super().__init__()
         assert predict in ("v", "eps"), predict
-        self.T, self.predict = T, predict
+        self.T, self.predict, self.gamma = T, predict, gamma
         self.abar = SCHEDULES[schedule](T)                        # float64, stays on the CPU; the models use:
         self.register_buffer("signal", self.abar.sqrt().float(), persistent=False)         # (T,)
         self.register_buffer("noise", (1 - self.abar).sqrt().float(), persistent=False)    # (T,)
@@ -102,7 +102,17 @@ class Diffusion(nn.Module):
         eps = torch.randn(x0.shape, **kw)
         cond = cond.hide(torch.rand(len(x0), **kw) < drop)
         out = model(self.q_sample(x0, t, eps), t, cond)
-        return F.mse_loss(out, self._target(x0, t, eps), reduction="none").mean((1, 2, 3)), t
+        return F.mse_loss(out, self._target(x0, t, eps), reduction="none").mean((1, 2, 3)) * self.weight(t), t
+
+    def weight(self, t):
+        """Min-SNR: what the loss of an image at t counts, (B,). gamma = inf weighs all t alike (L_simple).
+
+        An error of eps (v) is one of x0 times SNR (SNR + 1), SNR = abar / (1 - abar). Weighed alike, the small t, where
+        only the grain of the image is left to learn, get most of the gradient; this caps their share: in units
+        of x0 the weight is min(SNR, gamma) (Hang et al. 2023, 2303.09556).
+        """
+        snr = (self.signal[t] / self.noise[t]) ** 2
+        return snr.clamp(max=self.gamma) / (snr if self.predict == "eps" else snr + 1)
 
     @torch.no_grad()
     def sample(self, model, cond, noise, steps=20, eta=0.0, order=2, w=1.0, clip=True):
