@@ -121,6 +121,8 @@ def main(cfg):
     scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache=out / "cache")
     parts = data.split(scenes, root)
     test = scenes[parts["test"]]
+    for count in s.counts:
+        data.subset(scenes, parts["train"], count, seed=0)   # too few images are told before anything is run
     plan(s, arms, scenes, parts)
 
     stored, rows, shown = read_results(out), [], None    # all runs so far; those of this comparison; for the page
@@ -241,7 +243,7 @@ def plan(s, arms, scenes, parts):
 
 def t_quantile(p, dof):
     """The p-quantile of Student's t, p > .5, by adding up its density: scipy is not among our packages."""
-    x = np.linspace(0, 400, 400_001)
+    x = np.linspace(0, 400, 40_001)
     log = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2) - math.log(dof * math.pi) / 2
     density = np.exp(log - (dof + 1) / 2 * np.log1p(x**2 / dof))
     return float(np.interp(p - 0.5, np.cumsum((density[1:] + density[:-1]) / 2) * x[1], x[1:]))
