@@ -25,7 +25,7 @@ def linear_abar(T):
     sqrt(abar_T) would be .60.
     """
     if T <= 20:
-        raise ValueError(f"the linear schedule needs T > 20 (got {T}): below, beta reaches 1 and abar 0; use cosine")
+        raise ValueError(f"the linear schedule needs T > 20, not {T}: below, beta reaches 1; use cosine")
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
     return (1 - beta).cumprod(0)                                    # Eq. 4: abar_t = prod_{s<=t} (1 - beta_s)
 
@@ -107,17 +107,16 @@ class Diffusion(nn.Module):
     def weight(self, t):
         """Min-SNR: what the loss of an image at t counts, (B,). gamma = inf weighs all t alike (L_simple).
 
-        An error of eps (v) is one of x0 times SNR (SNR + 1), SNR = abar / (1 - abar). Weighed alike, the small t, where
-        only the grain of the image is left to learn, get most of the gradient; this caps their share: in units
-        of x0 the weight is min(SNR, gamma) (Hang et al. 2023, 2303.09556).
+        An error of eps (v) is one of x0 times SNR (SNR + 1), SNR = abar / (1 - abar). Weighed alike, the
+        small t, where only the grain of the image is left to learn, get most of the gradient; this caps
+        their share: in units of x0 the weight is min(SNR, gamma) (Hang et al. 2023, 2303.09556).
         """
         snr = (self.signal[t] / self.noise[t]) ** 2
         return snr.clamp(max=self.gamma) / (snr if self.predict == "eps" else snr + 1)
 
     @torch.no_grad()
     def sample(self, model, cond, noise, steps=20, eta=0.0, order=2, w=1.0, clip=True):
-        """Images (B, C, H, W) in [-1, 1], from `noise()`, which returns N(0, I) of that shape at every
-        call.
+        """Images (B, C, H, W) in [-1, 1]; `noise()` returns N(0, I) of that shape at every call.
 
         order=2 is DPM-Solver++(2M), for 10 to 25 steps; order=1, eta=0 is DDIM; order=1, eta=1, steps=T is
         DDPM (Algorithm 2). Few steps with eta > 0 lose variance (of a Gaussian with std .2, 50 steps return
@@ -131,8 +130,8 @@ class Diffusion(nn.Module):
             signal, noise_t, a, b, sigma, c = row
             out = guided(model, x, t.expand(len(x)), cond, w)
             x0 = self._x0(x, out, signal, noise_t)
-            if clip:              # not in Algorithm 2, but in Ho's code: where abar is tiny, a small error of
-                x0 = x0.clamp(-1, 1)         # the network is a huge one in x0. eps follows suit: a, b are those of x0.
+            if clip:                  # not in Algorithm 2, but in Ho's code: where abar is tiny, a small error of the
+                x0 = x0.clamp(-1, 1)  # network is a huge one in x0. The step below takes the eps of this x0
             x = a * x + b * (x0 + c * (x0 - x0_last))                # Eq. 7 of DDPM and of DDIM, Eq. 2M of ++
             x0_last = x0
             if eta:
@@ -148,7 +147,7 @@ class Diffusion(nn.Module):
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
-        assert order == 1 or (order == 2 and eta == 0), "the second order is for the noise-free sampler (eta = 0)"
+        assert order == 1 or (order == 2 and eta == 0), "order 2 is for the sampler without fresh noise (eta = 0)"
         k = torch.arange(steps, dtype=torch.float64)
         ts = torch.maximum((self.T - 1) * (k / max(steps - 1, 1)) ** 2, k).round().long()
         ts[-1] = self.T - 1                                         # always from pure noise, even in one step
@@ -156,8 +155,8 @@ class Diffusion(nn.Module):
         abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         a, b, sigma = posterior(abar, abar_prev, eta)
 
-        # 2M: x0 is extrapolated to the middle of the step, linearly in lambda = log(signal / noise), from the last two
-        # estimates. c = 0 (DDIM) in the first step, which has no last estimate, and in the final one, where lambda ends.
+        # 2M: x0 is extrapolated to the middle of the step, linearly in lambda = log(signal / noise), from the last
+        # two estimates. c = 0 (DDIM) in the first step, which has only one, and in the last, where lambda ends.
         c = torch.zeros_like(abar)
         if order == 2:
             h = -(abar / (1 - abar)).log().diff() / 2        # h[k]: lambda's way from ts[k + 1] down to ts[k]

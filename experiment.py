@@ -50,7 +50,7 @@ CLAIMS = [("real + synthetic", "real"), ("real + synthetic + augmentation", "rea
 class Scale:
     """How large a comparison is."""
     counts: tuple                             # real training images per class
-    seeds: int                                # repetitions: weights, batches, and a subset as the next line says
+    seeds: int                             # repetitions: weights, batches, and a subset as the next line says
     subsets: int                              # different draws of the training images, each with a generator
     made: int                                 # synthetic images per class
     calls: int                                # network calls per synthetic image
@@ -115,7 +115,9 @@ class Config:
 # ---- the runs
 
 def main(cfg):
-    """The script: run what is missing, then print the table and the verdict. The page is renewed on the way."""
+    """The script: run what is missing, then print the table and the verdict. The page is renewed on the
+    way.
+    """
     s, out, arms = cfg.resolved(), Path(cfg.out), cfg.arms.split(",")
     root = Path(cfg.data) if cfg.data else data.draw_tree(out / "drawn", s.drawn)
     scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache=out / "cache")
@@ -160,7 +162,9 @@ def digest(*what):
 
 
 def synthesize(real, s, draw, out, what):
-    """Scenes made by a generator that was trained on real and nothing else; taken from the disk if they are there."""
+    """Scenes made by a generator that was trained on real and nothing else; taken from the disk if they
+    are there.
+    """
     cfg = replace(s.gen, seed=draw)
     path = out / "generators" / f"{digest(cfg, real.names)}.pt"
     store = out / "synthetic" / f"{digest(cfg, real.names, s.made, s.calls, s.w)}.pt"
@@ -175,7 +179,9 @@ def synthesize(real, s, draw, out, what):
 
 
 def score(arm, real, synthetic, test, s, seed, title, path):
-    """Train the classifier of an arm, keep its answers on the test split in `path`, return its part of a row."""
+    """Train the classifier of an arm, keep its answers on the test split in `path`, return its part of a
+    row.
+    """
     start = time.perf_counter()
     cfg = replace(s.cls, seed=seed, **ARMS[arm])
     model, seen = train_cls.fit(real, synthetic, cfg, title=title)
@@ -229,7 +235,7 @@ def plan(s, arms, scenes, parts):
     images = generators * s.made * len(scenes.classes)
     gen = seconds(lambda cfg: train_gen.train(probe, cfg), s.gen)
     cls = seconds(lambda cfg: train_cls.fit(probe, None, cfg), s.cls)
-    call = gen / 3 / s.gen.batch * (1 if s.w == 1 else 2)        # per image; a forward pass is a third of a step
+    call = gen / 3 / s.gen.batch * (1 if s.w == 1 else 2)     # per image; a forward pass is a third of a step
     total = generators * s.gen.steps * gen + images * s.calls * call + cells * len(arms) * s.cls.steps * cls
     print(f"{len(scenes)} scenes of {len(scenes.classes)} classes at {s.cls.size} px: {len(parts['train'])} to "
           f"train, {len(parts['val'])} kept aside, {len(parts['test'])} to test")
@@ -250,11 +256,12 @@ def t_quantile(p, dof):
 
 
 def interval(d):
-    """Mean and half width of its 95 % interval, for d (seeds, images): one arm's hits less another's, -1, 0 or 1.
+    """Mean and half width of its 95 % interval, for d (seeds, images): one arm's hits less another's, -1, 0
+    or 1.
 
-    Both the seeds and the test images are samples of what might have been. Their variances are told apart as in
-    a two-way analysis of variance, var = (MS_seed + MS_image - MS_rest) / (S N), and the degrees of freedom are
-    those of Satterthwaite 1946.
+    Both the seeds and the test images are samples of what might have been. Their variances are told apart
+    as in a two-way analysis of variance, var = (MS_seed + MS_image - MS_rest) / (S N), and the degrees of
+    freedom are those of Satterthwaite 1946.
     """
     S, N = d.shape
     seed, image, mean = d.mean(1), d.mean(0), d.mean()
@@ -278,7 +285,9 @@ def hits(rows, arm, count, out, test):
 
 
 def difference(rows, arm, base, count, out, test):
-    """(mean, half width) of what arm gains over base, in shares of 1; None unless both ran with the same seeds."""
+    """(mean, half width) of what arm gains over base, in shares of 1; None unless both ran with the same
+    seeds.
+    """
     a, b = hits(rows, arm, count, out, test), hits(rows, base, count, out, test)
     if arm == base or a is None or b is None or len(a) != len(b) or len(a) < 2:
         return None
@@ -300,7 +309,9 @@ def points(gain):
 
 
 def table_rows(rows, out, test):
-    """For each count and arm: count, arm, accuracies by seed, gain over real, gain over real + augmentation."""
+    """For each count and arm: count, arm, accuracies by seed, gain over real, gain over real +
+    augmentation.
+    """
     for count in sorted({r["count"] for r in rows}):
         for arm in ARMS:
             if mine := [r["accuracy"] for r in rows if r["arm"] == arm and r["count"] == count]:
@@ -348,9 +359,11 @@ def symmetries(images):
 
 
 def nearest(images, pool):
-    """For each image the most similar one of the pool, over the 8 turns and flips: distances, indices, turned images.
+    """For each image the most similar one of the pool, over the 8 turns and flips: distances, indices,
+    turned images.
 
-    images (N, C, H, W), pool (M, C, H, W) uint8. Distance: root mean square of pixel differences, grey levels.
+    images (N, C, H, W), pool (M, C, H, W) uint8. Distance: root mean square of pixel differences, grey
+    levels.
     """
     turned = symmetries(images)
     a, b = rearrange(turned.float(), "s n c h w -> s n (c h w)"), rearrange(pool.float(), "m c h w -> m (c h w)")
@@ -382,7 +395,9 @@ def side_by_side(real, synthetic, columns=8, most=24):
 
 
 def copies(real, synthetic, held):
-    """Are the synthetic images copies? The most suspicious ones above their nearest training images; a sentence."""
+    """Are the synthetic images copies? The most suspicious ones above their nearest training images; a
+    sentence.
+    """
     some = torch.linspace(0, len(synthetic) - 1, min(len(synthetic), 400)).long()
     distance, which, turned = nearest(synthetic.images[some], real.images)
     floor, _, _ = nearest(held.images[:400], real.images)
@@ -397,7 +412,9 @@ def copies(real, synthetic, held):
 
 
 def chart(rows):
-    """Accuracy of each arm: a dot per seed, a bar at the mean, a colour per count. SVG in the page's colours."""
+    """Accuracy of each arm: a dot per seed, a bar at the mean, a colour per count. SVG in the page's
+    colours.
+    """
     counts = sorted({r["count"] for r in rows})
     arms = [arm for arm in ARMS if any(r["arm"] == arm for r in rows)]
     parts, foot = [], 34 * len(arms) + 12
@@ -451,7 +468,9 @@ def figure(path, picture, text):
 
 
 def report(out, cfg, s, test, rows, shown):
-    """Write report.html, which needs no other file, from what was run so far. shown: (real, synthetic) or None."""
+    """Write report.html, which needs no other file, from what was run so far. shown: (real, synthetic)
+    or None.
+    """
     figures = "<p>No synthetic images in these arms."
     if shown:
         suspects, sentence = copies(*shown, test)

@@ -32,6 +32,7 @@ class Config:
     patch: int = flag(1, "fold so many pixels a side into channels (2 on a CPU)")
     schedule: str = flag("cosine", "noise schedule: cosine, linear")
     predict: str = flag("v", "what the network predicts: v, eps")
+    gamma: float = flag(5.0, "cap of the min-SNR weight of the loss (inf: L_simple, all t alike)")
     timesteps: int = flag(1000, "length T of the chain")
     steps: int = flag(50_000, "optimizer steps")
     batch: int = flag(128, "images per step")
@@ -81,7 +82,7 @@ def networks(cfg, classes, channels):
     """The noise process and a fresh network, weights fixed by the seed."""
     torch.manual_seed(cfg.seed)
     model = UNet(classes, channels, cfg.width, cfg.mults, cfg.blocks, cfg.patch)
-    return Diffusion(cfg.timesteps, cfg.schedule, cfg.predict), model
+    return Diffusion(cfg.timesteps, cfg.schedule, cfg.predict, cfg.gamma), model
 
 
 @torch.no_grad()

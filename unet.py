@@ -98,7 +98,7 @@ class UNet(nn.Module):
     def __init__(self, classes, channels=3, width=64, mults=(1, 2, 4), blocks=2, patch=1):
         super().__init__()
         if width % 8:
-            raise ValueError(f"the width of the U-Net must be divisible by 8 (its norms have 8 groups), not {width}")
+            raise ValueError(f"the width of the U-Net must be divisible by 8, for its norms, and {width} is not")
         self.classes, self.channels, self.width, self.patch = classes, channels, width, patch
         D, last = 4 * width, len(mults) - 1
         self.time = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
@@ -113,21 +113,23 @@ class UNet(nn.Module):
                 level.append(Block(c, m * width, D, attention=i == last))
                 c = m * width
                 skips.append(c)
-            self.down.append(Level(level, nn.Conv2d(c, c, 3, stride=2, padding=1) if i < last else nn.Identity()))
+            halve = nn.Conv2d(c, c, 3, stride=2, padding=1)
+            self.down.append(Level(level, halve if i < last else nn.Identity()))
         self.mid = Block(c, c, D, attention=True)
         for i, m in reversed(list(enumerate(mults))):
-            grow = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)) if i < last else nn.Identity()
+            double = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1))
             level = []
             for _ in range(blocks):
                 level.append(Block(c + skips.pop(), m * width, D, attention=i == last))
                 c = m * width
-            self.up.append(Level(level, grow))
+            self.up.append(Level(level, double if i < last else nn.Identity()))
         assert not skips
-        self.head = nn.Sequential(nn.GroupNorm(8, c), nn.SiLU(), zero(nn.Conv2d(c, channels * patch**2, 3, padding=1)))
+        out = zero(nn.Conv2d(c, channels * patch**2, 3, padding=1))
+        self.head = nn.Sequential(nn.GroupNorm(8, c), nn.SiLU(), out)
 
     def forward(self, x, t, cond):
         factor = self.patch * 2 ** (len(self.down) - 1)
-        assert x.shape[2] % factor == x.shape[3] % factor == 0, f"sides {tuple(x.shape[2:])} must be divisible by {factor}"
+        assert x.shape[2] % factor == x.shape[3] % factor == 0, f"{x.shape}: sides must be divisible by {factor}"
         p = self.patch
         y = torch.where(cond.y < 0, self.classes, cond.y)
         emb = self.time(timestep_embedding(t, self.width)) + self.label(y)           # (B, D)

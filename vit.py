@@ -66,10 +66,11 @@ class ViT(nn.Module):
     def __init__(self, classes, size=64, patch=8, dim=192, depth=6, heads=3, channels=3):
         super().__init__()
         if size % patch:
-            raise ValueError(f"an image of {size} px cannot be cut into patches of {patch} px: {size} / {patch} is no whole number")
+            raise ValueError(f"an image of {size} px cannot be cut into patches of {patch} px")
         self.patch = patch
         self.embed = nn.Linear(channels * patch * patch, dim)
-        self.register_buffer("positions", sincos_positions(size // patch, size // patch, dim), persistent=False)
+        positions = sincos_positions(size // patch, size // patch, dim)
+        self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, classes)

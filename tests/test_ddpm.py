@@ -98,7 +98,7 @@ def test_posterior_of_neighbours_is_ho_eq_6_and_7():
 
 def test_loss_is_algorithm_1_for_either_prediction():
     for predict in ("v", "eps"):
-        diffusion, x0, seen = Diffusion(50, predict=predict), gaussian(64, 3, 4, 4).float(), {}
+        diffusion, x0, seen = Diffusion(50, predict=predict, gamma=math.inf), gaussian(64, 3, 4, 4).float(), {}
 
         def network(x, t, cond, seen=seen):
             seen.update(x=x, t=t)
@@ -111,6 +111,24 @@ def test_loss_is_algorithm_1_for_either_prediction():
         assert_close(loss, ((seen["x"] / 2 - target) ** 2).mean((1, 2, 3)), rtol=1e-3, atol=1e-3)
         assert_close(t, seen["t"])
         assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1
+
+
+@pytest.mark.parametrize("predict", ["v", "eps"])
+def test_min_snr_weighs_errors_of_x0_by_snr_up_to_gamma(predict):
+    diffusion, x0 = Diffusion(1000, predict=predict, gamma=5.0), gaussian(200, 1, 2, 2)
+    network, seen = Wild(), {}
+
+    def spy(x, t, cond):
+        seen.update(x=x, out=network(x, t, cond))
+        return seen["out"]
+
+    loss, t = diffusion.loss(spy, x0, Condition(torch.zeros(200, dtype=torch.long)))
+    abar = diffusion.abar[t].view(-1, 1, 1, 1)
+    snr = abar / (1 - abar)
+    said = diffusion._x0(seen["x"], seen["out"], abar.sqrt(), (1 - abar).sqrt())
+    expected = (snr.clamp(max=5) * (said - x0) ** 2).mean((1, 2, 3))
+    assert_close(loss, expected, rtol=2e-2, atol=1e-3)
+    assert (snr > 5).any() and (snr < 5).any()
 
 
 def test_loss_trains_every_t_from_0_to_T_minus_1():
@@ -129,7 +147,7 @@ def test_loss_hides_the_class_of_a_tenth_of_the_images_one_by_one():
 
 
 def test_the_perfect_network_has_a_lower_loss_than_silence():
-    diffusion = Diffusion(predict="eps")
+    diffusion = Diffusion(predict="eps", gamma=math.inf)
     x0 = 0.3 + 0.2 * gaussian(4000, 1, 1, 1)
     y = Condition(torch.zeros(4000, dtype=torch.long))
     exact = Exact(diffusion, torch.tensor([[0.3]], dtype=torch.float64), 0.2)
@@ -199,12 +217,12 @@ def test_few_steps_with_fresh_noise_lose_variance_and_the_default_does_not():
     exact = Exact(diffusion, torch.tensor([[0.3]], dtype=torch.float64), 0.2)
     few = dict(model=exact, cond=None, noise=source(20_000, 1, 1, 1), steps=20)
     assert diffusion.sample(**few, eta=1, order=1).std() < 0.185
-    assert abs(diffusion.sample(**few).std() - 0.2) < 0.004
+    assert abs(diffusion.sample(**few).std() - 0.2) < 0.006
 
 
 def test_20_calls_of_order_2_are_as_good_as_100_of_ddim_on_a_mixture():
     diffusion, mu = Diffusion(), torch.tensor([(-0.5, 0.3), (0.5, 0.4), (0.1, -0.5)], dtype=torch.float64)
-    exact, noise = Exact(diffusion, mu, 0.1), gaussian(5000, 1, 1, 2)
+    exact, noise = Exact(diffusion, mu, 0.03), gaussian(5000, 1, 1, 2)
     truth = diffusion.sample(exact, None, lambda: noise, steps=1000)
 
     def off(steps, order):
