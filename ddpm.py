@@ -93,23 +93,24 @@ class Diffusion(nn.Module):
         return signal * x0 + noise * eps
 
     def loss(self, model, x0, cond, drop=0.1, generator=None):
-        """Algorithm 1: the squared error of each image, (B,), and its t, (B,). The mean is L_simple (Eq. 14).
+        """Algorithm 1: how wrong the network is about each image, (B,), and at which t, (B,).
 
-        A share `drop` of the images is trained without its condition, which guidance needs.
+        With gamma = inf the mean is L_simple (Eq. 14), the squared error of eps, whatever is predicted. A share
+        `drop` of the images is trained without its condition, which guidance needs.
         """
         kw = dict(device=x0.device, generator=generator)
         t = torch.randint(self.T, (len(x0),), **kw)
         eps = torch.randn(x0.shape, **kw)
         cond = cond.hide(torch.rand(len(x0), **kw) < drop)
         out = model(self.q_sample(x0, t, eps), t, cond)
-        return F.mse_loss(out, self._target(x0, t, eps), reduction="none").mean((1, 2, 3)) * self.weight(t), t
+        error = F.mse_loss(out, self._target(x0, t, eps), reduction="none").mean((1, 2, 3))
+        return self.weight(t) * error, t
 
     def weight(self, t):
-        """Min-SNR: what the loss of an image at t counts, (B,). gamma = inf weighs all t alike (L_simple).
+        """What the error at t counts, (B,), min-SNR (Hang et al. 2023, 2303.09556): min(SNR, gamma) in units of x0.
 
-        An error of eps (v) is one of x0 times SNR (SNR + 1), SNR = abar / (1 - abar). Weighed alike, the
-        small t, where only the grain of the image is left to learn, get most of the gradient; this caps
-        their share: in units of x0 the weight is min(SNR, gamma) (Hang et al. 2023, 2303.09556).
+        SNR = abar / (1 - abar). One unit of x0 is SNR units of eps and SNR + 1 of v, so without the cap this is
+        L_simple. That spends most of the gradient on small t, where only the grain of the image is left to learn.
         """
         snr = (self.signal[t] / self.noise[t]) ** 2
         return snr.clamp(max=self.gamma) / (snr if self.predict == "eps" else snr + 1)

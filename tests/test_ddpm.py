@@ -96,7 +96,7 @@ def test_posterior_of_neighbours_is_ho_eq_6_and_7():
 
 # ---- the loss
 
-def test_loss_is_algorithm_1_for_either_prediction():
+def test_without_a_cap_the_loss_is_algorithm_1_whatever_the_network_predicts():
     for predict in ("v", "eps"):
         diffusion, x0, seen = Diffusion(50, predict=predict, gamma=math.inf), gaussian(64, 3, 4, 4).float(), {}
 
@@ -107,8 +107,9 @@ def test_loss_is_algorithm_1_for_either_prediction():
         loss, t = diffusion.loss(network, x0, Condition(torch.zeros(64, dtype=torch.long)))
         abar = cosine_abar(50)[t].view(-1, 1, 1, 1).float()
         eps = (seen["x"] - abar.sqrt() * x0) / (1 - abar).sqrt()
-        target = eps if predict == "eps" else abar.sqrt() * eps - (1 - abar).sqrt() * x0
-        assert_close(loss, ((seen["x"] / 2 - target) ** 2).mean((1, 2, 3)), rtol=1e-3, atol=1e-3)
+        said = seen["x"] / 2                                             # if v: eps = sqrt(abar) v + sqrt(1 - abar) x
+        said = said if predict == "eps" else abar.sqrt() * said + (1 - abar).sqrt() * seen["x"]
+        assert_close(loss, ((said - eps) ** 2).mean((1, 2, 3)), rtol=1e-3, atol=1e-3)
         assert_close(t, seen["t"])
         assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1
 
