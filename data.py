@@ -1,5 +1,4 @@
-"""Everything that touches the disk: scenes read, drawn, split and saved; and the few things that all
-scripts share.
+"""All that touches the disk: scenes read, drawn, split and saved; and what all scripts share.
 
 A data set is one uint8 tensor (N, C, H, W) with a label for each image. RESISC45 at 64 px is 387 MB, so it
 lives on the device as it is: a batch is an index draw, and there are no workers to wait for.
@@ -24,10 +23,11 @@ from tqdm import tqdm
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"}
 HOW_TO_GET = """RESISC45 (Cheng et al. 2017), 45 classes of 700 images of 256 x 256 pixels, zip of 427 MB:
-  https://hf.co/datasets/isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e/NWPU-RESISC45.zip
-  md5 75206b2e16446591afa88e2628744886
-Unpack it to data/NWPU-RESISC45, one folder per class, and if you like put resisc45-train.txt, -val.txt and -test.txt (the
-official 60/20/20 lists, same address) beside them. Any other tree with a folder per class does as well."""
+https://hf.co/datasets/isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e/NWPU-RESISC45.zip
+md5 75206b2e16446591afa88e2628744886
+Unpack it to data/NWPU-RESISC45, one folder per class, and if you like put resisc45-train.txt, -val.txt and
+-test.txt (the official 60/20/20 lists, same address) beside them. Any other tree with a folder per class does
+as well."""
 
 
 # ---- what all scripts share
@@ -52,15 +52,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def launch(main, config, argv=None):
-    """Run a script: one --flag per field of its Config; a mistake of the user is one line on stderr and
-    exit code 2.
+    """Run a script, with one --flag per field of its Config.
+
+    A mistake of the user is one line on stderr and exit code 2.
     """
     parser = _Parser(description=sys.modules[main.__module__].__doc__.split("\n\n")[0], allow_abbrev=False,
                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(config):
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
-                dict(type=numbers, metavar="N,N") if isinstance(f.default, tuple) else dict(type=type(f.default)))
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
+                dict(type=numbers, metavar="N,N") if isinstance(f.default, tuple) else
+                dict(type=type(f.default)))
+        name = "--" + f.name.replace("_", "-")
+        parser.add_argument(name, default=f.default, help=f.metadata["help"], **kind)
     arguments = vars(parser.parse_args(argv))
     try:
         settings = config(**arguments)                                 # its __post_init__ looks at the values
@@ -74,7 +77,8 @@ def launch(main, config, argv=None):
 
 def pick_device():
     """The fastest device that this machine has."""
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else
+                        "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def autocast(device):
@@ -88,7 +92,8 @@ def rng(*key, device="cpu"):
     A run that was stopped then goes on with the same numbers without having saved any state. The hash is
     there because torch's CPU generator looks at 32 bits of its seed only.
     """
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence((len(key), *key)).generate_state(1)[0]))
+    hashed = np.random.SeedSequence((len(key), *key)).generate_state(1)
+    return torch.Generator(device).manual_seed(int(hashed[0]))
 
 
 def lr_at(step, steps, lr, warmup):
@@ -99,23 +104,23 @@ def lr_at(step, steps, lr, warmup):
 
 
 def to_float(images):
-    """uint8 -> float in [-1, 1]. This and to_uint8 are the only crossing, for real and synthetic images
-    alike.
-    """
+    """uint8 -> float in [-1, 1]. With to_uint8 the only crossing, for real and synthetic images alike."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(x):
-    """Float in [-1, 1] -> uint8. Rounds: truncation would darken synthetic images by half a grey level,
-    a cue to learn.
+    """Float in [-1, 1] -> uint8.
+
+    Rounds: truncation would darken synthetic images by half a grey level, a cue to learn.
     """
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 @contextmanager
 def replacing(path):
-    """A temporary name beside path. What is written there takes path's place at the end, or, after an
-    error, nothing does.
+    """A temporary name beside path.
+
+    What is written there takes path's place at the end, or, after an error, nothing does.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,18 +139,16 @@ def save_csv(path, header, rows):
 
 
 def save_checkpoint(path, kind, identity, step, parts, **more):
-    """One file with everything of a run: what it is (identity), how far it is (step), the state of its
-    parts.
-    """
+    """One file with all of a run: what it is (identity), how far it is (step), the state of its parts."""
+    states = {name: part.state_dict() for name, part in parts.items()}
     with replacing(path) as temporary:
-        torch.save({"kind": kind, **identity, "step": step, **{k: p.state_dict() for k, p in parts.items()}, **more}, temporary)
+        torch.save({"kind": kind, **identity, "step": step, **states, **more}, temporary)
 
 
 def resume(path, kind, identity, parts):
-    """Give the parts {name: module or optimizer} the state they had, if there is a checkpoint. Returns it,
-    or None.
+    """Give the parts {name: module or optimizer} the state they had, if there is a checkpoint.
 
-    Raises Problem if the checkpoint is of a run with another identity {name: value}.
+    Returns the checkpoint, or None. Raises Problem if it is of a run with another identity {name: value}.
     """
     if not path or not Path(path).exists():
         return None
@@ -187,18 +190,20 @@ class Scenes:
 
     def __getitem__(self, index):
         """The scenes at these places, index (M,) int64."""
-        return Scenes(self.images[index], self.labels[index], self.classes, [self.names[i] for i in index.tolist()],
-                      self.groups[index])
+        names = [self.names[i] for i in index.tolist()]
+        return Scenes(self.images[index], self.labels[index], self.classes, names, self.groups[index])
 
 
 def decode(path, size):
-    """One picture as (3, size, size) uint8: the central square, reduced with antialiasing. Grey,
-    palette, 16 bits become RGB.
+    """One picture as (3, size, size) uint8: the central square, reduced with antialiasing.
+
+    Grey, palette and 16 bits become RGB.
     """
     with Image.open(path) as pil:
         if pil.mode.startswith("I") or pil.mode == "F":          # 16 bits: the upper 8 count
             pil = Image.fromarray((np.asarray(pil, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
-        pil.draft("RGB", (2 * size, 2 * size))   # a JPEG decoder can halve for free; twice the size is left to filter
+        # A JPEG decoder can halve for free; twice the size is left to filter.
+        pil.draft("RGB", (2 * size, 2 * size))
         if pil.mode == "P":
             pil = pil.convert("RGBA")                            # a palette may hold a transparent colour
         w, h = pil.size
@@ -209,9 +214,7 @@ def decode(path, size):
 
 
 def read_folder(root, size, skip_broken=False, cache="runs/cache"):
-    """A tree with a folder per class, decoded once and cached; a cache that no longer fits its tree is
-    made anew.
-    """
+    """A tree with a folder per class, decoded once and cached; a cache that no longer fits is made anew."""
     root = Path(root)
     files = find_pictures(root)
     stats = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
@@ -234,10 +237,11 @@ def read_folder(root, size, skip_broken=False, cache="runs/cache"):
             broken.append((i, str(error)))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:              # Pillow lets go of the GIL while it decodes
-        list(tqdm(pool.map(read, range(len(files))), f"reading {root.name}", len(files), disable=None, leave=False))
+        reading = pool.map(read, range(len(files)))
+        list(tqdm(reading, f"reading {root.name}", len(files), disable=None, leave=False))
     if broken and not skip_broken:
-        names = ", ".join(str(files[i]) for i, _ in sorted(broken)[:3])
-        raise Problem(f"{len(broken)} of {len(files)} pictures do not decode ({names}{' ...' * (len(broken) > 3)}): "
+        names = ", ".join(str(files[i]) for i, _ in sorted(broken)[:3]) + " ..." * (len(broken) > 3)
+        raise Problem(f"{len(broken)} of {len(files)} pictures do not decode ({names}): "
                       "mend them, or give --skip-broken")
     for i, error in sorted(broken):
         print(f"skipped {files[i]}: {error}", file=sys.stderr)
@@ -248,8 +252,9 @@ def read_folder(root, size, skip_broken=False, cache="runs/cache"):
     first, groups = {}, []                                               # exact doubles form a group
     for i in keep.tolist():
         groups.append(first.setdefault(images[i].numpy().tobytes(), i))
-    content = dict(images=images[keep], labels=torch.tensor([classes.index(files[i].parent.name) for i in keep.tolist()]),
-                   classes=classes, names=[stats[i][0] for i in keep.tolist()], groups=torch.tensor(groups))
+    labels = torch.tensor([classes.index(files[i].parent.name) for i in keep.tolist()])
+    content = dict(images=images[keep], labels=labels, classes=classes,
+                   names=[stats[i][0] for i in keep.tolist()], groups=torch.tensor(groups))
     with replacing(store) as temporary:
         torch.save({**content, "tree": print_of_tree}, temporary)
     return Scenes(**content)
@@ -258,9 +263,11 @@ def read_folder(root, size, skip_broken=False, cache="runs/cache"):
 def find_pictures(root):
     """The pictures in the class folders of root, by class, then by name."""
     if not root.is_dir():
-        raise Problem(f"no folder {root}: give one with a folder of pictures per class (python data.py tells how to get RESISC45)")
+        raise Problem(f"no folder {root}: give one with a folder of pictures per class "
+                      "(python data.py tells how to get RESISC45)")
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [p for f in folders for p in sorted(f.iterdir()) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    files = [p for f in folders for p in sorted(f.iterdir())
+             if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
     found = sorted({p.parent.name for p in files})
     if len(found) < 2:
         inside = [f for f in folders if any(p.is_dir() for p in f.iterdir())]
@@ -271,20 +278,22 @@ def find_pictures(root):
 
 
 def split(scenes, root=None, seed=0, shares=(0.6, 0.2, 0.2)):
-    """Indices of train, val and test, {name: (n,) int64}: the official lists if they lie beside the images,
-    else by seed.
+    """Indices of train, val and test, {name: (n,) int64}.
 
-    Stratified by class. Exact doubles never straddle: a group goes where its first image goes; with the
-    official lists, training gives up what val or test also holds.
+    By the official lists if they lie beside the images, else by seed, stratified by class. Exact doubles
+    never straddle: a group goes where its first image goes; with the official lists, training gives up what
+    val or test also holds.
     """
     if root and (lists := official_lists(scenes, Path(root))):
         held = [set(scenes.groups[lists["test"]].tolist())]
         held.append(held[0] | set(scenes.groups[lists["val"]].tolist()))
         for name, taken in (("val", held[0]), ("train", held[1])):
-            lists[name] = torch.tensor([i for i in lists[name].tolist() if int(scenes.groups[i]) not in taken])
+            listed = lists[name].tolist()
+            lists[name] = torch.tensor([i for i in listed if int(scenes.groups[i]) not in taken])
         return lists
     heads, inverse = scenes.groups.unique(return_inverse=True)
-    first = torch.full((len(heads),), len(scenes)).scatter_reduce(0, inverse, torch.arange(len(scenes)), "amin")
+    places = torch.arange(len(scenes))
+    first = torch.full((len(heads),), len(scenes)).scatter_reduce(0, inverse, places, "amin")
     part = torch.empty(len(heads), dtype=torch.int64)                    # 0 train, 1 val, 2 test
     for c in range(len(scenes.classes)):
         mine = (scenes.labels[first] == c).nonzero().flatten()
@@ -296,19 +305,19 @@ def split(scenes, root=None, seed=0, shares=(0.6, 0.2, 0.2)):
 
 
 def official_lists(scenes, root):
-    """The 60/20/20 lists of Neumann et al. 2019 (resisc45-train.txt ...) as indices, or None where they
-    do not lie.
-    """
+    """The 60/20/20 lists of Neumann et al. 2019 (resisc45-train.txt ...) as indices, None if not there."""
     by_name = {Path(name).name: i for i, name in enumerate(scenes.names)}
     lists = {}
     for part in ("train", "val", "test"):
-        found = [p for p in (root / f"resisc45-{part}.txt", root.parent / f"resisc45-{part}.txt") if p.is_file()]
+        places = [folder / f"resisc45-{part}.txt" for folder in (root, root.parent)]
+        found = [p for p in places if p.is_file()]
         if not found:
             return None
         wanted = [Path(line).name for line in found[0].read_text().split()]
         lists[part] = torch.tensor([by_name[name] for name in wanted if name in by_name])
         if len(lists[part]) == 0:
-            raise Problem(f"{found[0]} names no picture of {root}: remove the list or give the data set that it belongs to")
+            raise Problem(f"{found[0]} names no picture of {root}: "
+                          "remove the list or give the data set that it belongs to")
     return lists
 
 
@@ -318,7 +327,8 @@ def subset(scenes, index, count, seed):
     for c, name in enumerate(scenes.classes):
         mine = index[scenes.labels[index] == c]
         if len(mine) < count:
-            raise Problem(f"class {name} has {len(mine)} training images, fewer than the {count} asked for: ask for fewer")
+            raise Problem(f"class {name} has {len(mine)} training images, fewer than the {count} asked for: "
+                          "ask for fewer")
         chosen.append(mine[torch.randperm(len(mine), generator=rng(seed, c))[:count]])
     return torch.cat(chosen)
 
@@ -377,7 +387,7 @@ class Canvas:
         """A polygon in one of the colours."""
         *moved, together = (self.rng.standard_normal(4) * amount).tolist() if amount else (0, 0, 0, 0)
         red, green, blue, *alpha = colours[int(self.rng.random() * len(colours))]
-        colour = [int(c + together + m / 3) for c, m in zip((red, green, blue), moved)]
+        colour = [int(c + together + m / 3) for c, m in zip((red, green, blue), moved, strict=True)]
         points = np.asarray(points) @ self.axes + self.origin
         self.draw.polygon(points.ravel().tolist(), (*(min(max(c, 0), 255) for c in colour), *alpha))
 
@@ -557,10 +567,12 @@ def draw_scene(name, rng, size=128):
 
 
 def draw_tree(root, per_class, seed=0, size=128):
-    """Draw root/<class>/<class>_001.jpg and so on, unless they are there; scene k follows from (seed,
-    class, k). -> root
+    """Draw root/<class>/<class>_001.jpg and so on, unless they are there. -> root
+
+    Scene k follows from (seed, class, k).
     """
-    wanted = [(name, k, Path(root) / name / f"{name}_{k:03d}.jpg") for name in SCENES for k in range(1, per_class + 1)]
+    wanted = [(name, k, Path(root) / name / f"{name}_{k:03d}.jpg")
+              for name in SCENES for k in range(1, per_class + 1)]
     missing = [(name, k, path) for name, k, path in wanted if not path.exists()]
     for name, k, path in tqdm(missing, "drawing scenes", disable=None, leave=False):
         rng = np.random.default_rng([seed, zlib.crc32(name.encode()), k])
@@ -586,13 +598,15 @@ def main(cfg):
         draw_tree(cfg.data, cfg.draw)
     if not Path(cfg.data).is_dir():
         print(HOW_TO_GET)
-        raise Problem(f"no folder {cfg.data}: get one as above, give another --data, or draw one with --draw 100")
+        raise Problem(f"no folder {cfg.data}: get one as above, give another --data, "
+                      "or draw one with --draw 100")
     scenes = read_folder(cfg.data, cfg.size, cfg.skip_broken)
     parts = split(scenes, cfg.data)
     for c, name in enumerate(scenes.classes):
         print(f"{(scenes.labels == c).sum():7} {name}")
-    print(f"{len(scenes):7} pictures of {len(scenes.classes)} classes, {len(scenes) - len(scenes.groups.unique())} of them "
-          f"exact doubles; {', '.join(f'{len(index)} {part}' for part, index in parts.items())}")
+    doubles = len(scenes) - len(scenes.groups.unique())
+    print(f"{len(scenes):7} pictures of {len(scenes.classes)} classes, {doubles} of them exact doubles; "
+          f"{', '.join(f'{len(index)} {part}' for part, index in parts.items())}")
     rows = torch.cat([(scenes.labels == c).nonzero().flatten()[:10] for c in range(len(scenes.classes))])
     save_picture(grid(scenes.images[rows], 10), cfg.out)
     print(f"examples: {cfg.out}")

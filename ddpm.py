@@ -31,9 +31,7 @@ def linear_abar(T):
 
 
 def cosine_abar(T):
-    """Nichol & Dhariwal Eq. 17, with their limit beta <= .999: the image fades evenly over the chain.
-    (T,) float64.
-    """
+    """Nichol & Dhariwal Eq. 17, with their limit beta <= .999: the image fades evenly. (T,) float64."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -56,9 +54,7 @@ def posterior(abar, abar_prev, eta=1.0):
 
 
 def guided(model, x, t, cond, w):
-    """Classifier-free guidance (Eq. 6 there, w = 1 + their w): null + w (told - null), as one batch of
-    twice the size.
-    """
+    """Classifier-free guidance (Eq. 6 there, w = 1 + their w): null + w (told - null), in one batch."""
     if w == 1:
         return model(x, t, cond)
     told, null = model(torch.cat([x, x]), torch.cat([t, t]), cond.and_null()).chunk(2)
@@ -75,9 +71,7 @@ def noise_of(seeds, shape, device="cpu"):
 
 
 class Diffusion(nn.Module):
-    """The chain: T noise levels, and what the network is asked to predict from x_t, "v" or (as in the
-    lecture) "eps".
-    """
+    """The chain: T noise levels, and what the network predicts from x_t, "v" or (as in the lecture) "eps"."""
 
     def __init__(self, T=1000, schedule="cosine", predict="v", gamma=5.0):
         super().__init__()
@@ -95,8 +89,8 @@ class Diffusion(nn.Module):
     def loss(self, model, x0, cond, drop=0.1, generator=None):
         """Algorithm 1: how wrong the network is about each image, (B,), and at which t, (B,).
 
-        With gamma = inf the mean is L_simple (Eq. 14), the squared error of eps, whatever is predicted. A share
-        `drop` of the images is trained without its condition, which guidance needs.
+        With gamma = inf the mean is L_simple (Eq. 14), the squared error of eps, whatever is predicted. A
+        share `drop` of the images is trained without its condition, which guidance needs.
         """
         kw = dict(device=x0.device, generator=generator)
         t = torch.randint(self.T, (len(x0),), **kw)
@@ -107,10 +101,11 @@ class Diffusion(nn.Module):
         return self.weight(t) * error, t
 
     def weight(self, t):
-        """What the error at t counts, (B,), min-SNR (Hang et al. 2023, 2303.09556): min(SNR, gamma) in units of x0.
+        """What the error at t counts, (B,): min-SNR (Hang et al. 2023, 2303.09556).
 
-        SNR = abar / (1 - abar). One unit of x0 is SNR units of eps and SNR + 1 of v, so without the cap this is
-        L_simple. That spends most of the gradient on small t, where only the grain of the image is left to learn.
+        It is min(SNR, gamma) in units of x0, with SNR = abar / (1 - abar). One unit of x0 is SNR units of eps
+        and SNR + 1 of v, so without the cap this is L_simple. That spends most of the gradient on small t,
+        where only the grain of the image is left to learn.
         """
         snr = (self.signal[t] / self.noise[t]) ** 2
         return snr.clamp(max=self.gamma) / (snr if self.predict == "eps" else snr + 1)
@@ -131,8 +126,10 @@ class Diffusion(nn.Module):
             signal, noise_t, a, b, sigma, c = row
             out = guided(model, x, t.expand(len(x)), cond, w)
             x0 = self._x0(x, out, signal, noise_t)
-            if clip:                  # not in Algorithm 2, but in Ho's code: where abar is tiny, a small error of the
-                x0 = x0.clamp(-1, 1)  # network is a huge one in x0. The step below takes the eps of this x0
+            # The clip is not in Algorithm 2, but in Ho's code: where abar is tiny, a small error of the
+            # network is a huge one in x0. The step below takes the eps of this x0.
+            if clip:
+                x0 = x0.clamp(-1, 1)
             x = a * x + b * (x0 + c * (x0 - x0_last))                # Eq. 7 of DDPM and of DDIM, Eq. 2M of ++
             x0_last = x0
             if eta:
@@ -140,15 +137,15 @@ class Diffusion(nn.Module):
         return x
 
     def plan(self, steps, eta=0.0, order=2):
-        """Which t are visited, (steps,), and the numbers of each step, (steps, 6) float64: all that the
-        loop needs to know.
+        """Which t are visited, (steps,), and the numbers of each step, (steps, 6) float64.
 
-        The t are dense near 0, where the image is decided (t ~ k^2), and all T of them if steps = T. The
-        last step leads to abar = 1, the image itself: there a = sigma = 0 and b = 1.
+        That is all that the loop needs to know. The t are dense near 0, where the image is decided (t ~ k^2),
+        and all T of them if steps = T. The last step leads to abar = 1, the image itself: there a = sigma = 0
+        and b = 1.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
-        assert order == 1 or (order == 2 and eta == 0), "order 2 is for the sampler without fresh noise (eta = 0)"
+        assert order == 1 or (order == 2 and eta == 0), "order 2 is for sampling without fresh noise: eta = 0"
         k = torch.arange(steps, dtype=torch.float64)
         ts = torch.maximum((self.T - 1) * (k / max(steps - 1, 1)) ** 2, k).round().long()
         ts[-1] = self.T - 1                                         # always from pure noise, even in one step
@@ -156,8 +153,8 @@ class Diffusion(nn.Module):
         abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         a, b, sigma = posterior(abar, abar_prev, eta)
 
-        # 2M: x0 is extrapolated to the middle of the step, linearly in lambda = log(signal / noise), from the last
-        # two estimates. c = 0 (DDIM) in the first step, which has only one, and in the last, where lambda ends.
+        # 2M: x0 is extrapolated to the middle of the step, linearly in lambda = log(signal / noise), from two
+        # estimates. c = 0 (DDIM) in the first step, which has only one, and in the last, where lambda ends.
         c = torch.zeros_like(abar)
         if order == 2:
             h = -(abar / (1 - abar)).log().diff() / 2        # h[k]: lambda's way from ts[k + 1] down to ts[k]

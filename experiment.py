@@ -1,8 +1,7 @@
-"""Does synthetic data from a diffusion model help a classifier of remote-sensing images, and compared with
-what?
+"""Do images of a diffusion model help a classifier of remote-sensing images, and compared with what?
 
-    python experiment.py                              drawn scenes: minutes on a CPU, says nothing of the world
-    python experiment.py --data data/NWPU-RESISC45    the question itself
+    python experiment.py                             drawn scenes: minutes on a CPU, says nothing of the world
+    python experiment.py --data data/NWPU-RESISC45   the question itself
 
 For each number of real images per class and each seed: draw a subset of the training split, train a
 generator on exactly this subset, make a synthetic set with it, then train the same classifier once per arm
@@ -11,7 +10,7 @@ and score it on the test split. The rules:
     equal budget   every arm takes the same optimizer steps and images per step: a synthetic image takes the
                    place of a real one
     no leak        a generator sees its arm's real training images and nothing else; nothing is chosen on test
-    paired         a seed fixes subset, weights and batches in all arms: differences are taken per seed and image
+    paired         a seed fixes subset, weights and batches in all arms: differences are per seed and image
 """
 import base64
 import csv
@@ -67,8 +66,8 @@ SCALES = {
         cls=train_cls.Config(size=16, patch=4, dim=32, depth=2, heads=2, steps=10, batch=32, warmup=5)),
     "cpu": Scale(
         counts=(10, 40), seeds=3, subsets=1, made=60, calls=12, w=1.5, drawn=160,
-        gen=train_gen.Config(size=32, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1500, batch=32, lr=2e-3,
-                             warmup=50, ema=0.99),
+        gen=train_gen.Config(size=32, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1500, batch=32,
+                             lr=2e-3, warmup=50, ema=0.99),
         cls=train_cls.Config(size=32, patch=8, dim=64, depth=4, heads=2, steps=300, batch=64, warmup=50)),
     "gpu": Scale(
         counts=(10, 70, 420), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700,
@@ -86,7 +85,7 @@ class Config:
     arms: str = flag(",".join(ARMS), "which arms, by comma")
     counts: str = flag("", "real training images per class, by comma")
     seeds: int = flag(0, "repetitions")
-    subsets: int = flag(0, "different draws of the training images, each with its generator (at most --seeds)")
+    subsets: int = flag(0, "different draws of training images, each with its generator (at most --seeds)")
     size: int = flag(0, "side of the images in pixels")
     made: int = flag(0, "synthetic images per class")
     w: float = flag(0.0, "guidance scale (1: none)")
@@ -115,9 +114,7 @@ class Config:
 # ---- the runs
 
 def main(cfg):
-    """The script: run what is missing, then print the table and the verdict. The page is renewed on the
-    way.
-    """
+    """The script: run what is missing, renew the page on the way, print the table and the verdict."""
     s, out, arms = cfg.resolved(), Path(cfg.out), cfg.arms.split(",")
     root = Path(cfg.data) if cfg.data else data.draw_tree(out / "drawn", s.drawn)
     scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache=out / "cache")
@@ -127,12 +124,13 @@ def main(cfg):
         data.subset(scenes, parts["train"], count, seed=0)   # too few images are told before anything is run
     plan(s, arms, scenes, parts)
 
-    stored, rows, shown = read_results(out), [], None    # all runs so far; those of this comparison; for the page
+    stored, rows, shown = read_results(out), [], None    # all runs; those of this comparison; for the page
     for seed in range(s.seeds):
         for count in s.counts:
             draw = seed % s.subsets
             real, synthetic = scenes[data.subset(scenes, parts["train"], count, draw)], None
-            assert not set(real.groups.tolist()) & set(test.groups.tolist()), "training images in the test split"
+            leaked = set(real.groups.tolist()) & set(test.groups.tolist())
+            assert not leaked, "training images in the test split"
             what = f"{count} per class, seed {seed + 1} of {s.seeds}"
             if any(ARMS[arm]["share"] for arm in arms):
                 synthetic = synthesize(real, s, draw, out, what)
@@ -140,8 +138,9 @@ def main(cfg):
             for arm in arms:
                 run = run_id(arm, s, real, test, seed)
                 if run not in stored:
-                    scored = score(arm, real, synthetic, test, s, seed, f"{arm}, {what}", out / "predicted" / run)
-                    stored[run] = dict(run=run, arm=arm, count=count, seed=seed, data=cfg.data or "drawn", **scored)
+                    title, path = f"{arm}, {what}", out / "predicted" / run
+                    about = dict(run=run, arm=arm, count=count, seed=seed, data=cfg.data or "drawn")
+                    stored[run] = about | score(arm, real, synthetic, test, s, seed, title, path)
                     write_results(out, stored)
                 rows.append(stored[run])
             report(out, cfg, s, test, rows, shown)
@@ -162,9 +161,7 @@ def digest(*what):
 
 
 def synthesize(real, s, draw, out, what):
-    """Scenes made by a generator that was trained on real and nothing else; taken from the disk if they
-    are there.
-    """
+    """Scenes by a generator trained on real and nothing else; taken from the disk if they are there."""
     cfg = replace(s.gen, seed=draw)
     path = out / "generators" / f"{digest(cfg, real.names)}.pt"
     store = out / "synthetic" / f"{digest(cfg, real.names, s.made, s.calls, s.w)}.pt"
@@ -179,9 +176,7 @@ def synthesize(real, s, draw, out, what):
 
 
 def score(arm, real, synthetic, test, s, seed, title, path):
-    """Train the classifier of an arm, keep its answers on the test split in `path`, return its part of a
-    row.
-    """
+    """Train the classifier of an arm, keep its answers on the test split in `path`, return its results."""
     start = time.perf_counter()
     cfg = replace(s.cls, seed=seed, **ARMS[arm])
     model, seen = train_cls.fit(real, synthetic, cfg, title=title)
@@ -190,8 +185,9 @@ def score(arm, real, synthetic, test, s, seed, title, path):
         np.save(file, predicted.numpy().astype(np.int16))
     scores = train_cls.scores(train_cls.confusion(test.labels, predicted, len(test.classes)))
     recall = dict(zip((f"recall {name}" for name in test.classes), scores.pop("recall"), strict=True))
-    return dict(**scores, **seen, seconds=round(time.perf_counter() - start, 1), device=str(data.pick_device()),
-                commit=commit(), settings=json.dumps(asdict(replace(s, cls=cfg))), **recall)
+    seconds = round(time.perf_counter() - start, 1)
+    return dict(**scores, **seen, seconds=seconds, device=str(data.pick_device()), commit=commit(),
+                settings=json.dumps(asdict(replace(s, cls=cfg))), **recall)
 
 
 def commit():
@@ -237,12 +233,12 @@ def plan(s, arms, scenes, parts):
     cls = seconds(lambda cfg: train_cls.fit(probe, None, cfg), s.cls)
     call = gen / 3 / s.gen.batch * (1 if s.w == 1 else 2)     # per image; a forward pass is a third of a step
     total = generators * s.gen.steps * gen + images * s.calls * call + cells * len(arms) * s.cls.steps * cls
-    print(f"{len(scenes)} scenes of {len(scenes.classes)} classes at {s.cls.size} px: {len(parts['train'])} to "
-          f"train, {len(parts['val'])} kept aside, {len(parts['test'])} to test")
-    print(f"Plan: {' and '.join(map(str, s.counts))} real images per class x {s.seeds} seeds x {len(arms)} arms = "
-          f"{cells * len(arms)} classifiers of {s.cls.steps} steps;\n{generators} generators of {s.gen.steps} "
-          f"steps, {images} synthetic images: about {total / 60:.1f} minutes on {data.pick_device()}, less what "
-          "is there already\n", flush=True)
+    print(f"{len(scenes)} scenes of {len(scenes.classes)} classes at {s.cls.size} px: "
+          f"{len(parts['train'])} to train, {len(parts['val'])} kept aside, {len(parts['test'])} to test")
+    print(f"Plan: {' and '.join(map(str, s.counts))} real images per class x {s.seeds} seeds x {len(arms)} "
+          f"arms = {cells * len(arms)} classifiers of {s.cls.steps} steps;\n{generators} generators of "
+          f"{s.gen.steps} steps, {images} synthetic images: about {total / 60:.1f} minutes on "
+          f"{data.pick_device()}, less what is there already\n", flush=True)
 
 
 # ---- the statistics
@@ -256,8 +252,7 @@ def t_quantile(p, dof):
 
 
 def interval(d):
-    """Mean and half width of its 95 % interval, for d (seeds, images): one arm's hits less another's, -1, 0
-    or 1.
+    """Mean of d (seeds, images), one arm's hits less another's, and half width of its 95 % interval.
 
     Both the seeds and the test images are samples of what might have been. Their variances are told apart
     as in a two-way analysis of variance, var = (MS_seed + MS_image - MS_rest) / (S N), and the degrees of
@@ -281,13 +276,12 @@ def hits(rows, arm, count, out, test):
     mine = sorted((r for r in rows if r["arm"] == arm and r["count"] == count), key=lambda r: r["seed"])
     if not mine:
         return None
-    return (np.stack([np.load(out / "predicted" / r["run"]) for r in mine]) == test.labels.numpy()).astype(float)
+    answers = np.stack([np.load(out / "predicted" / r["run"]) for r in mine])
+    return (answers == test.labels.numpy()).astype(float)
 
 
 def difference(rows, arm, base, count, out, test):
-    """(mean, half width) of what arm gains over base, in shares of 1; None unless both ran with the same
-    seeds.
-    """
+    """What arm gains over base, (mean, half width) in shares of 1; None unless both ran the same seeds."""
     a, b = hits(rows, arm, count, out, test), hits(rows, base, count, out, test)
     if arm == base or a is None or b is None or len(a) != len(b) or len(a) < 2:
         return None
@@ -297,7 +291,8 @@ def difference(rows, arm, base, count, out, test):
 def in_words(gain):
     """help, hurt, or make no difference that so few runs could show."""
     mean, half = gain
-    return "help" if mean > half else "hurt" if mean < -half else "make no difference that so few runs could show"
+    return ("help" if mean > half else "hurt" if mean < -half else
+            "make no difference that so few runs could show")
 
 
 def points(gain):
@@ -309,19 +304,18 @@ def points(gain):
 
 
 def table_rows(rows, out, test):
-    """For each count and arm: count, arm, accuracies by seed, gain over real, gain over real +
-    augmentation.
-    """
+    """For each count and arm: count, arm, accuracies by seed, gains over real and real + augmentation."""
+    bases = "real", "real + augmentation"
     for count in sorted({r["count"] for r in rows}):
         for arm in ARMS:
             if mine := [r["accuracy"] for r in rows if r["arm"] == arm and r["count"] == count]:
-                gains = [difference(rows, arm, base, count, out, test) for base in ("real", "real + augmentation")]
-                yield count, arm, mine, *gains
+                yield count, arm, mine, *(difference(rows, arm, base, count, out, test) for base in bases)
 
 
 def table(rows, out, test):
     """The results as text."""
-    lines = [f"{'per class':>9}  {'arm':32} {'accuracy, %':>12}   {'against real':22} against real + augmentation"]
+    lines = [f"{'per class':>9}  {'arm':32} {'accuracy, %':>12}   {'against real':22} "
+             "against real + augmentation"]
     for count, arm, accuracies, *gains in table_rows(rows, out, test):
         spread = f"± {100 * np.std(accuracies, ddof=1):.1f}" if len(accuracies) > 1 else ""
         mean = f"{100 * np.mean(accuracies):.1f} {spread}"
@@ -340,11 +334,12 @@ def verdict(rows, out, test, cfg, s):
     if not claims:
         return "No verdict: it takes two seeds, and real arms beside those with synthetic images."
     name, subsets = Path(cfg.data).resolve().name if cfg.data else "drawn scenes", min(s.subsets, s.seeds)
+    missed = ", which do not cover another draw of the training images" if subsets == 1 else ""
     claims.append(
-        f"Conditions: {name} at {s.cls.size} px, {len(test.classes)} classes, {len(test)} test images; {s.seeds} "
-        f"seeds; {subsets} draw{'s' * (subsets > 1)} of the training images, each with its generator of "
-        f"{s.gen.steps} steps; classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over seeds and test "
-        "images" + (", which do not cover another draw of the training images." if subsets == 1 else "."))
+        f"Conditions: {name} at {s.cls.size} px, {len(test.classes)} classes, {len(test)} test images; "
+        f"{s.seeds} seeds; {subsets} draw{'s' * (subsets > 1)} of the training images, each with its "
+        f"generator of {s.gen.steps} steps; classifiers of {s.cls.steps} steps. In brackets: 95 % intervals "
+        f"over seeds and test images{missed}.")
     if not cfg.data:
         claims.append("Drawn scenes show that the method works; they say nothing about the world.")
     return "\n".join(claims)
@@ -359,14 +354,14 @@ def symmetries(images):
 
 
 def nearest(images, pool):
-    """For each image the most similar one of the pool, over the 8 turns and flips: distances, indices,
-    turned images.
+    """For each image the most similar one of the pool: distances, indices, turned images.
 
-    images (N, C, H, W), pool (M, C, H, W) uint8. Distance: root mean square of pixel differences, grey
-    levels.
+    images (N, C, H, W), pool (M, C, H, W) uint8. Every image is tried in its 8 turns and flips; the distance
+    is the root mean square of pixel differences, in grey levels.
     """
     turned = symmetries(images)
-    a, b = rearrange(turned.float(), "s n c h w -> s n (c h w)"), rearrange(pool.float(), "m c h w -> m (c h w)")
+    a = rearrange(turned.float(), "s n c h w -> s n (c h w)")
+    b = rearrange(pool.float(), "m c h w -> m (c h w)")
     d = torch.cdist(a, b) / a.shape[-1] ** 0.5                                         # (8, N, M)
     distance, which = d.amin(0).min(1)
     every = torch.arange(len(images))
@@ -375,9 +370,10 @@ def nearest(images, pool):
 
 def labelled(strips, names, zoom):
     """Pictures below each other, a name at the left of each."""
-    strips = [strip.resize((strip.width * zoom, strip.height * zoom), Image.Resampling.NEAREST) for strip in strips]
+    strips = [s.resize((s.width * zoom, s.height * zoom), Image.Resampling.NEAREST) for s in strips]
     left, y = 8 + 7 * max(map(len, names)), 0
-    page = Image.new("RGB", (left + max(strip.width for strip in strips), sum(s.height for s in strips)), "white")
+    width, height = left + max(s.width for s in strips), sum(s.height for s in strips)
+    page = Image.new("RGB", (width, height), "white")
     for strip, name in zip(strips, names, strict=True):
         ImageDraw.Draw(page).text((4, y + strip.height // 2 - 6), name, fill="black")
         page.paste(strip, (left, y))
@@ -389,15 +385,13 @@ def side_by_side(real, synthetic, columns=8, most=24):
     """A row per class (the first so many): real images left, synthetic ones right."""
     strips, blank = [], real.images.new_full((columns, *real.images.shape[1:]), 255)
     for c in range(min(most, len(real.classes))):
-        left, right = (torch.cat([scenes.images[scenes.labels == c], blank])[:columns] for scenes in (real, synthetic))
+        left, right = (torch.cat([s.images[s.labels == c], blank])[:columns] for s in (real, synthetic))
         strips.append(data.grid(torch.cat([left, blank[:1], right]), 2 * columns + 1))
     return labelled(strips, real.classes[:most], zoom=max(1, 64 // real.images.shape[-1]))
 
 
 def copies(real, synthetic, held):
-    """Are the synthetic images copies? The most suspicious ones above their nearest training images; a
-    sentence.
-    """
+    """Are the synthetic images copies? The most suspicious above their nearest real ones; a sentence."""
     some = torch.linspace(0, len(synthetic) - 1, min(len(synthetic), 400)).long()
     distance, which, turned = nearest(synthetic.images[some], real.images)
     floor, _, _ = nearest(held.images[:400], real.images)
@@ -406,15 +400,13 @@ def copies(real, synthetic, held):
     nearer = (distance[:, None] < floor).float().mean().item()
     return labelled(strips, ["synthetic", "nearest real"], zoom=max(1, 64 // real.images.shape[-1])), (
         f"Distance to the nearest of {len(real)} training images, over turns and flips: median "
-        f"{distance.median():.0f} grey levels for synthetic images, {floor.median():.0f} for real ones that were "
-        f"held out. A synthetic image is nearer than a held-out one in {100 * nearer:.0f} % of pairs (copies: near "
-        "100 %; 50 % or less is no sign of copying).")
+        f"{distance.median():.0f} grey levels for synthetic images, {floor.median():.0f} for real ones that "
+        f"were held out. A synthetic image is nearer than a held-out one in {100 * nearer:.0f} % of pairs "
+        "(copies: near 100 %; 50 % or less is no sign of copying).")
 
 
 def chart(rows):
-    """Accuracy of each arm: a dot per seed, a bar at the mean, a colour per count. SVG in the page's
-    colours.
-    """
+    """Accuracy of each arm as SVG: a dot per seed, a bar at the mean, a colour of the page per count."""
     counts = sorted({r["count"] for r in rows})
     arms = [arm for arm in ARMS if any(r["arm"] == arm for r in rows)]
     parts, foot = [], 34 * len(arms) + 12
@@ -434,11 +426,12 @@ def chart(rows):
             parts += [f'<circle cx="{x(v)}" cy="{y}" r="3" class="{color}"/>' for v in scores]
             if scores:
                 mean = x(float(np.mean(scores)))
-                parts.append(f'<line x1="{mean}" x2="{mean}" y1="{y - 5}" y2="{y + 5}" class="mean {color}"/>')
-    legend = " ".join(f'<tspan class="c{k % 4}">● {count} per class</tspan>' for k, count in enumerate(counts))
+                parts.append(f'<line x1="{mean}" x2="{mean}" y1="{y - 5}" y2="{y + 5}" '
+                             f'class="mean {color}"/>')
+    legend = " ".join(f'<tspan class="c{k % 4}">● {n} per class</tspan>' for k, n in enumerate(counts))
     parts.append(f'<text x="230" y="{foot + 38}">{legend}</text>')
-    return (f'<svg viewBox="0 0 700 {foot + 46}" role="img" aria-label="Accuracy of each arm, a dot per seed">'
-            + "".join(parts) + "</svg>")
+    return (f'<svg viewBox="0 0 700 {foot + 46}" role="img" '
+            'aria-label="Accuracy of each arm, a dot per seed">' + "".join(parts) + "</svg>")
 
 
 STYLE = """
@@ -464,23 +457,27 @@ def figure(path, picture, text):
     """Save a picture, and return it as part of a page."""
     data.save_picture(picture, path)
     png, text = base64.b64encode(path.read_bytes()).decode(), html.escape(text)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{png}"><figcaption>{text}</figcaption></figure>'
+    return (f'<figure><img alt="{text}" src="data:image/png;base64,{png}">'
+            f'<figcaption>{text}</figcaption></figure>')
 
 
 def report(out, cfg, s, test, rows, shown):
-    """Write report.html, which needs no other file, from what was run so far. shown: (real, synthetic)
-    or None.
+    """Write report.html, which needs no other file, from what was run so far.
+
+    shown: (real, synthetic) or None.
     """
     figures = "<p>No synthetic images in these arms."
     if shown:
         suspects, sentence = copies(*shown, test)
-        figures = figure(out / "grid.png", side_by_side(*shown), "Left: real training images. Right: synthetic images "
-                         "of the same class, by a generator that saw nothing but such training images.")
-        figures += figure(out / "copies.png", suspects, f"Are they copies? The most suspicious 16. {sentence}")
+        caption = ("Left: real training images. Right: synthetic images of the same class, by a generator "
+                   "that saw nothing but such training images.")
+        figures = figure(out / "grid.png", side_by_side(*shown), caption)
+        caption = f"Are they copies? The most suspicious 16. {sentence}"
+        figures += figure(out / "copies.png", suspects, caption)
     title = "Does synthetic data help to recognise scenes from above?"
     answer = html.escape(verdict(rows, out, test, cfg, s)).replace("\n", "<p>")
-    body = "".join(f"<tr><td>{count}<td>{arm}<td>{100 * np.mean(a):.1f}<td>{points(gain)}<td>{points(gain_augmented)}"
-                   for count, arm, a, gain, gain_augmented in table_rows(rows, out, test))
+    body = "".join(f"<tr><td>{count}<td>{arm}<td>{100 * np.mean(a):.1f}<td>{'<td>'.join(map(points, gains))}"
+                   for count, arm, a, *gains in table_rows(rows, out, test))
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>
 <h1>{title}</h1><p>{answer}

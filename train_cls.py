@@ -6,7 +6,7 @@
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 from augment import OVERHEAD, compose
-from data import Problem, Scenes, flag
+from data import Problem, flag
 from vit import ViT
 
 
@@ -50,7 +50,7 @@ class Config:
 class Script(Config):
     """What only the command line needs."""
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class")
-    synthetic: str = flag("", "tree of synthetic images with the same class names, as train_gen.py --sample writes it")
+    synthetic: str = flag("", "tree of synthetic images, same class names, as train_gen.py --sample makes")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
     per_class: int = flag(0, "real training images per class (0: the whole training split)")
     out: str = flag("runs/cls", "folder for classifier.pt")
@@ -58,13 +58,13 @@ class Script(Config):
 
 
 def fit(real, synthetic, cfg, path=None, every=1000, title="classifier"):
-    """Train a ViT from scratch for cfg.steps steps on real and synthetic (Scenes; the one that is not used
-    may be None).
+    """Train a ViT from scratch on real and synthetic (Scenes; the one that is not used may be None).
 
-    Each place of a batch is filled from `synthetic` with probability cfg.share. All draws follow from
-    (seed, step) in the same order whatever the share, so that two runs of a seed differ only in what they
-    are meant to. With a path, a checkpoint is kept there every so many steps, and a run that was killed
-    goes on from it. Returns the model in eval mode and what it has seen: {steps, images, synthetic}.
+    For cfg.steps steps, each place of a batch is filled from `synthetic` with probability cfg.share. All
+    draws follow from (seed, step) in the same order whatever the share, so that two runs of a seed differ
+    only in what they are meant to. With a path, a checkpoint is kept there every so many steps, and a run
+    that was killed goes on from it. Returns the model in eval mode and what it has seen: {steps, images,
+    synthetic}.
     """
     pools = [pool for pool, used in ((real, cfg.share < 1), (synthetic, cfg.share > 0)) if used]
     device = data.pick_device()
@@ -78,12 +78,15 @@ def fit(real, synthetic, cfg, path=None, every=1000, title="classifier"):
     model = ViT(K, cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, images.shape[1]).to(device)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]             # biases and norms do not decay
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.decay), dict(params=vectors, weight_decay=0)])
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.decay),
+                                   dict(params=vectors, weight_decay=0)])
     parts = dict(model=model, optimizer=optimizer)
     identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=pools[0].classes,
                     channels=images.shape[1], names=[name for pool in pools for name in pool.names])
     saved = data.resume(path, "classifier", identity, parts)
-    start, synthetic_seen = (saved["step"], saved["synthetic_seen"].to(device)) if saved else (0, torch.zeros((), device=device))
+    start, synthetic_seen = 0, torch.zeros((), device=device)
+    if saved:
+        start, synthetic_seen = saved["step"], saved["synthetic_seen"].to(device)
 
     augment = compose(cfg.augment)
     for step in tqdm(range(start, cfg.steps), title, cfg.steps, initial=start, disable=None, leave=False):
@@ -104,16 +107,17 @@ def fit(real, synthetic, cfg, path=None, every=1000, title="classifier"):
             if not math.isfinite(loss.item()):
                 raise Problem(f"the loss is {loss.item()} at step {step + 1}: lower --lr")
             if path:
-                data.save_checkpoint(path, "classifier", identity, step + 1, parts, synthetic_seen=synthetic_seen)
+                data.save_checkpoint(path, "classifier", identity, step + 1, parts,
+                                     synthetic_seen=synthetic_seen)
     return model.eval(), dict(steps=step + 1, images=(step + 1) * len(x), synthetic=int(synthetic_seen))
 
 
 @torch.no_grad()
 def predict(model, images, batch=512):
     """The class of each image (N, C, H, W) uint8, as (N,) int64 on the CPU."""
-    device = next(model.parameters()).device
+    device, chunks = next(model.parameters()).device, images.split(batch)
     with data.autocast(device):
-        return torch.cat([model(data.to_float(chunk.to(device))).argmax(1).cpu() for chunk in images.split(batch)])
+        return torch.cat([model(data.to_float(chunk.to(device))).argmax(1).cpu() for chunk in chunks])
 
 
 def confusion(labels, predicted, K):
@@ -122,9 +126,7 @@ def confusion(labels, predicted, K):
 
 
 def scores(matrix):
-    """Accuracy, macro-F1 and the recall of each class, from a confusion matrix. A class that never
-    occurs has recall 0.
-    """
+    """Accuracy, macro-F1 and the recall of each class (0 if it never occurs), from a confusion matrix."""
     matrix = matrix.double()
     hits, truth, called = matrix.diag(), matrix.sum(1), matrix.sum(0)
     f1 = 2 * hits / (truth + called).clamp(min=1)                        # = 2 P R / (P + R)
@@ -148,14 +150,17 @@ def main(cfg):
     index = data.subset(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
     synthetic = None
     if bool(cfg.synthetic) != (cfg.share > 0):
-        raise Problem("--synthetic and --share belong together: give the tree and the probability of its images")
+        raise Problem("--synthetic and --share belong together: "
+                      "give the tree and the probability of its images")
     if cfg.synthetic:
         synthetic = data.read_folder(cfg.synthetic, cfg.size, cfg.skip_broken)
         if unknown := set(synthetic.classes) - set(scenes.classes):
-            raise Problem(f"{cfg.synthetic} has classes that {cfg.data} has not: {', '.join(sorted(unknown))}")
+            names = ", ".join(sorted(unknown))
+            raise Problem(f"{cfg.synthetic} has classes that {cfg.data} has not: {names}")
         to_real = torch.tensor([scenes.classes.index(name) for name in synthetic.classes])
-        synthetic = Scenes(synthetic.images, to_real[synthetic.labels], scenes.classes, synthetic.names, synthetic.groups)
-    print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, on {data.pick_device()}")
+        synthetic = replace(synthetic, labels=to_real[synthetic.labels], classes=scenes.classes)
+    print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, "
+          f"on {data.pick_device()}")
     model, _ = fit(scenes[index], synthetic, cfg, Path(cfg.out) / "classifier.pt")
     for part in ("val", "test") if cfg.test else ("val",):
         held = scenes[parts[part]]

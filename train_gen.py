@@ -3,8 +3,7 @@
     python train_gen.py --data data/NWPU-RESISC45 --out runs/gen
     python train_gen.py --sample runs/gen/generator.pt --classes river,forest --count 16 --out runs/made
 
-The loss barely moves after the first minutes, and a lower one is not a better image: look at samples-*.png
-instead.
+The loss barely moves after the first minutes, and a lower one is no better image: look at samples-*.png.
 """
 import copy
 import math
@@ -40,15 +39,17 @@ class Config:
     warmup: int = flag(500, "steps to reach it")
     ema: float = flag(0.999, "decay of the averaged weights, with which images are made")
     drop: float = flag(0.1, "share of the images trained without their class, for guidance")
-    augment: str = flag("hflip,rot90", "augmentations; only such as keep images likely, since the generator learns them")
+    augment: str = flag("hflip,rot90", "augmentations that keep images likely: the generator learns them")
     seed: int = flag(0, "fixes split, choice of images, weights and noise")
 
     def __post_init__(self):
         compose(self.augment)
         if self.schedule not in SCHEDULES or self.predict not in ("v", "eps"):
-            raise ValueError(f"--schedule {self.schedule} --predict {self.predict}: cosine or linear, v or eps, are known")
-        if self.size % (self.patch * 2 ** (len(self.mults) - 1)):
-            raise ValueError(f"--size {self.size} must be divisible by {self.patch * 2 ** (len(self.mults) - 1)}: --patch, "
+            raise ValueError(f"--schedule {self.schedule} --predict {self.predict}: "
+                             "cosine or linear, v or eps, are known")
+        factor = self.patch * 2 ** (len(self.mults) - 1)
+        if self.size % factor:
+            raise ValueError(f"--size {self.size} must be divisible by {factor}: --patch, "
                              "times 2 for every resolution in --mults after the first")
 
 
@@ -69,9 +70,7 @@ class Script(Config):
 
 @dataclass
 class Generator:
-    """A trained generator: the noise process, the averaged network in eval mode, and what it was made
-    with.
-    """
+    """A trained generator: noise process, averaged network in eval mode, and what it was made with."""
     diffusion: Diffusion
     model: nn.Module
     classes: list[str]
@@ -89,8 +88,7 @@ def networks(cfg, classes, channels):
 def update_ema(ema, model, decay):
     """Move the averaged weights a step towards the model's; copy what is not learned.
 
-    torch's AveragedModel does the same, but copies its counter to the GPU at every step, and the CPU waits
-    for it.
+    torch's AveragedModel does the same, but copies its counter to the GPU at every step and waits for it.
     """
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for a, b in zip(ema.buffers(), model.buffers(), strict=True):
@@ -98,13 +96,12 @@ def update_ema(ema, model, decay):
 
 
 def train(real, cfg, path=None, every=1000, look=0, title="generator"):
-    """Train on real (Scenes) by cfg (Config); keep everything in the checkpoint `path`, if any, its log
-    beside it. -> Generator.
+    """Train on real (Scenes) by cfg (Config). -> Generator.
 
-    Every step draws its randomness from (seed, step): a run that was killed goes on at its last checkpoint
-    and ends with the numbers of one that was not. With look > 0 every checkpoint comes with a grid, `look`
-    images per class from the same noise. Raises Problem if the checkpoint is of other settings or images,
-    or if the loss is not finite.
+    Everything is kept in the checkpoint `path`, if any, its log beside it. Every step draws its randomness
+    from (seed, step): a run that was killed goes on at its last checkpoint and ends with the numbers of one
+    that was not. With look > 0 every checkpoint comes with a grid, `look` images per class from the same
+    noise. Raises Problem if the checkpoint is of other settings or images, or if the loss is not finite.
     """
     device = data.pick_device()
     diffusion, model = networks(cfg, len(real.classes), real.images.shape[1])
@@ -113,8 +110,8 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     generator = Generator(diffusion, ema, real.classes, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
     parts = dict(model=model, ema=ema, optimizer=optimizer)
-    identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=real.classes, names=real.names,
-                    channels=real.images.shape[1])
+    settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
+    identity = dict(config=settings, classes=real.classes, names=real.names, channels=real.images.shape[1])
     saved = data.resume(path, "generator", identity, parts)
     start, log = (saved["step"], saved["log"]) if saved else (0, [])
 
@@ -133,17 +130,20 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
             group["lr"] = data.lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
         optimizer.step()
         optimizer.zero_grad()
-        update_ema(ema, model, min(cfg.ema, (1 + step) / (10 + step)))   # a young average forgets the start sooner
+        decay = min(cfg.ema, (1 + step) / (10 + step))              # a young average forgets the start sooner
+        update_ema(ema, model, decay)
         quarters.index_add_(1, t * 4 // cfg.timesteps, torch.stack([loss.detach(), torch.ones_like(loss)]))
 
         if (step + 1) % every == 0 or step + 1 == cfg.steps:
             (total, count), quarters = quarters.tolist(), torch.zeros_like(quarters)
             if not math.isfinite(sum(total)):
                 raise Problem(f"the loss is {sum(total)} at step {step + 1}: lower --lr")
-            log.append([step + 1, sum(total) / sum(count), *[s / max(n, 1) for s, n in zip(total, count, strict=True)]])
+            means = [s / max(n, 1) for s, n in zip(total, count, strict=True)]
+            log.append([step + 1, sum(total) / sum(count), *means])
             if path:
                 data.save_checkpoint(path, "generator", identity, step + 1, parts, log=log)
-                data.save_csv(path.with_suffix(".csv"), ["step", "loss", "t_quarter_1", "t_2", "t_3", "t_4"], log)
+                header = ["step", "loss", "t_quarter_1", "t_2", "t_3", "t_4"]
+                data.save_csv(path.with_suffix(".csv"), header, log)
             if look:
                 y = torch.arange(len(real.classes)).repeat_interleave(look)
                 picture = data.grid(generate(generator, y, seed=0), look, zoom=max(1, 64 // cfg.size))
@@ -162,8 +162,9 @@ def load_generator(path):
 
 
 def generate(generator, y, seed, calls=20, w=1.5, batch=256, title="images"):
-    """Images of the classes y (N,) int64, as uint8 (N, C, H, W). Image k follows from (seed, k),
-    whatever the batch.
+    """Images of the classes y (N,) int64, as uint8 (N, C, H, W).
+
+    Image k follows from (seed, k), whatever the batch.
     """
     diffusion, model, cfg = generator.diffusion, generator.model, generator.config
     device = diffusion.signal.device
@@ -183,7 +184,8 @@ def sample(cfg):
     generator = load_generator(cfg.sample)
     wanted = cfg.classes.split(",") if cfg.classes else generator.classes
     if unknown := set(wanted) - set(generator.classes):
-        raise Problem(f"{cfg.sample} knows no class {', '.join(sorted(unknown))}; it knows {', '.join(generator.classes)}")
+        raise Problem(f"{cfg.sample} knows no class {', '.join(sorted(unknown))}; "
+                      f"it knows {', '.join(generator.classes)}")
     y = torch.tensor([generator.classes.index(name) for name in wanted]).repeat_interleave(cfg.count)
     images = generate(generator, y, cfg.seed, cfg.calls, cfg.w)
     for k, image in enumerate(images):
@@ -202,7 +204,8 @@ def main(cfg):
     if cfg.per_class:
         index = data.subset(scenes, index, cfg.per_class, cfg.seed)
     path = Path(cfg.out) / "generator.pt"
-    print(f"{len(index)} images of {len(scenes.classes)} classes, on {data.pick_device()}; look at {cfg.out}/samples-*.png")
+    print(f"{len(index)} images of {len(scenes.classes)} classes, on {data.pick_device()}; "
+          f"look at {cfg.out}/samples-*.png")
     train(scenes[index], cfg, path, cfg.every, look=8)
     print(f"done: python train_gen.py --sample {path} makes images with it")
 

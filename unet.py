@@ -1,5 +1,4 @@
-"""The U-Net that predicts the noise (Ho et al. 2020, appendix B), and `Condition`, everything that it can
-be told.
+"""The U-Net that predicts the noise (Ho et al. 2020, appendix B), and `Condition`, all it can be told.
 
 Letters: B batch, C image channels, H W image sides, D width of the embedding, K classes.
 """
@@ -16,9 +15,7 @@ from vit import Attention
 
 @dataclass
 class Condition:
-    """What the generator is told of each image. Nothing is told where y is -1: the null condition of
-    guidance.
-    """
+    """What the generator is told of each image; nothing where y is -1, the null condition of guidance."""
     y: torch.Tensor                                                      # (B,) int64: class 0 .. K - 1, or -1
 
     def hide(self, mask):
@@ -31,8 +28,9 @@ class Condition:
 
 
 def timestep_embedding(t, dim):
-    """Sines and cosines of t (B,) at dim / 2 wavelengths from 2 pi to 20,000 pi (Vaswani et al. 2017,
-    3.5). (B, dim).
+    """Sines and cosines of t (B,) at dim / 2 wavelengths from 2 pi to 20,000 pi, (B, dim).
+
+    Vaswani et al. 2017, section 3.5.
     """
     omega = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None] * omega
@@ -40,19 +38,17 @@ def timestep_embedding(t, dim):
 
 
 def zero(layer):
-    """A layer that starts as 0, so that each block starts as the identity and the first image as nothing
-    (Ho et al.).
-    """
+    """A layer that starts as 0: each block starts as the identity, the first image as nothing (Ho et al.)."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 class Block(nn.Module):
-    """Two convolutions around a residual; between them the embedding scales and shifts (AdaGN, Dhariwal &
-    Nichol 2021).
+    """Two convolutions around a residual; between them the embedding scales and shifts (AdaGN).
 
     (B, C_in, H, W), (B, D) -> (B, C_out, H, W). With attention, every pixel then looks at every other.
+    AdaGN: Dhariwal & Nichol 2021.
     """
 
     def __init__(self, c_in, c_out, emb, attention=False):
@@ -98,7 +94,7 @@ class UNet(nn.Module):
     def __init__(self, classes, channels=3, width=64, mults=(1, 2, 4), blocks=2, patch=1):
         super().__init__()
         if width % 8:
-            raise ValueError(f"the width of the U-Net must be divisible by 8, for its norms, and {width} is not")
+            raise ValueError(f"the U-Net's width must be divisible by 8, for its norms, and {width} is not")
         self.classes, self.channels, self.width, self.patch = classes, channels, width, patch
         D, last = 4 * width, len(mults) - 1
         self.time = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
@@ -129,7 +125,7 @@ class UNet(nn.Module):
 
     def forward(self, x, t, cond):
         factor = self.patch * 2 ** (len(self.down) - 1)
-        assert x.shape[2] % factor == x.shape[3] % factor == 0, f"{x.shape}: sides must be divisible by {factor}"
+        assert x.shape[2] % factor == x.shape[3] % factor == 0, f"{x.shape}: sides not divisible by {factor}"
         p = self.patch
         y = torch.where(cond.y < 0, self.classes, cond.y)
         emb = self.time(timestep_embedding(t, self.width)) + self.label(y)           # (B, D)

@@ -1,6 +1,7 @@
-"""The vision transformer that recognises: ViT (Dosovitskiy et al. 2021, 2010.11929) in the plain form of
-Beyer et al. 2022 (2205.01580): fixed sin-cos positions and the mean of all tokens, so no class token and
-nothing learned but the blocks.
+"""The vision transformer that recognises.
+
+ViT (Dosovitskiy et al. 2021, 2010.11929) in the plain form of Beyer et al. 2022 (2205.01580): fixed sin-cos
+positions and the mean of all tokens, so no class token and nothing learned but the blocks.
 
 Letters: B batch, C channels, H W image sides, P patch side, L tokens, D width of a token, K classes.
 """
@@ -11,8 +12,9 @@ from torch import nn
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, Eq. 1): softmax(q k^T / sqrt(d)) v in every head.
-    (B, L, D) -> (B, L, D).
+    """Multi-head self-attention, (B, L, D) -> (B, L, D).
+
+    softmax(q k^T / sqrt(d)) v in every head (Vaswani et al. 2017, Eq. 1).
     """
 
     def __init__(self, dim, heads):
@@ -30,8 +32,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: tokens exchange (attention), then each thinks for itself (MLP). (B, L,
-    D) -> (B, L, D).
+    """Pre-norm transformer block, (B, L, D) -> (B, L, D).
+
+    Tokens exchange (attention), then each thinks for itself (MLP).
     """
 
     def __init__(self, dim, heads):
@@ -47,8 +50,9 @@ class Block(nn.Module):
 
 
 def sincos_positions(rows, cols, dim):
-    """Where each token is: sines and cosines of its row and column at dim / 4 wavelengths from 2 pi to
-    20,000 pi. (L, D).
+    """Where each token is, (L, D): sines and cosines of its row and column.
+
+    They have dim / 4 wavelengths from 2 pi to 20,000 pi.
     """
     if dim % 4:
         raise ValueError(f"2-D sin-cos positions need a width divisible by 4, not {dim}")
@@ -59,8 +63,9 @@ def sincos_positions(rows, cols, dim):
 
 
 class ViT(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] to class logits (B, K). The first loss is exactly ln K, since the
-    head starts at 0.
+    """Images (B, C, H, W) in [-1, 1] to class logits (B, K).
+
+    The first loss is exactly ln K, since the head starts at 0.
     """
 
     def __init__(self, classes, size=64, patch=8, dim=192, depth=6, heads=3, channels=3):

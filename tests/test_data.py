@@ -1,5 +1,4 @@
-"""data.py: pictures of every kind read right, splits that do not leak, files whole or not at all, mistakes told."""
-import re
+"""data.py: every picture read right, splits that do not leak, files whole or not at all, mistakes told."""
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ def tree(root, classes=("forest", "river"), count=6, size=20):
     for name in classes:
         (root / name).mkdir(parents=True)
         for k in range(count):
-            Image.fromarray(g.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(root / name / f"{name}_{k}.png")
+            pixels = g.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{name}_{k}.png")
     return root
 
 
@@ -37,7 +37,7 @@ def test_all_256_values_survive_the_way_to_float_and_back():
     x = data.to_float(values)
     assert x[0] == -1 and x[255] == 1
     assert_close(data.to_uint8(x), values)
-    assert_close(data.to_uint8(x + 0.9 / 255), values)                   # rounds: less than half a level is nothing
+    assert_close(data.to_uint8(x + 0.9 / 255), values)                   # less than half a level is nothing
     assert_close(data.to_uint8(x - 0.9 / 255), values)
 
 
@@ -48,11 +48,13 @@ def test_values_out_of_range_are_cut_off_not_wrapped():
 def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
     lr = [data.lr_at(step, 110, 2.0, 10) for step in range(110)]
     assert lr[:10] == pytest.approx([0.2 * k for k in range(1, 11)])
-    assert lr[60] == pytest.approx(1.0) and lr[109] < 1e-3 and lr == sorted(lr[:10]) + sorted(lr[10:], reverse=True)
+    assert lr[60] == pytest.approx(1.0) and lr[109] < 1e-3
+    assert lr == sorted(lr[:10]) + sorted(lr[10:], reverse=True)
 
 
 def test_randomness_by_name_is_repeatable_and_every_part_of_the_name_counts():
-    draws = [torch.rand(1, generator=data.rng(*key)).item() for key in ((0, 1), (0, 1), (1, 0), (0, 2), (0, 1, 0), (2**32, 1))]
+    names = (0, 1), (0, 1), (1, 0), (0, 2), (0, 1, 0), (2**32, 1)
+    draws = [torch.rand(1, generator=data.rng(*name)).item() for name in names]
     assert draws[0] == draws[1] and len(set(draws)) == 5
 
 
@@ -60,23 +62,25 @@ def test_randomness_by_name_is_repeatable_and_every_part_of_the_name_counts():
 
 def test_every_kind_of_picture_becomes_rgb(tmp_path):
     ramp = np.linspace(0, 255, 16, dtype=np.uint8).repeat(16).reshape(16, 16)
-    pictures = {"grey.png": Image.fromarray(ramp), "palette.png": Image.fromarray(ramp).convert("P"),
-                "deep.png": Image.fromarray(ramp.astype(np.uint16) * 257), "rgb.tif": Image.fromarray(ramp).convert("RGB"),
-                "alpha.png": Image.fromarray(ramp).convert("LA"), "deep.tif": Image.fromarray(ramp.astype(np.uint16) * 257)}
+    grey, deep = Image.fromarray(ramp), Image.fromarray(ramp.astype(np.uint16) * 257)
+    pictures = {"grey.png": grey, "palette.png": grey.convert("P"), "alpha.png": grey.convert("LA"),
+                "rgb.tif": grey.convert("RGB"), "deep.png": deep, "deep.tif": deep}
+    expected = torch.tensor(ramp).expand(3, 16, 16)
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
-        assert_close(torch.tensor(data.decode(tmp_path / name, 16)), torch.tensor(ramp).expand(3, 16, 16), rtol=0, atol=1)
+        assert_close(torch.tensor(data.decode(tmp_path / name, 16)), expected, rtol=0, atol=1)
 
 
 def test_the_central_square_is_kept_and_reduced_without_aliasing(tmp_path):
     wide = np.zeros((32, 64, 3), dtype=np.uint8)
-    wide[:, 16:48] = (np.indices((32, 32)).sum(0) % 2 * 255)[..., None]  # a checkerboard between black margins
+    wide[:, 16:48] = (np.indices((32, 32)).sum(0) % 2 * 255)[..., None]  # a checkerboard with black margins
     Image.fromarray(wide).save(tmp_path / "wide.png")
     assert abs(data.decode(tmp_path / "wide.png", 8).astype(int)[:, 2:-2, 2:-2] - 127).max() < 6
 
 
 def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_to_speak_of(tmp_path):
-    data.save_picture(data.draw_scene("dense_residential", np.random.default_rng(0), 256), tmp_path / "x.jpg", quality=95)
+    scene = data.draw_scene("dense_residential", np.random.default_rng(0), 256)
+    data.save_picture(scene, tmp_path / "x.jpg", quality=95)
     with Image.open(tmp_path / "x.jpg") as whole:
         slow = np.asarray(whole.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)).astype(float)
     fast = data.decode(tmp_path / "x.jpg", 32).transpose(1, 2, 0)
@@ -101,7 +105,8 @@ def test_the_cache_is_used_and_a_stale_one_noticed(tmp_path, monkeypatch, capsys
     Image.new("RGB", (20, 20), "white").save(root / "river" / "river_3.png")
     assert "changed" not in capsys.readouterr().err
     third = data.read_folder(root, 8, cache=cache)
-    assert (third.images[third.names.index("river/river_3.png")] == 255).all() and "changed" in capsys.readouterr().err
+    assert (third.images[third.names.index("river/river_3.png")] == 255).all()
+    assert "changed" in capsys.readouterr().err
 
 
 def test_a_broken_picture_is_counted_and_named_and_skipped_only_if_asked(tmp_path, capsys):
@@ -133,7 +138,8 @@ def test_a_split_is_stratified_disjoint_complete_and_by_seed():
     assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(200))
     assert {k: [(s.labels[v] == c).sum().item() for c in (0, 1)] for k, v in parts.items()} == dict(
         train=[90, 30], val=[30, 10], test=[30, 10])
-    assert parts["test"].tolist() == data.split(s, seed=3)["test"].tolist() != data.split(s, seed=4)["test"].tolist()
+    again, other = (data.split(s, seed=seed)["test"].tolist() for seed in (3, 4))
+    assert parts["test"].tolist() == again != other
 
 
 def test_exact_doubles_never_straddle(tmp_path):
@@ -156,8 +162,9 @@ def test_the_official_lists_are_used_and_training_gives_up_what_test_holds(tmp_p
         (root / f"resisc45-{part}.txt").write_text("\n".join(lines))
     s = data.read_folder(root, 20, cache=tmp_path / "cache")
     names = {part: sorted(s.names[i] for i in index) for part, index in data.split(s, root).items()}
-    assert names["test"] == ["forest/forest_8.png", "forest/forest_9.png", "river/river_8.png", "river/river_9.png"]
-    assert len(names["val"]) == 4 and "forest/forest_0.png" not in names["train"] and len(names["train"]) == 11
+    assert names["test"] == [f"{name}/{name}_{k}.png" for name in ("forest", "river") for k in (8, 9)]
+    assert len(names["val"]) == 4 and len(names["train"]) == 11
+    assert "forest/forest_0.png" not in names["train"]
 
 
 def test_smaller_subsets_are_part_of_larger_ones_and_too_large_ones_are_refused():
@@ -226,8 +233,8 @@ def problem(_):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--bogus"], "--bogus"), (["--ste", "5"], "--ste"), (["--steps", "1e3"], "1e3"), (["--steps", "-1"], "--steps below 0"),
-    (["--counts", "3,x"], "3,x"), ([], "no such thing: do that")])
+    (["--bogus"], "--bogus"), (["--ste", "5"], "--ste"), (["--steps", "1e3"], "1e3"),
+    (["--steps", "-1"], "--steps below 0"), (["--counts", "3,x"], "3,x"), ([], "no such thing: do that")])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, message, capsys):
     with pytest.raises(SystemExit) as error:
         data.launch(problem, Flags, argv)
@@ -238,9 +245,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, capsys):
 # ---- the script
 
 def test_data_py_draws_a_tree_and_says_what_is_in_it(tmp_path):
-    command = [sys.executable, "data.py", "--data", str(tmp_path / "t"), "--size", "16", "--out", str(tmp_path / "x.png")]
+    command = [sys.executable, "data.py", "--data", str(tmp_path / "t"), "--size", "16",
+               "--out", str(tmp_path / "x.png")]
     absent = subprocess.run(command, capture_output=True, text=True)
-    assert absent.returncode == 2 and absent.stderr.count("\n") == 1 and "75206b2e16446591afa88e2628744886" in absent.stdout
+    assert absent.returncode == 2 and absent.stderr.count("\n") == 1
+    assert "75206b2e16446591afa88e2628744886" in absent.stdout
     drawn = subprocess.run([*command, "--draw", "5"], capture_output=True, text=True, check=True)
-    assert re.search(r"40 pictures of 8 classes, 0 of them exact doubles; 24 train, 8 val, 8 test", drawn.stdout)
+    assert "40 pictures of 8 classes, 0 of them exact doubles; 24 train, 8 val, 8 test" in drawn.stdout
     assert Image.open(tmp_path / "x.png").width == 10 * 18

@@ -11,7 +11,7 @@ from unet import Condition
 
 
 class Exact(nn.Module):
-    """The perfect network for images of one pixel row drawn from equally likely Gaussians N(mu_k, s^2). mu: (K, D)."""
+    """The perfect network for flat images from equally likely Gaussians N(mu_k, s^2), mu (K, D)."""
 
     def __init__(self, diffusion, mu, s):
         super().__init__()
@@ -79,9 +79,10 @@ def test_q_sample_is_what_t_plus_1_single_steps_do():
     diffusion, x0, eps = Diffusion(100, "linear"), gaussian(1, 1, 2, 2), gaussian(1, 1, 2, 2, seed=1)
     signal, var = 1.0, 0.0
     for t in range(100):
-        beta = 0.001 + (0.2 - 0.001) * t / 99                            # Eq. 2: x_t ~ N(sqrt(1 - beta) x_{t-1}, beta)
+        beta = 0.001 + (0.2 - 0.001) * t / 99               # Eq. 2: x_t ~ N(sqrt(1 - beta) x_{t-1}, beta)
         signal, var = math.sqrt(1 - beta) * signal, (1 - beta) * var + beta
-        assert_close(diffusion.q_sample(x0, torch.tensor([t]), eps), signal * x0 + math.sqrt(var) * eps, rtol=0, atol=1e-6)
+        expected = signal * x0 + math.sqrt(var) * eps
+        assert_close(diffusion.q_sample(x0, torch.tensor([t]), eps), expected, rtol=0, atol=1e-6)
 
 
 def test_posterior_of_neighbours_is_ho_eq_6_and_7():
@@ -98,7 +99,8 @@ def test_posterior_of_neighbours_is_ho_eq_6_and_7():
 
 def test_without_a_cap_the_loss_is_algorithm_1_whatever_the_network_predicts():
     for predict in ("v", "eps"):
-        diffusion, x0, seen = Diffusion(50, predict=predict, gamma=math.inf), gaussian(64, 3, 4, 4).float(), {}
+        diffusion = Diffusion(50, predict=predict, gamma=math.inf)
+        x0, seen = gaussian(64, 3, 4, 4).float(), {}
 
         def network(x, t, cond, seen=seen):
             seen.update(x=x, t=t)
@@ -107,7 +109,7 @@ def test_without_a_cap_the_loss_is_algorithm_1_whatever_the_network_predicts():
         loss, t = diffusion.loss(network, x0, Condition(torch.zeros(64, dtype=torch.long)))
         abar = cosine_abar(50)[t].view(-1, 1, 1, 1).float()
         eps = (seen["x"] - abar.sqrt() * x0) / (1 - abar).sqrt()
-        said = seen["x"] / 2                                             # if v: eps = sqrt(abar) v + sqrt(1 - abar) x
+        said = seen["x"] / 2                                # if v: eps = sqrt(abar) v + sqrt(1 - abar) x
         said = said if predict == "eps" else abar.sqrt() * said + (1 - abar).sqrt() * seen["x"]
         assert_close(loss, ((said - eps) ** 2).mean((1, 2, 3)), rtol=1e-3, atol=1e-3)
         assert_close(t, seen["t"])
@@ -139,9 +141,9 @@ def test_loss_trains_every_t_from_0_to_T_minus_1():
 
 
 def test_loss_hides_the_class_of_a_tenth_of_the_images_one_by_one():
-    seen = []
+    seen, y = [], Condition(torch.full((500,), 3))
     for _ in range(20):
-        Diffusion(20).loss(lambda x, t, c: seen.append(c.y) or x, torch.zeros(500, 1, 1, 1), Condition(torch.full((500,), 3)))
+        Diffusion(20).loss(lambda x, t, c: seen.append(c.y) or x, torch.zeros(500, 1, 1, 1), y)
     hidden = torch.stack(seen) == -1
     assert abs(hidden.float().mean() - 0.1) < 0.01
     assert (torch.stack(seen)[~hidden] == 3).all() and hidden.any(1).all()
@@ -168,7 +170,9 @@ def test_eta_1_and_all_steps_is_algorithm_2_with_clipped_x0():
         eps = Wild()(x, torch.full((3,), t), y)
         x0 = ((x - math.sqrt(1 - abar[t]) * eps) / math.sqrt(abar[t])).clamp(-1, 1)
         beta = 1 - abar[t] / prev
-        mean = math.sqrt(prev) * beta / (1 - abar[t]) * x0 + math.sqrt(1 - beta) * (1 - prev) / (1 - abar[t]) * x    # Eq. 7
+        a = math.sqrt(1 - beta) * (1 - prev) / (1 - abar[t])
+        b = math.sqrt(prev) * beta / (1 - abar[t])
+        mean = a * x + b * x0                               # Eq. 7
         x = mean + math.sqrt((1 - prev) / (1 - abar[t]) * beta) * noise()
     assert_close(ours, x, rtol=0, atol=1e-10)
 
@@ -182,7 +186,7 @@ def test_order_1_is_ddim_eq_12(eta):
     for t, t_prev in zip(ts.tolist(), [*ts.tolist()[1:], None], strict=True):
         a, prev = abar[t], 1.0 if t_prev is None else abar[t_prev]
         eps = Wild()(x, torch.full((2,), t), y)
-        sigma = eta * math.sqrt((1 - prev) / (1 - a)) * math.sqrt(1 - a / prev)                                     # Eq. 16
+        sigma = eta * math.sqrt((1 - prev) / (1 - a)) * math.sqrt(1 - a / prev)                  # Eq. 16
         x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
         x = math.sqrt(prev) * x0 + math.sqrt(1 - prev - sigma**2) * eps
         x = x + sigma * noise() if eta else x
@@ -196,7 +200,7 @@ def test_order_2_is_dpm_solver_plus_plus_2m_as_its_paper_writes_it():
     alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
     lam = (alpha / sigma).log()
     x, last, h_last = source(2, 1, 2, 2)(), None, None
-    for s, t in zip(ts[:-1], ts[1:], strict=True):                       # from s down to t, Lu et al. Algorithm 2
+    for s, t in zip(ts[:-1], ts[1:], strict=True):          # from s down to t, Lu et al. Algorithm 2
         x0 = ((x - sigma[s] * Wild()(x, s.expand(2), y)) / alpha[s]).clamp(-1, 1)
         h = lam[t] - lam[s]
         D = x0 if last is None else (1 + h / (2 * h_last)) * x0 - h / (2 * h_last) * last
@@ -222,12 +226,14 @@ def test_few_steps_with_fresh_noise_lose_variance_and_the_default_does_not():
 
 
 def test_20_calls_of_order_2_are_as_good_as_100_of_ddim_on_a_mixture():
-    diffusion, mu = Diffusion(), torch.tensor([(-0.5, 0.3), (0.5, 0.4), (0.1, -0.5)], dtype=torch.float64)
+    diffusion = Diffusion()
+    mu = torch.tensor([(-0.5, 0.3), (0.5, 0.4), (0.1, -0.5)], dtype=torch.float64)
     exact, noise = Exact(diffusion, mu, 0.03), gaussian(5000, 1, 1, 2)
     truth = diffusion.sample(exact, None, lambda: noise, steps=1000)
 
     def off(steps, order):
-        return (diffusion.sample(exact, None, lambda: noise, steps, order=order) - truth).square().mean().sqrt()
+        x = diffusion.sample(exact, None, lambda: noise, steps, order=order)
+        return (x - truth).square().mean().sqrt()
 
     assert off(20, 2) < off(100, 1) < off(20, 1)
 

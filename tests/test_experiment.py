@@ -1,4 +1,4 @@
-"""experiment.py: fair arms, intervals that cover, a page that stands alone, and a run that goes on where it was."""
+"""experiment.py: fair arms, intervals that cover, a page that stands alone, runs that can go on."""
 import csv
 import re
 import subprocess
@@ -41,7 +41,8 @@ def test_the_smoke_run_prints_plan_table_verdict_and_page(smoke):
     assert "20 classifiers of 10 steps" in done.stdout and "minutes on" in done.stdout
     assert len(re.findall(r"^ +[48]  (?:real|synthetic)", done.stdout, re.M)) == 10
     assert done.stdout.count("synthetic images ") >= 4 and "they say nothing about the world" in done.stdout
-    assert str(out / "report.html") in done.stdout and done.stderr == ""  # no progress bars where nobody watches
+    assert str(out / "report.html") in done.stdout
+    assert done.stderr == ""                                        # no progress bars where nobody watches
 
 
 def test_every_run_is_a_row_and_all_arms_have_the_same_budget(smoke):
@@ -76,7 +77,8 @@ def test_generators_saw_the_training_images_of_their_arm_and_nothing_else(smoke)
     out = smoke[0]
     scenes = data.read_folder(out / "drawn", 16, cache=out / "cache")
     parts = data.split(scenes, out / "drawn")
-    trained = {tuple(sorted(data.load_checkpoint(p, "generator")["names"])) for p in (out / "generators").glob("*.pt")}
+    saved = [data.load_checkpoint(p, "generator") for p in (out / "generators").glob("*.pt")]
+    trained = {tuple(sorted(generator["names"])) for generator in saved}
     subsets = {tuple(sorted(scenes[data.subset(scenes, parts["train"], count, draw)].names))
                for count in (4, 8) for draw in (0, 1)}
     assert trained == subsets and len(trained) == 4
@@ -92,16 +94,17 @@ def test_the_page_needs_nothing_but_itself(smoke):
 
 
 def test_sharing_a_subset_trains_one_generator_per_count_and_the_verdict_says_so(tmp_path, capsys):
-    experiment.main(Config(smoke=True, out=str(tmp_path), subsets=1, arms="real,real + synthetic", counts="4"))
+    cfg = Config(smoke=True, out=str(tmp_path), subsets=1, arms="real,real + synthetic", counts="4")
+    experiment.main(cfg)
     said = capsys.readouterr().out
     assert "1 draw of the training images" in said and "do not cover another draw" in said
     assert len(list((tmp_path / "generators").glob("*.pt"))) == 1 and len(results(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--arms", "real,fake"], "unknown arm fake"), (["--scale", "huge"], "--scale huge"),
-    (["--smoke", "--size", "18"], "--size 18"), (["--smoke", "--counts", "4,99"], "fewer than the 99"),
-    (["--data", "/nowhere"], "no folder /nowhere"), (["--counts", "ten"], "ten"), (["--seed", "3"], "--seed")])
+    (["--arms", "real,fake"], "unknown arm fake"), (["--seed", "3"], "--seed"), (["--counts", "ten"], "ten"),
+    (["--scale", "huge"], "--scale huge"), (["--data", "/nowhere"], "no folder /nowhere"),
+    (["--smoke", "--size", "18"], "--size 18"), (["--smoke", "--counts", "4,99"], "fewer than the 99")])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         data.launch(experiment.main, Config, [*argv, "--out", str(tmp_path)])
@@ -111,7 +114,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, tmp_path, capsys):
 
 
 def test_flags_change_what_they_name_and_nothing_else():
-    base, s = Config(scale="cpu").resolved(), Config(scale="cpu", counts="5", seeds=7, subsets=2, made=9, w=3.0).resolved()
+    base = Config(scale="cpu").resolved()
+    s = Config(scale="cpu", counts="5", seeds=7, subsets=2, made=9, w=3.0).resolved()
     assert s == replace(base, counts=(5,), seeds=7, subsets=2, made=9, w=3.0)
     s = Config(scale="gpu", size=32, gen_steps=11, cls_steps=12).resolved()
     assert (s.gen.size, s.cls.size, s.gen.steps, s.cls.steps) == (32, 32, 11, 12)
@@ -158,7 +162,8 @@ def test_the_8_symmetries_are_all_there_and_differ():
     x = torch.arange(2 * 3 * 16, dtype=torch.uint8).view(2, 3, 4, 4)
     eight = symmetries(x)
     assert eight.shape == (8, 2, 3, 4, 4) and len({s.numpy().tobytes() for s in eight}) == 8
-    assert {s.numpy().tobytes() for s in symmetries(x.rot90(1, (2, 3)).flip(2))} == {s.numpy().tobytes() for s in eight}
+    again = symmetries(x.rot90(1, (2, 3)).flip(2))
+    assert {s.numpy().tobytes() for s in again} == {s.numpy().tobytes() for s in eight}
 
 
 def test_a_turned_copy_is_found_and_turned_back():
@@ -178,7 +183,9 @@ def test_copies_are_told_from_new_images():
         n = len(images)
         return Scenes(images, torch.zeros(n, dtype=torch.long), ["a"], [""] * n, torch.arange(n))
 
-    real, held, new = (scenes(torch.randint(256, (40, 3, 8, 8), generator=g, dtype=torch.uint8)) for _ in range(3))
+    drawn = (torch.randint(256, (40, 3, 8, 8), generator=g, dtype=torch.uint8) for _ in range(3))
+    real, held, new = map(scenes, drawn)
     copied = scenes((real.images.int() + 3).clamp(0, 255).to(torch.uint8))
-    share = [int(re.search(r"in (\d+) % of pairs", experiment.copies(real, s, held)[1])[1]) for s in (copied, new)]
+    said = [experiment.copies(real, s, held)[1] for s in (copied, new)]
+    share = [int(re.search(r"in (\d+) % of pairs", sentence)[1]) for sentence in said]
     assert share[0] == 100 and 35 < share[1] < 65

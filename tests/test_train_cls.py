@@ -45,7 +45,8 @@ def test_a_synthetic_image_takes_the_place_of_a_real_one_and_nothing_else_change
     assert_close(mixed[~taken], alone[~taken])
     assert_close(mixed[taken], pure[taken])
     assert alone.max() < 100 and pure.min() >= 200
-    assert set(alone.flatten().tolist()) == set(range(100)) and set(pure.flatten().tolist()) == set(range(200, 250))
+    assert set(alone.flatten().tolist()) == set(range(100))
+    assert set(pure.flatten().tolist()) == set(range(200, 250))
     for seen, n in ((seen_alone, 0), (seen_mixed, taken.sum()), (seen_pure, 40 * 64)):
         assert seen == dict(steps=40, images=40 * 64, synthetic=n)
 
@@ -59,7 +60,8 @@ def test_seed_and_nothing_else_decides_the_weights(monkeypatch):
 
 def test_it_learns_and_predict_does_not_depend_on_the_batch():
     y = torch.arange(64) % 2
-    images = torch.where(y.bool()[:, None, None, None], 200, 50).to(torch.uint8).expand(-1, 3, 8, 8).contiguous()
+    level = torch.where(y.bool(), 200, 50).to(torch.uint8)
+    images = level.view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
     s = Scenes(images, y, ["dark", "light"], [str(k) for k in range(64)], torch.arange(64))
     model, _ = fit(s, None, replace(TINY, steps=30, lr=3e-3))
     assert_close(predict(model, images), y)
@@ -93,7 +95,8 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
 
 def test_confusion_counts_truth_by_row_and_answer_by_column():
-    assert confusion(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 1]), 3).tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
+    matrix = confusion(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 1]), 3)
+    assert matrix.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
 
 
 def test_scores_are_the_textbooks():
@@ -109,13 +112,15 @@ def test_scores_are_the_textbooks():
 
 
 def test_an_oracle_scores_1_and_a_constant_the_share_of_its_class():
-    truth = torch.tensor([0, 0, 0, 1])
+    truth, constant = torch.tensor([0, 0, 0, 1]), torch.zeros(4, dtype=torch.long)
     assert scores(confusion(truth, truth, 2)) == dict(accuracy=1.0, macro_f1=1.0, recall=[1.0, 1.0])
-    assert scores(confusion(truth, torch.zeros_like(truth), 2))["accuracy"] == 0.75
-    assert scores(confusion(truth, torch.zeros_like(truth), 3))["macro_f1"] == pytest.approx(6 / 7 / 3)     # an absent class
+    assert scores(confusion(truth, constant, 2))["accuracy"] == 0.75
+    absent = scores(confusion(truth, constant, 3))                       # class 2 never occurs
+    assert absent["macro_f1"] == pytest.approx(6 / 7 / 3)
 
 
-@pytest.mark.parametrize("kw, message", [(dict(augment="blur"), "blur"), (dict(patch=5), "--patch 5"), (dict(share=1.5), "--share")])
+@pytest.mark.parametrize("kw, message", [
+    (dict(augment="blur"), "blur"), (dict(patch=5), "--patch 5"), (dict(share=1.5), "--share")])
 def test_bad_settings_are_told(kw, message):
     with pytest.raises(ValueError, match=message):
         Config(**{"size": 16, "patch": 4, **kw})
@@ -126,10 +131,12 @@ def run(*argv):
 
 
 def test_the_command_trains_on_a_mixture_and_reads_test_only_if_asked(tmp_path):
-    root, synthetic = data.draw_tree(tmp_path / "t", 5, size=16), data.draw_tree(tmp_path / "s", 2, seed=1, size=16)
-    (synthetic / "runway" / "runway_001.jpg").unlink()
-    (synthetic / "runway" / "runway_002.jpg").unlink()                   # synthetic trees need not hold every class
-    flags = f"--data {root} --size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
+    root = data.draw_tree(tmp_path / "t", 5, size=16)
+    synthetic = data.draw_tree(tmp_path / "s", 2, seed=1, size=16)
+    for k in (1, 2):                                        # synthetic trees need not hold every class
+        (synthetic / "runway" / f"runway_00{k}.jpg").unlink()
+    flags = "--size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
+    flags += ["--data", root]
     plain = run(*flags, "--out", tmp_path / "a")
     assert plain.returncode == 0 and "val: accuracy" in plain.stdout and "test:" not in plain.stdout
     mixed = run(*flags, "--out", tmp_path / "b", "--synthetic", synthetic, "--share", 0.5, "--test")

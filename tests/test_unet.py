@@ -22,7 +22,8 @@ def inputs(B=2, C=3, H=16, W=16):
     return torch.randn(B, C, H, W), torch.arange(B) * 100, Condition(torch.arange(B) % 3)
 
 
-@pytest.mark.parametrize("channels, H, W, patch", [(3, 16, 16, 1), (1, 8, 24, 1), (4, 16, 32, 2), (7, 32, 16, 4)])
+@pytest.mark.parametrize("channels, H, W, patch", [
+    (3, 16, 16, 1), (1, 8, 24, 1), (4, 16, 32, 2), (7, 32, 16, 4)])
 def test_any_channels_and_sides_that_fit_come_back_in_their_shape(channels, H, W, patch):
     x, t, cond = inputs(2, channels, H, W)
     assert awake(channels=channels, patch=patch)(x, t, cond).shape == x.shape

@@ -75,8 +75,9 @@ def test_images_of_a_batch_do_not_see_each_other():
     assert_close(model(x)[2:3], model(x[2:3]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kw, message", [(dict(patch=5), "patches of 5"), (dict(heads=5), "5 attention heads"),
-                                         (dict(dim=30, heads=2), "divisible by 4")])
+@pytest.mark.parametrize("kw, message", [
+    (dict(patch=5), "patches of 5"), (dict(heads=5), "5 attention heads"),
+    (dict(dim=30, heads=2), "divisible by 4")])
 def test_bad_sizes_are_told(kw, message):
     with pytest.raises(ValueError, match=message):
         small(**kw)
