@@ -200,7 +200,9 @@ def decode(path, size):
     Grey, palette and 16 bits become RGB.
     """
     with Image.open(path) as pil:
-        if pil.mode.startswith("I") or pil.mode == "F":          # 16 bits: the upper 8 count
+        if pil.mode == "F":
+            raise ValueError("pixels are fractions, of which nobody says where white is: save 8 or 16 bits")
+        if pil.mode.startswith("I"):                             # 16 bits: the upper 8 count
             pil = Image.fromarray((np.asarray(pil, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
         # A JPEG decoder can halve for free; twice the size is left to filter.
         pil.draft("RGB", (2 * size, 2 * size))
@@ -281,15 +283,16 @@ def split(scenes, root=None, seed=0, shares=(0.6, 0.2, 0.2)):
     """Indices of train, val and test, {name: (n,) int64}.
 
     By the official lists if they lie beside the images, else by seed, stratified by class. Exact doubles
-    never straddle: a group goes where its first image goes; with the official lists, training gives up what
-    val or test also holds.
+    never straddle: a group goes where its first image goes; with the official lists, training and val give
+    up what test also holds, and training what val holds.
     """
     if root and (lists := official_lists(scenes, Path(root))):
         held = [set(scenes.groups[lists["test"]].tolist())]
         held.append(held[0] | set(scenes.groups[lists["val"]].tolist()))
         for name, taken in (("val", held[0]), ("train", held[1])):
             listed = lists[name].tolist()
-            lists[name] = torch.tensor([i for i in listed if int(scenes.groups[i]) not in taken])
+            kept = [i for i in listed if int(scenes.groups[i]) not in taken]
+            lists[name] = torch.tensor(kept, dtype=torch.int64)
         return lists
     heads, inverse = scenes.groups.unique(return_inverse=True)
     places = torch.arange(len(scenes))
@@ -314,7 +317,7 @@ def official_lists(scenes, root):
         if not found:
             return None
         wanted = [Path(line).name for line in found[0].read_text().split()]
-        lists[part] = torch.tensor([by_name[name] for name in wanted if name in by_name])
+        lists[part] = torch.tensor([by_name[name] for name in wanted if name in by_name], dtype=torch.int64)
         if len(lists[part]) == 0:
             raise Problem(f"{found[0]} names no picture of {root}: "
                           "remove the list or give the data set that it belongs to")

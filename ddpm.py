@@ -12,9 +12,11 @@ DDPM: Ho et al. 2020 (2006.11239). DDIM: Song et al. 2021 (2010.02502). Cosine s
 DPM-Solver++(2M): Lu et al. 2022 (2211.01095).
 """
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 
 
@@ -173,3 +175,27 @@ class Diffusion(nn.Module):
     def _x0(self, x, out, signal, noise):
         """The image that the network's answer stands for: Eq. 4, or the definition of v, solved for x0."""
         return (x - noise * out) / signal if self.predict == "eps" else signal * x - noise * out
+
+
+def main(path="runs/ddpm.png"):
+    """Draw both schedules: an image on its way into the noise, and below it sqrt(abar) over t."""
+    column, row = torch.linspace(-1, 1, 96), torch.linspace(-1, 1, 96)[:, None]
+    disc = (column**2 + row**2 < 0.3) * 1.4 - 0.7
+    x0 = torch.stack([(3 * row).sin() * column, disc, row - 0.3 * column])[None]
+    eps, sheet = torch.randn_like(x0), Image.new("RGB", (96 * 8, 2 * 160), "white")
+    for top, name in zip((0, 160), SCHEDULES, strict=True):
+        diffusion = Diffusion(1000, name)
+        for k, t in enumerate(torch.linspace(0, 999, 8).long()):
+            x = diffusion.q_sample(x0, t[None], eps)[0].clamp(-1, 1)
+            pixels = ((x + 1) * 127.5).round().byte().permute(1, 2, 0)
+            sheet.paste(Image.fromarray(pixels.numpy()), (96 * k, top))
+        curve = [(96 * 8 * t / 1000, top + 154 - 50 * s) for t, s in enumerate(diffusion.signal.tolist())]
+        ImageDraw.Draw(sheet).line(curve, fill="black", width=2)
+        ImageDraw.Draw(sheet).text((8, top + 138), name, fill="black")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    print(f"{path}: t = 0 .. 999 from left to right; above {', below '.join(SCHEDULES)}")
+
+
+if __name__ == "__main__":
+    main()

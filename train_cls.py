@@ -109,7 +109,7 @@ def fit(real, synthetic, cfg, path=None, every=1000, title="classifier"):
             if path:
                 data.save_checkpoint(path, "classifier", identity, step + 1, parts,
                                      synthetic_seen=synthetic_seen)
-    return model.eval(), dict(steps=step + 1, images=(step + 1) * len(x), synthetic=int(synthetic_seen))
+    return model.eval(), dict(steps=cfg.steps, images=cfg.steps * cfg.batch, synthetic=int(synthetic_seen))
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
                 data.save_checkpoint(path, "generator", identity, step + 1, parts, log=log)
                 header = ["step", "loss", "t_quarter_1", "t_2", "t_3", "t_4"]
                 data.save_csv(path.with_suffix(".csv"), header, log)
-            if look:
+            if path and look:
                 y = torch.arange(len(real.classes)).repeat_interleave(look)
                 picture = data.grid(generate(generator, y, seed=0), look, zoom=max(1, 64 // cfg.size))
                 data.save_picture(picture, path.with_name(f"samples-{step + 1:06d}.png"))

@@ -87,7 +87,7 @@ class UNet(nn.Module):
     """x_t (B, C, H, W), t (B,), Condition -> the noise (or v) in it, (B, C, H, W).
 
     mults are the widths of the resolutions in units of `width`, each half as fine as the one before;
-    attention at the coarsest. With patch > 1, squares of patch x patch pixels are folded into channels
+    attention at all but the finest. With patch > 1, squares of patch x patch pixels are folded into channels
     first and unfolded at the end: at patch = 2 a quarter of the work, which makes 32 px feasible on a CPU.
     """
 
@@ -106,7 +106,7 @@ class UNet(nn.Module):
         for i, m in enumerate(mults):
             level = []
             for _ in range(blocks):
-                level.append(Block(c, m * width, D, attention=i == last))
+                level.append(Block(c, m * width, D, attention=i > 0))
                 c = m * width
                 skips.append(c)
             halve = nn.Conv2d(c, c, 3, stride=2, padding=1)
@@ -116,7 +116,7 @@ class UNet(nn.Module):
             double = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1))
             level = []
             for _ in range(blocks):
-                level.append(Block(c + skips.pop(), m * width, D, attention=i == last))
+                level.append(Block(c + skips.pop(), m * width, D, attention=i > 0))
                 c = m * width
             self.up.append(Level(level, double if i < last else nn.Identity()))
         assert not skips
@@ -144,3 +144,17 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
         assert not skips
         return rearrange(self.head(h), "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
+
+
+def main():
+    """Print the shapes on the way through the U-Net, for two images of 64 px."""
+    model = UNet(classes=45, blocks=1)
+    for name, module in model.named_modules():
+        if isinstance(module, (Block, UNet)) or name == "stem" or name.endswith(("resize", "head")):
+            module.register_forward_hook(lambda _, args, out, name=name or "UNet": print(
+                f"{name:16} {tuple(args[0].shape)} -> {tuple(out.shape)}"))
+    model(torch.zeros(2, 3, 64, 64), torch.tensor([0, 999]), Condition(torch.tensor([3, -1])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """The vision transformer that recognises.
 
 ViT (Dosovitskiy et al. 2021, 2010.11929) in the plain form of Beyer et al. 2022 (2205.01580): fixed sin-cos
-positions and the mean of all tokens, so no class token and nothing learned but the blocks.
+positions instead of learned ones, and the mean of all tokens instead of a class token.
 
 Letters: B batch, C channels, H W image sides, P patch side, L tokens, D width of a token, K classes.
 """
@@ -90,3 +90,16 @@ class ViT(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(x))                                                       # (B, K)
+
+
+def main():
+    """Print the shapes on the way through a ViT of one block, for two images of 64 px."""
+    model = ViT(classes=45, depth=1)
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _, args, out, name=name or "ViT": print(
+            f"{name:26} {tuple(args[0].shape)} -> {tuple(out.shape)}"))
+    model(torch.zeros(2, 3, 64, 64))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,14 @@
 """ddpm.py against the papers' formulas in float64, and against data whose perfect denoiser is known."""
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
+import ddpm
 from ddpm import Diffusion, cosine_abar, guided, linear_abar, noise_of, posterior
 from unet import Condition
 
@@ -291,3 +294,11 @@ def test_an_image_does_not_depend_on_which_others_share_its_batch():
         a, b = whole(), part()
         assert_close(a[1:2], b)
         assert (a[0] != a[1]).any() and (a[1] != a[2]).any()
+
+
+def test_the_demo_draws_an_image_drowning_in_noise(tmp_path):
+    ddpm.main(tmp_path / "new" / "ddpm.png")
+    sheet = np.asarray(Image.open(tmp_path / "new" / "ddpm.png")).astype(float)
+    first, last = sheet[:96, :96], sheet[:96, -96:]
+    rough = [abs(np.diff(x, axis=0)).mean() for x in (first, last)]
+    assert rough[0] < 12 < 60 < rough[1]

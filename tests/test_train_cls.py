@@ -84,6 +84,9 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkey
     assert seen == seen_again
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert_close(a, b, rtol=0, atol=0)
+    finished, seen_finished = fit(real, synthetic, cfg, tmp_path / "b.pt")
+    assert seen_finished == seen
+    assert_close(finished.head.weight, whole.head.weight)
     loaded, classes = load_classifier(tmp_path / "b.pt")
     assert classes == ["a", "b"] and not loaded.training
     assert_close(loaded.head.weight, whole.head.weight)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import unet
 from unet import Condition, UNet, timestep_embedding
 
 
@@ -92,3 +93,10 @@ def test_bad_sizes_are_told():
         UNet(3, width=20)
     with pytest.raises(AssertionError, match="divisible by 4"):
         awake(mults=(1, 2, 2))(*inputs(H=18))
+
+
+def test_the_demo_prints_the_shapes_on_the_way_through(capsys):
+    unet.main()
+    said = capsys.readouterr().out
+    assert "mid              (2, 256, 16, 16) -> (2, 256, 16, 16)" in said
+    assert said.endswith("UNet             (2, 3, 64, 64) -> (2, 3, 64, 64)\n")

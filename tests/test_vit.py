@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import vit
 from vit import Attention, Block, ViT, sincos_positions
 
 
@@ -81,3 +82,10 @@ def test_images_of_a_batch_do_not_see_each_other():
 def test_bad_sizes_are_told(kw, message):
     with pytest.raises(ValueError, match=message):
         small(**kw)
+
+
+def test_the_demo_prints_the_shapes_on_the_way_through(capsys):
+    vit.main()
+    said = capsys.readouterr().out
+    assert "embed                      (2, 64, 192) -> (2, 64, 192)" in said
+    assert said.endswith("ViT                        (2, 3, 64, 64) -> (2, 45)\n")
