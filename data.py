@@ -229,28 +229,18 @@ def read_folder(root, size, skip_broken=False, cache="runs/cache"):
             return Scenes(**content)
         print(f"{root} has changed since it was cached: decoding it again", file=sys.stderr)
 
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    broken = []
-
-    def read(i):
-        try:
-            images[i] = torch.from_numpy(decode(files[i], size))
-        except Exception as error:                                       # Pillow raises a dozen kinds
-            broken.append((i, str(error)))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:              # Pillow lets go of the GIL while it decodes
-        reading = pool.map(read, range(len(files)))
-        list(tqdm(reading, f"reading {root.name}", len(files), disable=None, leave=False))
+    images, broken = decode_all(files, size, f"reading {root.name}")
     if broken and not skip_broken:
-        names = ", ".join(str(files[i]) for i, _ in sorted(broken)[:3]) + " ..." * (len(broken) > 3)
+        names = ", ".join(str(files[i]) for i in sorted(broken)[:3]) + " ..." * (len(broken) > 3)
         raise Problem(f"{len(broken)} of {len(files)} pictures do not decode ({names}): "
                       "mend them, or give --skip-broken")
-    for i, error in sorted(broken):
+    for i, error in sorted(broken.items()):
         print(f"skipped {files[i]}: {error}", file=sys.stderr)
-    bad = {i for i, _ in broken}
-    keep = torch.tensor([i for i in range(len(files)) if i not in bad])
+    keep = torch.tensor([i for i in range(len(files)) if i not in broken], dtype=torch.int64)
 
     classes = sorted({files[i].parent.name for i in keep.tolist()})
+    if len(classes) < 2:
+        raise Problem(f"{root}: fewer than two classes have pictures that decode: mend or replace them")
     first, groups = {}, []                                               # exact doubles form a group
     for i in keep.tolist():
         groups.append(first.setdefault(images[i].numpy().tobytes(), i))
@@ -260,6 +250,21 @@ def read_folder(root, size, skip_broken=False, cache="runs/cache"):
     with replacing(store) as temporary:
         torch.save({**content, "tree": print_of_tree}, temporary)
     return Scenes(**content)
+
+
+def decode_all(files, size, title):
+    """Decode on all cores: images (N, 3, size, size) uint8, and what failed, {index: error}."""
+    images, broken = torch.empty(len(files), 3, size, size, dtype=torch.uint8), {}
+
+    def read(i):
+        try:
+            images[i] = torch.from_numpy(decode(files[i], size))
+        except Exception as error:                                       # Pillow raises a dozen kinds
+            broken[i] = error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:              # Pillow lets go of the GIL while it decodes
+        list(tqdm(pool.map(read, range(len(files))), title, len(files), disable=None, leave=False))
+    return images, broken
 
 
 def find_pictures(root):

@@ -132,7 +132,7 @@ class Diffusion(nn.Module):
             # network is a huge one in x0. The step below takes the eps of this x0.
             if clip:
                 x0 = x0.clamp(-1, 1)
-            x = a * x + b * (x0 + c * (x0 - x0_last))                # Eq. 7 of DDPM and of DDIM, Eq. 2M of ++
+            x = a * x + b * (x0 + c * (x0 - x0_last))                # Eq. 7 of DDPM and DDIM; with c, 2M
             x0_last = x0
             if eta:
                 x = x + sigma * noise()

@@ -65,10 +65,10 @@ SCALES = {
         gen=train_gen.Config(size=16, width=16, mults=(1, 2), blocks=1, steps=10, batch=16, warmup=5),
         cls=train_cls.Config(size=16, patch=4, dim=32, depth=2, heads=2, steps=10, batch=32, warmup=5)),
     "cpu": Scale(
-        counts=(10, 30), seeds=3, subsets=1, made=60, calls=12, w=1.5, drawn=160,
-        gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=2500, batch=32,
+        counts=(5, 20), seeds=3, subsets=1, made=60, calls=12, w=1.5, drawn=160,
+        gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=2000, batch=32,
                              lr=2e-3, warmup=50, ema=0.99, augment="none"),
-        cls=train_cls.Config(size=24, patch=4, dim=64, depth=4, heads=2, steps=300, batch=64, warmup=50)),
+        cls=train_cls.Config(size=24, patch=6, dim=64, depth=3, heads=2, steps=300, batch=64, warmup=50)),
     "gpu": Scale(
         counts=(10, 70, 420), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700,
         gen=train_gen.Config(), cls=train_cls.Config()),

@@ -117,6 +117,10 @@ def test_a_broken_picture_is_counted_and_named_and_skipped_only_if_asked(tmp_pat
     assert not list((tmp_path / "cache").glob("*"))
     s = data.read_folder(root, 8, skip_broken=True, cache=tmp_path / "cache")
     assert len(s) == 11 and "river/river_2.png" not in s.names and "river_2" in capsys.readouterr().err
+    for path in (root / "river").iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(Problem, match="fewer than two classes"):
+        data.read_folder(root, 8, skip_broken=True, cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("make, message", [
