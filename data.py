@@ -193,6 +193,11 @@ class Scenes:
         names = [self.names[i] for i in index.tolist()]
         return Scenes(self.images[index], self.labels[index], self.classes, names, self.groups[index])
 
+    def digest(self):
+        """A short name for exactly these names, labels and pixels, in this order."""
+        what = repr((self.names, self.labels.tolist(), self.classes, self.images.shape)).encode()
+        return hashlib.sha256(what + self.images.contiguous().numpy().tobytes()).hexdigest()[:12]
+
 
 def decode(path, size):
     """One picture as (3, size, size) uint8: the central square, reduced with antialiasing.

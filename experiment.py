@@ -66,7 +66,7 @@ SCALES = {
         cls=train_cls.Config(size=16, patch=4, dim=32, depth=2, heads=2, steps=10, batch=32, warmup=5)),
     "cpu": Scale(
         counts=(5, 20), seeds=3, subsets=1, made=60, calls=12, w=1.5, drawn=160,
-        gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=2000, batch=32,
+        gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1600, batch=32,
                              lr=2e-3, warmup=50, ema=0.99, augment="none"),
         cls=train_cls.Config(size=24, patch=6, dim=64, depth=3, heads=2, steps=300, batch=64, warmup=50)),
     "gpu": Scale(
@@ -152,7 +152,7 @@ def main(cfg):
 def run_id(arm, s, real, test, seed):
     """A name for everything that decides a run's result: what bears it need not be run again."""
     makes = (s.gen, s.made, s.calls, s.w) if ARMS[arm]["share"] else ()
-    return digest(ARMS[arm], s.cls, makes, real.names, test.names, seed)
+    return digest(ARMS[arm], s.cls, makes, real.digest(), test.digest(), seed)
 
 
 def digest(*what):
@@ -163,8 +163,8 @@ def digest(*what):
 def synthesize(real, s, draw, out, what):
     """Scenes by a generator trained on real and nothing else; taken from the disk if they are there."""
     cfg = replace(s.gen, seed=draw)
-    path = out / "generators" / f"{digest(cfg, real.names)}.pt"
-    store = out / "synthetic" / f"{digest(cfg, real.names, s.made, s.calls, s.w)}.pt"
+    path = out / "generators" / f"{digest(cfg, real.digest())}.pt"
+    store = out / "synthetic" / f"{digest(cfg, real.digest(), s.made, s.calls, s.w)}.pt"
     y = torch.arange(len(real.classes)).repeat_interleave(s.made)
     if not store.exists():
         generator = train_gen.train(real, cfg, path, title=f"generator, {what}")
@@ -193,7 +193,10 @@ def score(arm, real, synthetic, test, s, seed, title, path):
 def commit():
     """The commit of this code, with a + if it has been changed since; empty outside a checkout."""
     git = ["git", "describe", "--always", "--dirty=+", "--abbrev=7"]
-    return subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:                                                  # no git on this machine
+        return ""
 
 
 def read_results(out):
@@ -218,13 +221,13 @@ def plan(s, arms, scenes, parts):
     probe = scenes[parts["train"][:64]]
 
     def seconds(run, config):
-        """Of one step: what a longer run takes more than a shorter one, since both warm up."""
+        """Of one step: what a longer run takes more than a shorter one, after one that only warms up."""
         marks = []
-        for steps in (2, 8):
+        for steps in (1, 2, 8):
             start = time.perf_counter()
             run(replace(config, steps=steps))
             marks.append(time.perf_counter() - start)
-        return max(0.0, marks[1] - marks[0]) / 6
+        return max(0.0, marks[2] - marks[1]) / 6
 
     cells, synthetic = len(s.counts) * s.seeds, any(ARMS[arm]["share"] for arm in arms)
     generators = len(s.counts) * min(s.subsets, s.seeds) * synthetic

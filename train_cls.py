@@ -79,10 +79,10 @@ def fit(real, synthetic, cfg, path=None, every=1000, title="classifier"):
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]             # biases and norms do not decay
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.decay),
-                                   dict(params=vectors, weight_decay=0)])
+                                   dict(params=vectors, weight_decay=0)], fused=True)
     parts = dict(model=model, optimizer=optimizer)
     identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=pools[0].classes,
-                    channels=images.shape[1], names=[name for pool in pools for name in pool.names])
+                    channels=images.shape[1], images=[pool.digest() for pool in pools])
     saved = data.resume(path, "classifier", identity, parts)
     start, synthetic_seen = 0, torch.zeros((), device=device)
     if saved:

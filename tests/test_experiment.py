@@ -85,6 +85,11 @@ def test_generators_saw_the_training_images_of_their_arm_and_nothing_else(smoke)
     assert not {name for names in trained for name in names} & set(scenes[parts["test"]].names)
 
 
+def test_without_git_the_commit_is_left_empty(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert experiment.commit() == ""
+
+
 def test_the_page_needs_nothing_but_itself(smoke):
     page = (smoke[0] / "report.html").read_text()
     assert "http" not in page and "<script" not in page
