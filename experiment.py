@@ -134,7 +134,7 @@ def main(cfg):
             what = f"{count} per class, seed {seed + 1} of {s.seeds}"
             if any(ARMS[arm]["share"] for arm in arms):
                 synthetic = synthesize(real, s, draw, out, what)
-                shown = real, synthetic
+                shown = real, synthetic, scenes[parts["val"]]
             for arm in arms:
                 run = run_id(arm, s, real, test, seed)
                 if run not in stored:
@@ -143,9 +143,9 @@ def main(cfg):
                     stored[run] = about | score(arm, real, synthetic, test, s, seed, title, path)
                     write_results(out, stored)
                 rows.append(stored[run])
-            report(out, cfg, s, test, rows, shown)
+            copied = report(out, cfg, s, test, rows, shown)
     assert len({(row["steps"], row["images"]) for row in rows}) == 1, "arms of unequal budget"
-    print(table(rows, out, test), verdict(rows, out, test, cfg, s), sep="\n\n")
+    print(table(rows, out, test), verdict(rows, out, test, cfg, s) + copied, sep="\n\n")
     print(f"\nThe page: {out / 'report.html'}   Every run: {out / 'results.csv'}")
 
 
@@ -448,7 +448,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 .scroll { overflow-x: auto } pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line) }
 table { border-collapse: collapse; white-space: nowrap; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line) }
-figure { margin: 1.5rem 0 } img { max-width: 100%; image-rendering: pixelated } figcaption { opacity: .8 }
+figure { margin: 1.5rem 0 } img { max-width: 100% } figcaption { opacity: .8 }
 svg { width: 100%; max-width: 44rem; font-size: 13px } text { fill: var(--ink) } .tick { stroke: var(--line) }
 .c0 { fill: var(--c0); stroke: var(--c0) } .c1 { fill: var(--c1); stroke: var(--c1) }
 .c2 { fill: var(--c2); stroke: var(--c2) } .c3 { fill: var(--c3); stroke: var(--c3) }
@@ -467,14 +467,14 @@ def figure(path, picture, text):
 def report(out, cfg, s, test, rows, shown):
     """Write report.html, which needs no other file, from what was run so far.
 
-    shown: (real, synthetic) or None.
+    shown: (real, synthetic, held-out real) Scenes, or None. Returns what was found of copies, a line or "".
     """
-    figures = "<p>No synthetic images in these arms."
+    figures, sentence = "<p>No synthetic images in these arms.", ""
     if shown:
-        suspects, sentence = copies(*shown, test)
+        suspects, sentence = copies(*shown)
         caption = ("Left: real training images. Right: synthetic images of the same class, by a generator "
                    "that saw nothing but such training images.")
-        figures = figure(out / "grid.png", side_by_side(*shown), caption)
+        figures = figure(out / "grid.png", side_by_side(*shown[:2]), caption)
         caption = f"Are they copies? The most suspicious 16. {sentence}"
         figures += figure(out / "copies.png", suspects, caption)
     title = "Does synthetic data help to recognise scenes from above?"
@@ -493,6 +493,7 @@ def report(out, cfg, s, test, rows, shown):
 settings, is a row of results.csv.</html>"""
     with data.replacing(out / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
+    return sentence and f"\nAre they copies? {sentence}"
 
 
 def command(cfg):

@@ -41,6 +41,7 @@ def test_the_smoke_run_prints_plan_table_verdict_and_page(smoke):
     assert "20 classifiers of 10 steps" in done.stdout and "minutes on" in done.stdout
     assert len(re.findall(r"^ +[48]  (?:real|synthetic)", done.stdout, re.M)) == 10
     assert done.stdout.count("synthetic images ") >= 4 and "they say nothing about the world" in done.stdout
+    assert "Are they copies? Distance to the nearest of 64 training images" in done.stdout
     assert str(out / "report.html") in done.stdout
     assert done.stderr == ""                                        # no progress bars where nobody watches
 
