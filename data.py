@@ -6,10 +6,14 @@ lives on the device as it is: a batch is an index draw, and there are no workers
 import argparse
 import csv
 import hashlib
+import json
 import math
 import os
+import re
 import sys
+import uuid
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -220,20 +224,41 @@ def decode(path, size):
         return rearrange(np.array(pil), "h w c -> c h w")
 
 
+def read(root, size, skip_broken=False, cache="runs/cache"):
+    """The scenes of a tree: the buildings of an xBD tree by damage, or a folder per class."""
+    return read_xbd(root, size, cache=cache) if is_xbd(root) else read_folder(root, size, skip_broken, cache)
+
+
+def cached(make, root, cache, how, stats):
+    """What make() returns, from a file in the folder `cache` if it was made before with the same `how`.
+
+    stats are names, sizes and times of the tree's files: a cache that no longer fits them is made anew.
+    """
+    place = hashlib.sha256(f"{root.resolve()} {how}".encode()).hexdigest()[:12]
+    tree = hashlib.sha256(repr(stats).encode()).hexdigest()
+    store = Path(cache) / f"{root.resolve().name}-{how['size']}-{place}.pt"
+    if store.exists():
+        content = torch.load(store, mmap=True, weights_only=True)
+        if content.pop("tree") == tree:
+            return content
+        print(f"{root} has changed since it was cached: reading it again", file=sys.stderr)
+    content = make()
+    with replacing(store) as temporary:
+        torch.save({**content, "tree": tree}, temporary)
+    return content
+
+
 def read_folder(root, size, skip_broken=False, cache="runs/cache"):
-    """A tree with a folder per class, decoded once and cached; a cache that no longer fits is made anew."""
+    """A tree with a folder per class, decoded once and cached."""
     root = Path(root)
     files = find_pictures(root)
     stats = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    print_of_tree = hashlib.sha256(repr((size, skip_broken, stats)).encode()).hexdigest()
-    place = hashlib.sha256(f"{root.resolve()} {size}".encode()).hexdigest()[:12]
-    store = Path(cache) / f"{root.resolve().name}-{size}-{place}.pt"
-    if store.exists():
-        content = torch.load(store, mmap=True, weights_only=True)
-        if content.pop("tree") == print_of_tree:
-            return Scenes(**content)
-        print(f"{root} has changed since it was cached: decoding it again", file=sys.stderr)
+    how = dict(size=size, skip_broken=skip_broken)
+    return Scenes(**cached(lambda: decode_tree(root, files, **how), root, cache, how, stats))
 
+
+def decode_tree(root, files, size, skip_broken):
+    """What Scenes holds of these files."""
     images, broken = decode_all(files, size, f"reading {root.name}")
     if broken and not skip_broken:
         names = ", ".join(str(files[i]) for i in sorted(broken)[:3]) + " ..." * (len(broken) > 3)
@@ -241,20 +266,16 @@ def read_folder(root, size, skip_broken=False, cache="runs/cache"):
                       "mend them, or give --skip-broken")
     for i, error in sorted(broken.items()):
         print(f"skipped {files[i]}: {error}", file=sys.stderr)
-    keep = torch.tensor([i for i in range(len(files)) if i not in broken], dtype=torch.int64)
-
-    classes = sorted({files[i].parent.name for i in keep.tolist()})
+    keep = [i for i in range(len(files)) if i not in broken]
+    classes = sorted({files[i].parent.name for i in keep})
     if len(classes) < 2:
         raise Problem(f"{root}: fewer than two classes have pictures that decode: mend or replace them")
     first, groups = {}, []                                               # exact doubles form a group
-    for i in keep.tolist():
+    for i in keep:
         groups.append(first.setdefault(images[i].numpy().tobytes(), i))
-    labels = torch.tensor([classes.index(files[i].parent.name) for i in keep.tolist()])
-    content = dict(images=images[keep], labels=labels, classes=classes,
-                   names=[stats[i][0] for i in keep.tolist()], groups=torch.tensor(groups))
-    with replacing(store) as temporary:
-        torch.save({**content, "tree": print_of_tree}, temporary)
-    return Scenes(**content)
+    return dict(images=images[keep], labels=torch.tensor([classes.index(files[i].parent.name) for i in keep]),
+                classes=classes, names=[files[i].relative_to(root).as_posix() for i in keep],
+                groups=torch.tensor(groups))
 
 
 def decode_all(files, size, title):
@@ -364,6 +385,217 @@ def save_picture(pil, path, **how):
     """A PIL picture, whole or not at all."""
     with replacing(path) as temporary:
         pil.save(temporary, **how)
+
+
+# ---- xBD: buildings before and after a disaster (Gupta et al. 2019, arXiv 1911.09296)
+
+SPLITS = ("train", "tier3", "test", "hold")
+DAMAGE = ["no-damage", "minor-damage", "major-damage", "destroyed"]
+UNKNOWN = "un-classified"                                                # under a cloud, say: of no class
+
+
+def is_xbd(root):
+    """Does this folder look like an xBD tree: a split with images/ and labels/ in it?"""
+    return any((Path(root) / s / "images").is_dir() and (Path(root) / s / "labels").is_dir() for s in SPLITS)
+
+
+def find_tiles(root):
+    """The files of each tile: {"train/joplin-tornado_00000050": {"post.png": path, "pre.json": path}}."""
+    tiles = {}
+    for folder in [Path(root) / s / part for s in SPLITS for part in ("images", "labels")]:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if found := re.fullmatch(r"([^.].*_\d+)_(pre|post)_disaster\.(png|json)", path.name):
+                tile, time, kind = found.groups()
+                tiles.setdefault(f"{folder.parent.name}/{tile}", {})[f"{time}.{kind}"] = path
+    return dict(sorted(tiles.items()))
+
+
+def find_gaps(tiles, pre):
+    """Which tiles cannot be read: {what is wrong: [tile, ...]}, and the same in words."""
+    gaps = {}
+    for tile, files in tiles.items():
+        if "post.json" not in files and {"pre.png", "post.png"} & files.keys():
+            gaps.setdefault("pictures without labels", []).append(tile)
+        elif "post.png" not in files:
+            gaps.setdefault("labels without pictures", []).append(tile)
+        elif pre and "pre.png" not in files:
+            gaps.setdefault("no picture from before the disaster", []).append(tile)
+    told = [f"{what}: {len(names)} ({', '.join(names[:3])}{' ...' * (len(names) > 3)})"
+            for what, names in gaps.items()]
+    return gaps, "; ".join(told)
+
+
+def wkt_polygon(text):
+    """"POLYGON ((x y, ...), (x y, ...))" -> its rings, (n, 2) float64: the outline, then the holes.
+
+    Raises Problem if it is anything else.
+    """
+    found = re.fullmatch(r"\s*POLYGON\s*\(\s*\((.*)\)\s*\)\s*", str(text))
+    try:
+        rings = [np.array([[float(v) for v in point.split()] for point in ring.split(",")])
+                 for ring in re.split(r"\)\s*,\s*\(", found[1])]
+        if all(ring.shape[1] == 2 and np.isfinite(ring).all() for ring in rings):
+            return rings
+    except (TypeError, ValueError):                                      # no match; no numbers; a ragged list
+        pass
+    raise Problem(f"{str(text)[:50]!r} is no polygon in WKT: unpack its file again")
+
+
+def read_label(path):
+    """A label file -> its polygons [(uid, subtype, rings)], the type of the disaster, (width, height).
+
+    Points off the tile are moved to its edge. Raises Problem if the file is broken. metadata.gsd is that of
+    another band than the pictures': lengths are in pixels everywhere.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        about, polygons = content["metadata"], []
+        extent = about["width"], about["height"]
+        for p in content["features"]["xy"]:
+            uid, subtype = p["properties"]["uid"], p["properties"].get("subtype")
+            if subtype not in (*DAMAGE, UNKNOWN) and "_post_" in path.name:
+                raise ValueError(f"no subtype {subtype!r} is known")
+            polygons.append((uid, subtype, [ring.clip(0, extent) for ring in wkt_polygon(p["wkt"])]))
+        return polygons, about["disaster_type"], extent
+    except (ValueError, KeyError, TypeError, Problem) as error:
+        raise Problem(f"{path} is not an xBD label ({error!r}): unpack it again") from None
+
+
+def area(rings):
+    """Square pixels within the outline and outside of the holes (shoelace formula)."""
+    sizes = [abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2 for x, y in (ring.T for ring in rings)]
+    return sizes[0] - sum(sizes[1:])
+
+
+def usable(polygons, min_area):
+    """The polygons that are buildings with a damage class, and large enough."""
+    return [(uid, subtype, rings) for uid, subtype, rings in polygons
+            if subtype in DAMAGE and area(rings) >= min_area]
+
+
+def draw_mask(rings, box, size):
+    """255 in the building, 0 elsewhere, in a square box (left, top, right, bottom): (size, size, 1) uint8."""
+    mask = Image.new("L", (4 * size, 4 * size))
+    for k, ring in enumerate(rings):
+        points = (ring - box[:2]) * 4 * size / (box[2] - box[0])         # Pillow cuts off the fractions
+        ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=0 if k else 255)
+    return np.where(np.asarray(mask.reduce(4)) >= 128, 255, 0).astype(np.uint8)[..., None]
+
+
+def cut_tile(files, images, pre, mask, pad, min_side, min_area):
+    """Fill images (n, C, size, size) with the n usable buildings of a tile.
+
+    Raises Problem if a picture is broken.
+    """
+    if not len(images):                                              # many tiles are empty: nothing to decode
+        return
+    polygons, _, extent = read_label(files["post.json"])
+    polygons, size = [rings for _, _, rings in usable(polygons, min_area)], images.shape[-1]
+    low, high = (np.array([edge(rings[0], 0) for rings in polygons]) for edge in (np.min, np.max))
+    side = (high - low).max(1, keepdims=True) * (1 + 2 * pad)
+    middle, half = (low + high) / 2, side.clip(min_side) / 2
+    boxes = np.concatenate([middle - half, middle + half], 1)
+    margin = 1 + math.ceil(max(0, -boxes.min(), (boxes[:, 2:] - extent).max()))
+    layers = []
+    for path in [files[f"{time}.png"] for time in ("post", "pre")[:1 + pre]]:
+        try:
+            with Image.open(path) as pil:
+                pixels = np.asarray(pil.convert("RGB"))
+        except Exception as error:                                       # Pillow raises a dozen kinds
+            raise Problem(f"{path} does not decode ({error}): unpack it again, or remove the tile") from None
+        if pixels.shape[1::-1] != extent:
+            raise Problem(f"{path} has {pixels.shape[1::-1]} pixels, its label says {extent}: "
+                          "give the original picture")
+        # Mirrored beyond its edges, so that a building on the edge is in the middle of its crop as well.
+        tile = Image.fromarray(np.pad(pixels, ((margin, margin), (margin, margin), (0, 0)), "reflect"))
+        layers.append([tile.resize((size, size), Image.Resampling.BICUBIC, box=box)
+                       for box in (boxes + margin).tolist()])
+    if mask:
+        layers.append([draw_mask(rings, box, size) for rings, box in zip(polygons, boxes, strict=True)])
+    for image, *parts in zip(images, *layers, strict=True):
+        image.copy_(torch.from_numpy(rearrange(np.concatenate(parts, 2), "h w c -> c h w")))
+
+
+def read_tree(tiles, size, label, min_area, **how):
+    """Two passes over tiles that lack nothing -> what Scenes holds, and what polygons are left out.
+
+    The labels tell how many buildings there are, so that the tensor is made once; then each thread holds one
+    tile at a time: the memory is that of the crops.
+    """
+    names, answers, groups, ends, dropped, places = [], [], [], [], Counter(), {}
+    for tile, files in tqdm(tiles.items(), "counting buildings", disable=None, leave=False):
+        polygons, kind, _ = read_label(files["post.json"])
+        found = usable(polygons, min_area)
+        names += [f"{tile}/{uid}" for uid, _, _ in found]
+        answers += [dict(damage=subtype, type=kind)[label] for _, subtype, _ in found]
+        groups += [places.setdefault(tile.split("/")[1], len(places))] * len(found)
+        ends.append(len(names))
+        unknown = sum(subtype == UNKNOWN for _, subtype, _ in polygons)
+        dropped += Counter({UNKNOWN: unknown, "too small": len(polygons) - len(found) - unknown})
+    left_out = ", ".join(f"{n} {why}" for why, n in dropped.items()) or "none"
+    if not names:
+        raise Problem(f"no building with a damage class in {len(tiles)} tiles, {next(iter(tiles))} ... "
+                      f"(polygons left out: {left_out}): give more tiles, or a smaller min_area")
+    images = torch.empty(len(names), 3 + 3 * how["pre"] + how["mask"], size, size, dtype=torch.uint8)
+    jobs = list(zip(tiles.values(), images.tensor_split(ends[:-1]), strict=True))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:              # Pillow lets go of the GIL while it decodes
+        cutting = pool.map(lambda job: cut_tile(*job, min_area=min_area, **how), jobs)
+        list(tqdm(cutting, "cutting buildings", len(jobs), disable=None, leave=False))
+    classes = DAMAGE if label == "damage" else sorted(set(answers))
+    return dict(images=images, labels=torch.tensor([classes.index(a) for a in answers]), classes=classes,
+                names=names, groups=torch.tensor(groups)), left_out
+
+
+def read_xbd(root, size, label="damage", pre=False, mask=False, pad=0.5, min_side=32, min_area=64,
+             cache="runs/cache"):
+    """A square crop around each classified building, post-disaster RGB, as Scenes grouped by tile; cached.
+
+    With pre the same square of the pre-disaster picture follows, with mask the building's own mask: C is 3,
+    4, 6 or 7. The square's side is (1 + 2 pad) times the building's longer one, at least min_side pixels of
+    the tile. label: "damage" (4 classes), or "type", that of the disaster.
+    """
+    root, tiles = Path(root), find_tiles(root)
+    how = dict(size=size, label=label, pre=pre, mask=mask, pad=pad, min_side=min_side, min_area=min_area)
+    stats = [(tile, name, path.stat().st_size, path.stat().st_mtime_ns)
+             for tile, files in tiles.items() for name, path in sorted(files.items())]
+
+    def make():
+        gaps, told = find_gaps(tiles, pre)
+        lost = {tile for names in gaps.values() for tile in names}
+        whole = {tile: files for tile, files in tiles.items() if tile not in lost}
+        if not whole:
+            raise Problem(f"{root}: no tile has both picture and label ({told or 'there is none at all'}): "
+                          "unpack images and labels of the same split side by side")
+        content, left_out = read_tree(whole, **how)
+        summary = (f"{root.name}: {len(content['names'])} buildings of {len(whole)} tiles; "
+                   f"polygons left out: {left_out}; tiles left out: {told or 'none'}")
+        return {**content, "summary": summary}
+
+    content = cached(make, root, cache, how, stats)
+    print(content.pop("summary"))
+    return Scenes(**content)
+
+
+def survey_xbd(root):
+    """What there is in an xBD tree, readable or not: counts {...}, and the lines that tell them."""
+    tiles, polygons, events = find_tiles(root), {}, {}
+    for tile, files in tqdm(tiles.items(), "reading labels", disable=None, leave=False):
+        event = events.setdefault(tile.split("/")[1].rpartition("_")[0], Counter())
+        event["tiles"] += 1
+        for name in sorted({"pre.json", "post.json"} & files.keys()):
+            found, _, _ = read_label(files[name])
+            polygons[files[name].name] = len(found)
+            event.update("before" if name == "pre.json" else subtype for _, subtype, _ in found)
+    gaps, told = find_gaps(tiles, pre=True)
+    alone = [tiles[tile] for tile in gaps.get("pictures without labels", [])]
+    pairs = sum({"pre.png", "post.png"} <= files.keys() for files in alone)
+    columns = ["tiles", "before", *DAMAGE, UNKNOWN]
+    rows = [*sorted(events.items()), ("all", sum(events.values(), Counter()))]
+    lines = ["".join(f"{column:>14}" for column in columns) + "  event"]
+    lines += ["".join(f"{count[column]:14}" for column in columns) + f"  {event}" for event, count in rows]
+    lines += [f"{len(polygons)} label files with {sum(polygons.values())} polygons; "
+              f"{pairs} pairs of pictures without labels", f"missing: {told or 'nothing'}"]
+    return dict(tiles=len(tiles), polygons=polygons, events=events, pairs=pairs, gaps=gaps), lines
 
 
 # ---- drawn scenes: a stand-in for RESISC45 where there are no data
@@ -593,14 +825,150 @@ def draw_tree(root, per_class, seed=0, size=128):
     return Path(root)
 
 
+# ---- drawn disasters: a stand-in for xBD where there are no data
+
+LOT = 48                                                                 # pixels from house to house
+EVENTS = {             # type, ground, per cent of each class of DAMAGE and UNKNOWN: 74, 9, 7, 7 and 3 in all
+    "drawn-hurricane": ("wind", [(96, 116, 70), (112, 124, 84), (128, 128, 96)], (52, 29, 9, 7, 3)),
+    "drawn-flood": ("flooding", [(70, 92, 66), (86, 96, 60), (100, 108, 84)], (73, 5, 16, 3, 3)),
+    "drawn-wildfire": ("fire", [(150, 132, 92), (134, 122, 88), (122, 116, 70)], (76, 1, 2, 18, 3)),
+    "drawn-earthquake": ("earthquake", [(160, 150, 134), (146, 132, 116)], (94, 1, 1, 1, 3)),
+}
+ELL = np.array([(-1, -1), (1, -1), (1, 0.1), (0.1, 0.1), (0.1, 1), (-1, 1)])
+HOLES, TARPS, FLOOD = [(44, 38, 34), (72, 62, 54)], [(64, 98, 160), (150, 146, 140)], [(122, 98, 66, 170)]
+RUBBLE = [(196, 190, 180), (150, 138, 124), (96, 88, 82), (60, 54, 50)]
+ASH, MUD, CLOUD = [(52, 46, 44)], [(128, 112, 90)], [(236, 238, 242, 215)]
+
+
+def plan_houses(rng, side, mix):
+    """The houses of a tile, [dict]: spot + points @ axes turns their own points, -1..1, into pixels."""
+    n, corner, turn = side // LOT + 1, rng.uniform(-LOT, 0, 2), rng.uniform(0, np.pi / 2)
+    spots = corner + (np.argwhere(np.ones((n, n))) + 0.5) * LOT
+    spots = spots[((spots > 0) & (spots < side)).all(1)]                 # a house may reach over the edge
+    houses = []
+    for spot in rng.permutation(spots)[:rng.integers(0, min(len(spots), 76) + 1)]:
+        half = rng.uniform(9, 17, 2) if rng.random() < 0.95 else rng.uniform(2, 3.5, 2)          # a shed
+        angle = turn + rng.normal(0, 0.05)
+        axes = half[:, None] * [(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))]
+        rings = [SQUARE if rng.random() < 0.7 else ELL]
+        if rings[0] is SQUARE and rng.random() < 0.15:                   # a courtyard
+            rings.append(rng.uniform(0.3, 0.45) * SQUARE[::-1])
+        houses.append(dict(spot=spot + rng.uniform(-3, 3, 2), axes=axes, rings=rings,
+                           roof=[ROOFS[rng.integers(len(ROOFS))]],
+                           subtype=[*DAMAGE, UNKNOWN][rng.choice(5, p=np.array(mix) / 100)],
+                           uid=str(uuid.UUID(bytes=rng.bytes(16), version=4))))
+    return corner, houses
+
+
+def draw_house(c, rng, house, ground, kind=""):
+    """A house, and with a kind of disaster what that has done to it."""
+    def paint(points, colours, amount=8):
+        c.paint(house["spot"] + np.asarray(points) @ house["axes"], colours, amount)
+
+    def litter(count, reach, largest):
+        for spot in rng.uniform(-reach, reach, (count, 2)):
+            paint(spot + rng.uniform(0.05, largest, 2) * SQUARE, RUBBLE)
+
+    outline, *holes = house["rings"]
+    fate = house["subtype"] if kind else "no-damage"
+    if fate == "destroyed":
+        paint(rng.uniform(1.2, 1.5) * CIRCLE, ASH if kind == "fire" else MUD)
+        paint(outline, RUBBLE[1:3])
+        return litter(30, 1.15, 0.25)
+    if fate == "major-damage" and kind == "flooding":                    # the house stands in the water
+        paint(rng.uniform(1.6, 2) * CIRCLE, FLOOD)
+    c.paint(house["spot"] + outline @ house["axes"] + (4, 3), SHADE, 0)
+    paint(outline, house["roof"])
+    paint(outline.clip((-1, -1), (1, 0)), LIT, 0)                        # the side of the roof in the sun
+    for hole in holes:
+        paint(hole, ground[:1])
+    if fate == "minor-damage":                                           # tiles are off, or a tarp is on
+        for spot in rng.uniform(-0.7, 0.2, (rng.integers(2, 5), 2)):
+            paint(spot + rng.uniform(0.15, 0.35, 2) * SQUARE, TARPS if rng.random() < 0.3 else HOLES)
+    elif fate == "major-damage" and kind != "flooding":                  # a part of the roof is gone
+        cut, turn = rng.uniform(-0.2, 0.4), rng.choice([-1, 1])
+        paint(turn * (turn * outline).clip((-1, -1), (cut, 1)), HOLES)
+        litter(8, 1.5, 0.2)
+    elif fate == UNKNOWN:
+        for spot in rng.uniform(-0.5, 0.5, (4, 2)):
+            paint(spot + 1.3 * CIRCLE, CLOUD)
+    if kind:
+        litter(rng.integers(5), 1.7, 0.12)
+
+
+def draw_disaster(event, rng, side):
+    """A tile: its pictures from before and after, PIL RGB, and its houses as plan_houses gives them."""
+    kind, ground, mix = EVENTS[event]
+    (corner, houses), grain, c = plan_houses(rng, side, mix), noise(rng, side), Canvas(rng, side)
+    c.axes, c.origin = 2 * np.eye(2), np.zeros(2)                        # from here on points are pixels
+    c.paint(side * (SQUARE + 1), ground)
+    for spot in rng.uniform(0, side, (side // 24, 2)):                   # fields
+        c.paint(spot + rng.uniform(6, 64, 2) * SQUARE, ground)
+    for y in np.arange(corner[1], side, 2 * LOT):                        # streets between the lots
+        c.paint(band(np.array([(-9, y), (side + 9, y)]), 4), PAVING[:1], 3)
+    for spot in rng.uniform(0, side, (side // 10, 2)):
+        c.tree(spot, rng.uniform(2, 6))
+    bare, pictures = c.image.copy(), []
+    for disaster in ("", kind):
+        c.image.paste(bare)
+        for house in houses:
+            draw_house(c, rng, house, ground, disaster)
+        pixels = np.asarray(c.image.reduce(2), np.float32) * (1 + 0.06 * grain)
+        pixels = 115 + rng.uniform(0.8, 1.15) * (pixels - 112) + rng.uniform(-20, 20)            # light
+        pixels += rng.normal(0, 3, (side, side, 1))
+        pictures.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
+    return *pictures, houses
+
+
+def label_of(event, houses, name, side):
+    """What an official label file holds; only those from after the disaster have subtypes."""
+    features = {"lng_lat": [], "xy": []}
+    for house in houses:
+        about = {"feature_type": "building", "uid": house["uid"]}
+        if "_post_" in name:
+            about["subtype"] = house["subtype"]
+        rings = [house["spot"] + ring @ house["axes"] for ring in house["rings"]]
+        for part, scale in (("lng_lat", 1e-5), ("xy", 1)):
+            texts = [", ".join(f"{x * scale} {y * scale}" for x, y in [*ring, ring[0]]) for ring in rings]
+            features[part].append({"properties": about, "wkt": f"POLYGON (({'), ('.join(texts)}))"})
+    about = dict(sensor="DRAWN", provider_asset_type="DRAWN", gsd=2.4, capture_date="2020-01-01T00:00:00.00Z",
+                 off_nadir_angle=15.0, pan_resolution=0.6, sun_azimuth=150.0, sun_elevation=60.0,
+                 target_azimuth=100.0, disaster=event, disaster_type=EVENTS[event][0], catalog_id="drawn",
+                 original_width=side, original_height=side, width=side, height=side, id=name, img_name=name)
+    return {"features": features, "metadata": about}
+
+
+def draw_xbd(root, tiles=24, seed=0, side=256):
+    """Draw so many tiles of an xBD-shaped tree, unless their files are there. -> root
+
+    Tile k follows from (seed, k); of sixteen, four are in test and the others in train.
+    """
+    for k in tqdm(range(tiles), "drawing disasters", disable=None, leave=False):
+        event = list(EVENTS)[k % len(EVENTS)]
+        folder = Path(root) / ("test" if k // len(EVENTS) % 4 == 3 else "train")
+        names = [f"{event}_{k:08d}_{time}_disaster" for time in ("pre", "post")]
+        files = [(folder / "images" / f"{name}.png", folder / "labels" / f"{name}.json") for name in names]
+        if all(path.exists() for pair in files for path in pair):
+            continue
+        *pictures, houses = draw_disaster(event, np.random.default_rng([seed, k]), side)
+        for name, pil, (picture, label) in zip(names, pictures, files, strict=True):
+            if not picture.exists():
+                save_picture(pil, picture, compress_level=1)
+            if not label.exists():
+                with replacing(label) as temporary:
+                    temporary.write_text(json.dumps(label_of(event, houses, f"{name}.png", side)))
+    return Path(root)
+
+
 # ---- python data.py DIR: what is there
 
 @dataclass
 class Script:
     """The flags of this script."""
-    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class")
+    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
     size: int = flag(64, "side to which the pictures are reduced")
-    draw: int = flag(0, "first draw so many scenes per class into --data")
+    draw: int = flag(0, "first draw so many scenes per class, or with --xbd tiles, into --data")
+    xbd: bool = flag(False, "with --draw: an xBD-shaped tree")
     out: str = flag("runs/data.png", "where a sheet of examples goes")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
 
@@ -608,18 +976,19 @@ class Script:
 def main(cfg):
     """Say what there is in a tree, and show it."""
     if cfg.draw:
-        draw_tree(cfg.data, cfg.draw)
+        (draw_xbd if cfg.xbd else draw_tree)(cfg.data, cfg.draw)
     if not Path(cfg.data).is_dir():
         print(HOW_TO_GET)
-        raise Problem(f"no folder {cfg.data}: get one as above, give another --data, "
-                      "or draw one with --draw 100")
-    scenes = read_folder(cfg.data, cfg.size, cfg.skip_broken)
+        raise Problem(f"no folder {cfg.data}: get one as above, give another, or draw one with --draw 100")
+    if is_xbd(cfg.data):
+        print(*survey_xbd(cfg.data)[1], sep="\n")
+    scenes = read(cfg.data, cfg.size, cfg.skip_broken)
     parts = split(scenes, cfg.data)
     for c, name in enumerate(scenes.classes):
         print(f"{(scenes.labels == c).sum():7} {name}")
-    doubles = len(scenes) - len(scenes.groups.unique())
-    print(f"{len(scenes):7} pictures of {len(scenes.classes)} classes, {doubles} of them exact doubles; "
-          f"{', '.join(f'{len(index)} {part}' for part, index in parts.items())}")
+    sizes, groups = ", ".join(f"{len(index)} {part}" for part, index in parts.items()), scenes.groups.unique()
+    what = "tiles" if is_xbd(cfg.data) else "of them without exact doubles"
+    print(f"{len(scenes):7} pictures of {len(scenes.classes)} classes, {len(groups)} {what}; {sizes}")
     rows = torch.cat([(scenes.labels == c).nonzero().flatten()[:10] for c in range(len(scenes.classes))])
     save_picture(grid(scenes.images[rows], 10), cfg.out)
     print(f"examples: {cfg.out}")

@@ -33,7 +33,7 @@ import data
 import train_cls
 import train_gen
 from augment import OVERHEAD
-from data import Scenes, flag
+from data import Problem, Scenes, flag
 
 ARMS = {                             # share: probability of a synthetic image;   augment: by name, augment.py
     "real":                            dict(share=0.0, augment="none"),
@@ -117,6 +117,9 @@ def main(cfg):
     """The script: run what is missing, renew the page on the way, print the table and the verdict."""
     s, out, arms = cfg.resolved(), Path(cfg.out), cfg.arms.split(",")
     root = Path(cfg.data) if cfg.data else data.draw_tree(out / "drawn", s.drawn)
+    if data.is_xbd(root):                     # accuracy would say little where three of four are undamaged
+        raise Problem(f"{root} is an xBD tree, whose arms and scores are not built yet: train_gen.py and "
+                      "train_cls.py do read it")
     scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache=out / "cache")
     parts = data.split(scenes, root)
     test = scenes[parts["test"]]

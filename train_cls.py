@@ -49,7 +49,7 @@ class Config:
 @dataclass
 class Script(Config):
     """What only the command line needs."""
-    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class")
+    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
     synthetic: str = flag("", "tree of synthetic images, same class names, as train_gen.py --sample makes")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
     per_class: int = flag(0, "real training images per class (0: the whole training split)")
@@ -145,7 +145,7 @@ def load_classifier(path):
 
 def main(cfg):
     """The script: train on the training split of a tree, score on val, and only if asked to on test."""
-    scenes = data.read_folder(cfg.data, cfg.size, cfg.skip_broken)
+    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
     parts = data.split(scenes, cfg.data, cfg.seed)
     index = data.subset(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
     synthetic = None
@@ -153,7 +153,7 @@ def main(cfg):
         raise Problem("--synthetic and --share belong together: "
                       "give the tree and the probability of its images")
     if cfg.synthetic:
-        synthetic = data.read_folder(cfg.synthetic, cfg.size, cfg.skip_broken)
+        synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken)
         if unknown := set(synthetic.classes) - set(scenes.classes):
             names = ", ".join(sorted(unknown))
             raise Problem(f"{cfg.synthetic} has classes that {cfg.data} has not: {names}")

@@ -56,7 +56,7 @@ class Config:
 @dataclass
 class Script(Config):
     """What only the command line needs."""
-    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class")
+    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
     per_class: int = flag(0, "training images per class (0: the whole training split)")
     out: str = flag("runs/gen", "folder for generator.pt, its log and sample grids, or for the images made")
@@ -202,7 +202,7 @@ def main(cfg):
     """The script: train on the training split of a tree, or make images."""
     if cfg.sample:
         return sample(cfg)
-    scenes = data.read_folder(cfg.data, cfg.size, cfg.skip_broken)
+    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
     index = data.split(scenes, cfg.data, cfg.seed)["train"]
     if cfg.per_class:
         index = data.subset(scenes, index, cfg.per_class, cfg.seed)

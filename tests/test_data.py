@@ -255,5 +255,5 @@ def test_data_py_draws_a_tree_and_says_what_is_in_it(tmp_path):
     assert absent.returncode == 2 and absent.stderr.count("\n") == 1
     assert "75206b2e16446591afa88e2628744886" in absent.stdout
     drawn = subprocess.run([*command, "--draw", "5"], capture_output=True, text=True, check=True)
-    assert "40 pictures of 8 classes, 0 of them exact doubles; 24 train, 8 val, 8 test" in drawn.stdout
+    assert "40 pictures of 8 classes, 40 of them without exact doubles; 24 train, 8 val" in drawn.stdout
     assert Image.open(tmp_path / "x.png").width == 10 * 18

@@ -119,6 +119,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, tmp_path, capsys):
     assert not (tmp_path / "results.csv").exists() and not (tmp_path / "generators").exists()
 
 
+def test_an_xbd_tree_is_not_compared_by_accuracy(tmp_path):
+    root = data.draw_xbd(tmp_path / "xbd", 4, side=64)
+    with pytest.raises(data.Problem, match="xBD tree"):
+        experiment.main(Config(smoke=True, data=str(root), out=str(tmp_path / "x")))
+
+
 def test_flags_change_what_they_name_and_nothing_else():
     base = Config(scale="cpu").resolved()
     s = Config(scale="cpu", counts="5", seeds=7, subsets=2, made=9, w=3.0).resolved()

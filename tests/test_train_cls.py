@@ -129,6 +129,12 @@ def test_bad_settings_are_told(kw, message):
         Config(**{"size": 16, "patch": 4, **kw})
 
 
+def test_buildings_of_xbd_are_classified_by_damage(tmp_path):
+    small = "--steps 2 --batch 4 --size 16 --patch 8 --dim 16 --depth 1 --heads 2".split()
+    done = run("--data", data.draw_xbd(tmp_path / "xbd", 16), "--out", tmp_path / "x", *small)
+    assert done.returncode == 0 and "of 4 classes" in done.stdout and "macro-F1" in done.stdout
+
+
 def run(*argv):
     return subprocess.run([sys.executable, "train_cls.py", *map(str, argv)], capture_output=True, text=True)
 

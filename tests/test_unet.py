@@ -57,6 +57,8 @@ def test_condition_and_null_is_itself_and_then_nothing():
 def test_every_parameter_gets_a_gradient():
     model, (x, t, _) = awake(blocks=2, mults=(1, 2, 2)), inputs(4)
     model(x, t, Condition(torch.tensor([0, 1, 2, -1]))).square().mean().backward()
+    rows = {name: p.grad.flatten(1).abs().sum(1) for name, p in model.named_parameters() if p.ndim > 1}
+    assert not [name for name, row in rows.items() if not (row > 0).all()]           # scale and shift alike
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
