@@ -413,6 +413,7 @@ def contact_sheet(x):
 
 
 def main(argv=None):
+    """Draw a contact sheet of all augmentations."""
     parser = argparse.ArgumentParser(description="Contact sheet of the augmentations.", allow_abbrev=False)
     parser.add_argument("picture", nargs="?", help="a picture; its middle is the object")
     parser.add_argument("--out", default="runs/augment.png", help="where the sheet goes (%(default)s)")

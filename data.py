@@ -647,6 +647,7 @@ class Canvas:
         self.paint(spot + outline * top - shift, LIT, 0)
 
     def tree(self, spot, radius):
+        """A round crown."""
         self.solid(spot, radius * CIRCLE[::3], self.crowns, radius, (0.75, 0.75))
 
     def dashes(self, start, end, count, half_width, part=0.5, colours=WHITE):
@@ -688,6 +689,7 @@ def clutter(c, rng, rich):
 
 # The scenes: each draws the main thing of its class over the clutter.
 def beach(c, rng):
+    """Water, breaking waves, sand and the land behind."""
     shore, beyond = path(rng, 0.16, rng.uniform(-0.4, 0.3)), [(3, 4), (-3, 4)]
     back = shore - [0, rng.uniform(0.15, 0.7)] + path(rng, 0.06) * [0, 1]
     c.paint([*back, *beyond], SAND)
@@ -699,6 +701,7 @@ def beach(c, rng):
 
 
 def circular_farmland(c, rng):
+    """Round fields under their pivots, each on its square."""
     radius = rng.uniform(0.45, 0.95)
     for cell in [(0, 0), (1, 0), (0, 1), (1, 1), (-1, 0)][:rng.choice([1, 1, 2, 4, 5])]:
         middle, crops = 2.15 * radius * np.array(cell), rng.permutation(LAND).tolist()
@@ -711,6 +714,7 @@ def circular_farmland(c, rng):
 
 
 def dense_residential(c, rng):
+    """Rows of houses along parallel streets, one street across."""
     plot, block, green = rng.uniform(0.3, 0.45), rng.uniform(0.38, 0.5), rng.uniform(0, 0.5)
     paving = [PAVING[rng.integers(3)]]
     for v in np.arange(-2, 3) * 2 * block:
@@ -725,6 +729,7 @@ def dense_residential(c, rng):
 
 
 def forest(c, rng):
+    """Crowns, perhaps up to an edge or along a track."""
     size, gap = rng.uniform(0.12, 0.2), rng.choice([0, 0, 0.05, 0.1])
     edge, track = path(rng, 0.3, rng.choice([0.5, 0.9, 3, 3])), path(rng, 0.3)
     c.paint([*edge, (3, -4), (-3, -4)], [(30, 44, 24, 190)])
@@ -735,6 +740,7 @@ def forest(c, rng):
 
 
 def intersection(c, rng):
+    """Two roads that cross, or a T, with marks and cars."""
     paving, crossing = [PAVING[rng.integers(3)]], (rng.uniform(0.7, 2.4), rng.choice([-3, -3, 0]))  # 0: a T
     roads = [(angle, start, rng.uniform(0.16, 0.28)) for angle, start in ((0, -3), crossing)]
     for kerb, colours in ((0.04, PAVING[1:]), (0, paving)):
@@ -750,6 +756,7 @@ def intersection(c, rng):
 
 
 def river(c, rng):
+    """A winding band of water between its banks, perhaps with a bridge."""
     line = path(rng, rng.uniform(0.15, 0.36))
     half = rng.uniform(0.12, 0.27) * (1 + 0.35 * np.sin(rng.uniform(1, 3) * line[:, 0] + rng.uniform(0, 6)))
     c.paint(band(line, half + rng.uniform(0.01, 0.14)), LAND + SAND)
@@ -762,6 +769,7 @@ def river(c, rng):
 
 
 def runway(c, rng):
+    """A marked strip in mown grass, perhaps with its end and a taxiway."""
     half, end, paving = rng.uniform(0.16, 0.3), rng.choice([-3, -1, -0.6]), [PAVING[rng.integers(3)]]
     c.paint(band(path(rng), half + rng.uniform(0.15, 0.4)), LAND)
     if rng.random() < 0.5:  # a taxiway and the link to it
@@ -775,6 +783,7 @@ def runway(c, rng):
 
 
 def storage_tank(c, rng):
+    """One to nine round tanks in rows."""
     n, lid, top = rng.integers(1, 4), [LIDS[rng.integers(3)]], rng.uniform(0.8, 0.97)
     radius = rng.uniform(0.55, 0.8) / n
     pitch = radius * rng.uniform(2.2, 2.7)

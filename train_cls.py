@@ -57,6 +57,14 @@ class Script(Config):
     test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
 
 
+def adamw(model, decay):
+    """AdamW that lets matrices decay, biases and norms not; the learning rate is set at every step."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0)]
+    return torch.optim.AdamW(groups, fused=True)
+
+
 def fit(real, synthetic, cfg, path=None, every=1000, title="classifier"):
     """Train a ViT from scratch on real and synthetic (Scenes; the one that is not used may be None).
 
@@ -76,10 +84,7 @@ def fit(real, synthetic, cfg, path=None, every=1000, title="classifier"):
 
     torch.manual_seed(cfg.seed)
     model = ViT(K, cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, images.shape[1]).to(device)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]             # biases and norms do not decay
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.decay),
-                                   dict(params=vectors, weight_decay=0)], fused=True)
+    optimizer = adamw(model, cfg.decay)
     parts = dict(model=model, optimizer=optimizer)
     identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=pools[0].classes,
                     channels=images.shape[1], images=[pool.digest() for pool in pools])

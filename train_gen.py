@@ -104,7 +104,7 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     that was not. With look > 0 every checkpoint comes with a grid, `look` images per class from the same
     noise. Raises Problem if the checkpoint is of other settings or images, or if the loss is not finite.
     """
-    device = data.pick_device()
+    device, path = data.pick_device(), path and Path(path)
     diffusion, model = networks(cfg, len(real.classes), real.images.shape[1])
     diffusion, model = diffusion.to(device), model.to(device)
     ema = copy.deepcopy(model).eval()
@@ -138,20 +138,27 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
         quarters.index_add_(1, t * 4 // cfg.timesteps, torch.stack([loss.detach(), torch.ones_like(loss)]))
 
         if (step + 1) % every == 0 or step + 1 == cfg.steps:
-            (total, count), quarters = quarters.tolist(), torch.zeros_like(quarters)
-            if not math.isfinite(sum(total)):
-                raise Problem(f"the loss is {sum(total)} at step {step + 1}: lower --lr")
-            means = [s / max(n, 1) for s, n in zip(total, count, strict=True)]
-            log.append([step + 1, sum(total) / sum(count), *means])
+            log.append(log_row(step + 1, quarters))
+            quarters.zero_()
             if path:
                 data.save_checkpoint(path, "generator", identity, step + 1, parts, log=log)
-                header = ["step", "loss", "t_quarter_1", "t_2", "t_3", "t_4"]
-                data.save_csv(path.with_suffix(".csv"), header, log)
+                data.save_csv(path.with_suffix(".csv"), ["step", "loss", "t_1", "t_2", "t_3", "t_4"], log)
             if path and look:
                 y = torch.arange(len(real.classes)).repeat_interleave(look)
                 picture = data.grid(generate(generator, y, seed=0), look, zoom=max(1, 64 // cfg.size))
                 data.save_picture(picture, path.with_name(f"samples-{step + 1:06d}.png"))
     return generator
+
+
+def log_row(step, quarters):
+    """[step, mean loss, mean loss of each quarter of t], from their sums and counts, (2, 4).
+
+    Raises Problem if the loss is not finite.
+    """
+    total, count = quarters.tolist()
+    if not math.isfinite(sum(total)):
+        raise Problem(f"the loss is {sum(total)} at step {step}: lower --lr")
+    return [step, sum(total) / sum(count), *(s / max(n, 1) for s, n in zip(total, count, strict=True))]
 
 
 def load_generator(path):

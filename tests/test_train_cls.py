@@ -58,6 +58,13 @@ def test_seed_and_nothing_else_decides_the_weights(monkeypatch):
     assert (weights[0] != weights[2]).any()
 
 
+def test_matrices_decay_and_biases_and_norms_do_not():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    matrices, vectors = train_cls.adamw(model, 0.3).param_groups
+    assert matrices["params"] == [model[0].weight] and matrices["weight_decay"] == 0.3
+    assert len(vectors["params"]) == 3 and vectors["weight_decay"] == 0
+
+
 def test_it_learns_and_predict_does_not_depend_on_the_batch():
     y = torch.arange(64) % 2
     level = torch.where(y.bool(), 200, 50).to(torch.uint8)
