@@ -40,9 +40,9 @@ class Problem(Exception):
     """Something that the user can mend. Its text is one line: what is wrong, where, what to do."""
 
 
-def flag(default, help):
-    """A field of a script's Config, which is also its --flag."""
-    return field(default=default, metadata={"help": help})
+def flag(default, help, bare=False):
+    """A field of a script's Config, which is also its --flag, or if bare an argument without a name."""
+    return field(default=default, metadata={"help": help, "bare": bare})
 
 
 def numbers(text):
@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def launch(main, config, argv=None):
-    """Run a script, with one --flag per field of its Config.
+    """Run a script, with one argument per field of its Config.
 
     A mistake of the user is one line on stderr and exit code 2.
     """
@@ -67,6 +67,8 @@ def launch(main, config, argv=None):
                 dict(type=numbers, metavar="N,N") if isinstance(f.default, tuple) else
                 dict(type=type(f.default)))
         name = "--" + f.name.replace("_", "-")
+        if f.metadata["bare"]:
+            name, kind["nargs"] = f.name, "?"
         parser.add_argument(name, default=f.default, help=f.metadata["help"], **kind)
     arguments = vars(parser.parse_args(argv))
     try:
@@ -974,9 +976,9 @@ def draw_xbd(root, tiles=24, seed=0, side=256):
 @dataclass
 class Script:
     """The flags of this script."""
-    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
+    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree", bare=True)
     size: int = flag(64, "side to which the pictures are reduced")
-    draw: int = flag(0, "first draw so many scenes per class, or with --xbd tiles, into --data")
+    draw: int = flag(0, "first draw so many scenes per class, or with --xbd tiles, into it")
     xbd: bool = flag(False, "with --draw: an xBD-shaped tree")
     out: str = flag("runs/data.png", "where a sheet of examples goes")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
@@ -988,7 +990,7 @@ def main(cfg):
         (draw_xbd if cfg.xbd else draw_tree)(cfg.data, cfg.draw)
     if not Path(cfg.data).is_dir():
         print(HOW_TO_GET)
-        raise Problem(f"no folder {cfg.data}: get one as above, give another, or draw one with --draw 100")
+        raise Problem(f"no folder {cfg.data}: get one as above, name another, or draw one with --draw 100")
     if is_xbd(cfg.data):
         print(*survey_xbd(cfg.data)[1], sep="\n")
     scenes = read(cfg.data, cfg.size, cfg.skip_broken)

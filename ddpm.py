@@ -124,7 +124,7 @@ class Diffusion(nn.Module):
         x = noise()
         x0_last = torch.zeros_like(x)
         ts, table = self.plan(steps, eta, order)
-        for t, row in zip(ts.to(x.device), table.to(x), strict=True):
+        for t, row in zip(ts.to(x.device), table.to(x.dtype).to(x.device), strict=True):
             signal, noise_t, a, b, sigma, c = row
             out = guided(model, x, t.expand(len(x)), cond, w)
             x0 = self._x0(x, out, signal, noise_t)

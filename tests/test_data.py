@@ -1,7 +1,7 @@
 """data.py: every picture read right, splits that do not leak, files whole or not at all, mistakes told."""
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pytest
@@ -10,6 +10,9 @@ from PIL import Image
 from torch.testing import assert_close
 
 import data
+import experiment
+import train_cls
+import train_gen
 from data import Problem, Scenes, flag
 
 
@@ -236,6 +239,15 @@ def problem(_):
     raise Problem("no such thing: do that")
 
 
+@pytest.mark.parametrize("script", [(data.main, data.Script), (train_gen.main, train_gen.Script),
+                                    (train_cls.main, train_cls.Script), (experiment.main, experiment.Config)])
+def test_every_script_explains_its_arguments(script, capsys):
+    with pytest.raises(SystemExit) as done:
+        data.launch(*script, ["--help"])
+    said = capsys.readouterr().out
+    assert done.value.code == 0 and all(f.metadata["help"].split()[0] in said for f in fields(script[1]))
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--bogus"], "--bogus"), (["--ste", "5"], "--ste"), (["--steps", "1e3"], "1e3"),
     (["--steps", "-1"], "--steps below 0"), (["--counts", "3,x"], "3,x"), ([], "no such thing: do that")])
@@ -249,7 +261,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, capsys):
 # ---- the script
 
 def test_data_py_draws_a_tree_and_says_what_is_in_it(tmp_path):
-    command = [sys.executable, "data.py", "--data", str(tmp_path / "t"), "--size", "16",
+    command = [sys.executable, "data.py", str(tmp_path / "t"), "--size", "16",
                "--out", str(tmp_path / "x.png")]
     absent = subprocess.run(command, capture_output=True, text=True)
     assert absent.returncode == 2 and absent.stderr.count("\n") == 1
