@@ -25,7 +25,7 @@ from unet import Condition, UNet
 class Config:
     """What makes a generator. Two with the same Config and the same images are the same."""
     size: int = flag(64, "side of the images in pixels")
-    width: int = flag(128, "channels at the finest resolution")
+    width: int = flag(64, "channels at the finest resolution")
     mults: tuple = flag((1, 2, 3, 4), "width of each resolution in units of --width")
     blocks: int = flag(2, "blocks per resolution, down and up")
     patch: int = flag(1, "fold so many pixels a side into channels (2 on a CPU)")
