@@ -64,12 +64,12 @@ SCALES = {
         counts=(4, 8), seeds=2, subsets=2, made=8, calls=4, w=1.5, drawn=20,
         gen=train_gen.Config(size=16, width=16, mults=(1, 2), blocks=1, steps=10, batch=16, warmup=5),
         cls=train_cls.Config(size=16, patch=4, dim=32, depth=2, heads=2, steps=10, batch=32, warmup=5)),
-    "cpu": Scale(
+    "small": Scale(
         counts=(5, 20), seeds=3, subsets=1, made=60, calls=12, w=1.5, drawn=160,
         gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1600, batch=32,
                              lr=2e-3, warmup=50, ema=0.99, augment="none"),
         cls=train_cls.Config(size=24, patch=6, dim=64, depth=3, heads=2, steps=300, batch=64, warmup=50)),
-    "gpu": Scale(
+    "full": Scale(
         counts=(10, 70, 420), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700,
         gen=train_gen.Config(), cls=train_cls.Config()),
 }
@@ -80,7 +80,7 @@ class Config:
     """What may be asked for on the command line. 0 or empty: as --scale has it."""
     data: str = flag("", "tree with a folder per class (empty: scenes are drawn)")
     out: str = flag("runs/experiment", "folder for results.csv, report.html, pictures and generators")
-    scale: str = flag("", "smoke, cpu or gpu (empty: gpu where there is one, else cpu)")
+    scale: str = flag("", "smoke, small or full (empty: full for --data on a GPU, else small)")
     smoke: bool = flag(False, "every stage in under a minute, the same as --scale smoke")
     arms: str = flag(",".join(ARMS), "which arms, by comma")
     counts: str = flag("", "real training images per class, by comma")
@@ -97,12 +97,13 @@ class Config:
         if unknown := set(self.arms.split(",")) - set(ARMS):
             raise ValueError(f"unknown arm {', '.join(sorted(unknown))}; the arms are {', '.join(ARMS)}")
         if self.scale not in ("", *SCALES):
-            raise ValueError(f"--scale {self.scale}: smoke, cpu or gpu")
+            raise ValueError(f"--scale {self.scale}: smoke, small or full")
         self.resolved()                       # a bad size or count is told before anything is done
 
     def resolved(self):
         """The Scale that these flags stand for."""
-        s = SCALES["smoke" if self.smoke else self.scale or ("gpu" if torch.cuda.is_available() else "cpu")]
+        usual = "full" if self.data and torch.cuda.is_available() else "small"
+        s = SCALES["smoke" if self.smoke else self.scale or usual]
         given = {k: getattr(self, k) for k in ("seeds", "subsets", "made", "w") if getattr(self, k)}
         if self.counts:
             given["counts"] = data.numbers(self.counts)
@@ -451,6 +452,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 .scroll { overflow-x: auto } pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line) }
 table { border-collapse: collapse; white-space: nowrap; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line) }
+th { white-space: normal; vertical-align: bottom }
 figure { margin: 1.5rem 0 } img { max-width: 100% } figcaption { opacity: .8 }
 svg { width: 100%; max-width: 44rem; font-size: 13px } text { fill: var(--ink) } .tick { stroke: var(--line) }
 .c0 { fill: var(--c0); stroke: var(--c0) } .c1 { fill: var(--c1); stroke: var(--c1) }

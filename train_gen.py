@@ -33,7 +33,7 @@ class Config:
     predict: str = flag("v", "what the network predicts: v, eps")
     gamma: float = flag(5.0, "cap of the min-SNR weight of the loss (inf: L_simple, all t alike)")
     timesteps: int = flag(1000, "length T of the chain")
-    steps: int = flag(50_000, "optimizer steps")
+    steps: int = flag(20_000, "optimizer steps")
     batch: int = flag(128, "images per step")
     lr: float = flag(2e-4, "peak learning rate")
     warmup: int = flag(500, "steps to reach it")

@@ -125,11 +125,18 @@ def test_an_xbd_tree_is_not_compared_by_accuracy(tmp_path):
         experiment.main(Config(smoke=True, data=str(root), out=str(tmp_path / "x")))
 
 
+def test_drawn_scenes_stay_small_and_data_on_a_gpu_are_compared_in_full(monkeypatch):
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert Config().resolved() == experiment.SCALES["small"]
+        assert Config(data="x").resolved() == experiment.SCALES["full" if gpu else "small"]
+
+
 def test_flags_change_what_they_name_and_nothing_else():
-    base = Config(scale="cpu").resolved()
-    s = Config(scale="cpu", counts="5", seeds=7, subsets=2, made=9, w=3.0).resolved()
+    base = Config(scale="small").resolved()
+    s = Config(scale="small", counts="5", seeds=7, subsets=2, made=9, w=3.0).resolved()
     assert s == replace(base, counts=(5,), seeds=7, subsets=2, made=9, w=3.0)
-    s = Config(scale="gpu", size=32, gen_steps=11, cls_steps=12).resolved()
+    s = Config(scale="full", size=32, gen_steps=11, cls_steps=12).resolved()
     assert (s.gen.size, s.cls.size, s.gen.steps, s.cls.steps) == (32, 32, 11, 12)
     assert experiment.command(Config(counts="5", w=3.0)) == "python experiment.py --counts 5 --w 3.0"
 
