@@ -30,7 +30,7 @@ HOW_TO_GET = """RESISC45 (Cheng et al. 2017), 45 classes of 700 images of 256 x 
 https://hf.co/datasets/isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e/NWPU-RESISC45.zip
 md5 75206b2e16446591afa88e2628744886
 Unpack it to data/NWPU-RESISC45, one folder per class, and if you like put resisc45-train.txt, -val.txt and
--test.txt (the official 60/20/20 lists, same address) beside them. Any other tree with a folder per class does
+-test.txt (the official 60/20/20 lists, same address) into it. Any other tree with a folder per class does
 as well."""
 
 
@@ -317,7 +317,7 @@ def split(scenes, root=None, seed=0, shares=(0.6, 0.2, 0.2)):
 
     By the official lists if they lie beside the images, else by seed, stratified by class. Exact doubles
     never straddle: a group goes where its first image goes; with the official lists, training and val give
-    up what test also holds, and training what val holds.
+    up what test also holds, and training what val holds. Raises Problem if a part would be empty.
     """
     if root and (lists := official_lists(scenes, Path(root))):
         held = [set(scenes.groups[lists["test"]].tolist())]
@@ -327,6 +327,15 @@ def split(scenes, root=None, seed=0, shares=(0.6, 0.2, 0.2)):
             kept = [i for i in listed if int(scenes.groups[i]) not in taken]
             lists[name] = torch.tensor(kept, dtype=torch.int64)
         return lists
+    parts = split_by_seed(scenes, seed, shares)
+    if short := [name for name, index in parts.items() if len(index) == 0]:
+        raise Problem(f"too few images for a {' and a '.join(short)} split ({len(scenes)} in all): "
+                      "five per class will do")
+    return parts
+
+
+def split_by_seed(scenes, seed, shares):
+    """The same for a tree without lists: the groups of each class are shuffled, then cut by the shares."""
     heads, inverse = scenes.groups.unique(return_inverse=True)
     places = torch.arange(len(scenes))
     first = torch.full((len(heads),), len(scenes)).scatter_reduce(0, inverse, places, "amin")
@@ -345,14 +354,13 @@ def official_lists(scenes, root):
     by_name = {Path(name).name: i for i, name in enumerate(scenes.names)}
     lists = {}
     for part in ("train", "val", "test"):
-        places = [folder / f"resisc45-{part}.txt" for folder in (root, root.parent)]
-        found = [p for p in places if p.is_file()]
-        if not found:
+        path = root / f"resisc45-{part}.txt"
+        if not path.is_file():
             return None
-        wanted = [Path(line).name for line in found[0].read_text().split()]
+        wanted = [Path(line).name for line in path.read_text().split()]
         lists[part] = torch.tensor([by_name[name] for name in wanted if name in by_name], dtype=torch.int64)
         if len(lists[part]) == 0:
-            raise Problem(f"{found[0]} names no picture of {root}: "
+            raise Problem(f"{path} names no picture of {root}: "
                           "remove the list or give the data set that it belongs to")
     return lists
 

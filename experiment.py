@@ -70,7 +70,7 @@ SCALES = {
                              lr=2e-3, warmup=50, ema=0.99, augment="none"),
         cls=train_cls.Config(size=24, patch=6, dim=64, depth=3, heads=2, steps=300, batch=64, warmup=50)),
     "full": Scale(
-        counts=(10, 70, 420), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700,
+        counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700,
         gen=train_gen.Config(), cls=train_cls.Config()),
 }
 
@@ -86,7 +86,7 @@ class Config:
     counts: str = flag("", "real training images per class, by comma")
     seeds: int = flag(0, "repetitions")
     subsets: int = flag(0, "different draws of training images, each with its generator (at most --seeds)")
-    size: int = flag(0, "side of the images in pixels")
+    size: int = flag(0, "side of the images in pixels, a multiple of 8")
     made: int = flag(0, "synthetic images per class")
     w: float = flag(0.0, "guidance scale (1: none)")
     gen_steps: int = flag(0, "optimizer steps of a generator")
@@ -106,18 +106,19 @@ class Config:
         s = SCALES["smoke" if self.smoke else self.scale or usual]
         given = {k: getattr(self, k) for k in ("seeds", "subsets", "made", "w") if getattr(self, k)}
         if self.counts:
-            given["counts"] = data.numbers(self.counts)
+            given["counts"] = tuple(sorted(set(data.numbers(self.counts))))
         size = self.size or s.gen.size
+        patch = s.cls.patch * size // s.gen.size                              # as many tokens at any size
         return replace(s, **given, gen=replace(s.gen, size=size, steps=self.gen_steps or s.gen.steps),
-                       cls=replace(s.cls, size=size, steps=self.cls_steps or s.cls.steps))
+                       cls=replace(s.cls, size=size, patch=patch, steps=self.cls_steps or s.cls.steps))
 
 
 # ---- the runs
 
 def main(cfg):
     """The script: run what is missing, renew the page on the way, print the table and the verdict."""
-    s, out, arms = cfg.resolved(), Path(cfg.out), cfg.arms.split(",")
-    root = Path(cfg.data) if cfg.data else data.draw_tree(out / "drawn", s.drawn)
+    s, out, arms = cfg.resolved(), Path(cfg.out), list(dict.fromkeys(cfg.arms.split(",")))
+    root = Path(cfg.data) if cfg.data else data.draw_tree(out / f"drawn-{s.drawn}", s.drawn)
     if data.is_xbd(root):                     # accuracy would say little where three of four are undamaged
         raise Problem(f"{root} is an xBD tree, whose arms and scores are not built yet: train_gen.py and "
                       "train_cls.py do read it")
@@ -369,7 +370,7 @@ def nearest(images, pool):
     turned = symmetries(images)
     a = rearrange(turned.float(), "s n c h w -> s n (c h w)")
     b = rearrange(pool.float(), "m c h w -> m (c h w)")
-    d = torch.cdist(a, b) / a.shape[-1] ** 0.5                                         # (8, N, M)
+    d = torch.cdist(a.flatten(0, 1), b).view(8, len(images), -1) / a.shape[-1] ** 0.5        # (8, N, M)
     distance, which = d.amin(0).min(1)
     every = torch.arange(len(images))
     return distance, which, turned[d[:, every, which].argmin(0), every]

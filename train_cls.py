@@ -1,7 +1,7 @@
 """Train a classifier on real scenes, synthetic ones or a mixture, and score it.
 
     python train_cls.py --data data/NWPU-RESISC45 --augment hflip,vflip,rot90,crop,color
-    python train_cls.py --data data/NWPU-RESISC45 --synthetic runs/made --share 0.5
+    python train_cls.py --data data/NWPU-RESISC45 --synthetic runs/made --share 0.5 --out runs/mixed
 
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
@@ -36,12 +36,14 @@ class Config:
     smoothing: float = flag(0.1, "label smoothing")
     share: float = flag(0.0, "probability that a synthetic image takes the place of a real one")
     augment: str = flag(OVERHEAD, "augmentations by name, in order; none is none")
-    seed: int = flag(0, "fixes split, choice of images, weights and batches")
+    seed: int = flag(0, "fixes the choice of images, weights and batches")
 
     def __post_init__(self):
         compose(self.augment)
         if self.size % self.patch:
             raise ValueError(f"--size {self.size} is not divisible by --patch {self.patch}")
+        if self.dim % self.heads or self.dim % 4:
+            raise ValueError(f"--dim {self.dim} must be divisible by 4 and by --heads {self.heads}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"--share {self.share}: a probability, 0 to 1")
 
@@ -151,7 +153,7 @@ def load_classifier(path):
 def main(cfg):
     """The script: train on the training split of a tree, score on val, and only if asked to on test."""
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
-    parts = data.split(scenes, cfg.data, cfg.seed)
+    parts = data.split(scenes, cfg.data)
     index = data.subset(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
     synthetic = None
     if bool(cfg.synthetic) != (cfg.share > 0):
@@ -164,6 +166,8 @@ def main(cfg):
             raise Problem(f"{cfg.synthetic} has classes that {cfg.data} has not: {names}")
         to_real = torch.tensor([scenes.classes.index(name) for name in synthetic.classes])
         synthetic = replace(synthetic, labels=to_real[synthetic.labels], classes=scenes.classes)
+    if synthetic and (without := set(range(len(scenes.classes))) - set(synthetic.labels.tolist())):
+        print(f"{len(without)} of {len(scenes.classes)} classes have no synthetic images")
     print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, "
           f"on {data.pick_device()}")
     model, _ = fit(scenes[index], synthetic, cfg, Path(cfg.out) / "classifier.pt")

@@ -40,10 +40,14 @@ class Config:
     ema: float = flag(0.999, "decay of the averaged weights, with which images are made")
     drop: float = flag(0.1, "share of the images trained without their class, for guidance")
     augment: str = flag("hflip,rot90", "augmentations that keep images likely: the generator learns them")
-    seed: int = flag(0, "fixes split, choice of images, weights and noise")
+    seed: int = flag(0, "fixes the choice of images, weights and noise")
 
     def __post_init__(self):
         compose(self.augment)
+        if self.width % 8:
+            raise ValueError(f"--width {self.width} must be divisible by 8")
+        if self.schedule == "linear" and self.timesteps <= 20:
+            raise ValueError(f"--timesteps {self.timesteps}: the linear schedule needs more than 20")
         if self.schedule not in SCHEDULES or self.predict not in ("v", "eps"):
             raise ValueError(f"--schedule {self.schedule} --predict {self.predict}: "
                              "cosine or linear, v or eps, are known")
@@ -100,9 +104,10 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     """Train on real (Scenes) by cfg (Config). -> Generator.
 
     Everything is kept in the checkpoint `path`, if any, its log beside it. Every step draws its randomness
-    from (seed, step): a run that was killed goes on at its last checkpoint and ends with the numbers of one
-    that was not. With look > 0 every checkpoint comes with a grid, `look` images per class from the same
-    noise. Raises Problem if the checkpoint is of other settings or images, or if the loss is not finite.
+    from (seed, step): a run that was killed goes on at its last checkpoint and ends with the numbers (on a CPU
+    to the bit) of one that was not. With look > 0 every checkpoint comes with a grid, `look` images per class
+    from the same noise. Raises Problem if the checkpoint is of other settings or images, or if the loss is not
+    finite.
     """
     device, path = data.pick_device(), path and Path(path)
     diffusion, model = networks(cfg, len(real.classes), real.images.shape[1])
@@ -145,7 +150,8 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
                 data.save_csv(path.with_suffix(".csv"), ["step", "loss", "t_1", "t_2", "t_3", "t_4"], log)
             if path and look:
                 y = torch.arange(len(real.classes)).repeat_interleave(look)
-                picture = data.grid(generate(generator, y, seed=0), look, zoom=max(1, 64 // cfg.size))
+                images = generate(generator, y, seed=0, calls=min(20, cfg.timesteps))
+                picture = data.grid(images, look, zoom=max(1, 64 // cfg.size))
                 data.save_picture(picture, path.with_name(f"samples-{step + 1:06d}.png"))
     return generator
 
@@ -197,6 +203,10 @@ def sample(cfg):
         raise Problem(f"{cfg.sample} knows no class {', '.join(sorted(unknown))}; "
                       f"it knows {', '.join(generator.classes)}")
     y = torch.tensor([generator.classes.index(name) for name in wanted]).repeat_interleave(cfg.count)
+    if not 1 <= cfg.calls <= generator.config.timesteps:
+        raise Problem(f"--calls {cfg.calls}: {cfg.sample} has a chain of {generator.config.timesteps} steps")
+    if there := [name for name in wanted if any((Path(cfg.out) / name).glob("*.png"))]:
+        raise Problem(f"{cfg.out} holds pictures of {there[0]} already: give another --out, or remove them")
     images = generate(generator, y, cfg.seed, cfg.calls, cfg.w)
     for k, image in enumerate(images):
         name = generator.classes[y[k]]
@@ -210,7 +220,7 @@ def main(cfg):
     if cfg.sample:
         return sample(cfg)
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
-    index = data.split(scenes, cfg.data, cfg.seed)["train"]
+    index = data.split(scenes, cfg.data)["train"]
     if cfg.per_class:
         index = data.subset(scenes, index, cfg.per_class, cfg.seed)
     path = Path(cfg.out) / "generator.pt"

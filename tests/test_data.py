@@ -174,6 +174,11 @@ def test_the_official_lists_are_used_and_training_gives_up_what_test_holds(tmp_p
     assert "forest/forest_0.png" not in names["train"]
 
 
+def test_a_tree_too_small_to_split_is_told():
+    with pytest.raises(Problem, match="too few images for a val split"):
+        data.split(scenes(list(range(6)), [0, 1] * 3))
+
+
 def test_smaller_subsets_are_part_of_larger_ones_and_too_large_ones_are_refused():
     s = scenes(list(range(100)), [0, 1] * 50)
     index = torch.arange(20, 100)

@@ -76,8 +76,8 @@ def test_a_lost_run_is_run_again_with_the_same_result(smoke):
 
 def test_generators_saw_the_training_images_of_their_arm_and_nothing_else(smoke):
     out = smoke[0]
-    scenes = data.read_folder(out / "drawn", 16, cache=out / "cache")
-    parts = data.split(scenes, out / "drawn")
+    scenes = data.read_folder(out / "drawn-20", 16, cache=out / "cache")
+    parts = data.split(scenes, out / "drawn-20")
     saved = [data.load_checkpoint(p, "generator") for p in (out / "generators").glob("*.pt")]
     trained = {tuple(sorted(generator["names"])) for generator in saved}
     subsets = {tuple(sorted(scenes[data.subset(scenes, parts["train"], count, draw)].names))
@@ -136,8 +136,9 @@ def test_flags_change_what_they_name_and_nothing_else():
     base = Config(scale="small").resolved()
     s = Config(scale="small", counts="5", seeds=7, subsets=2, made=9, w=3.0).resolved()
     assert s == replace(base, counts=(5,), seeds=7, subsets=2, made=9, w=3.0)
+    assert Config(counts="8,4,8").resolved().counts == (4, 8)
     s = Config(scale="full", size=32, gen_steps=11, cls_steps=12).resolved()
-    assert (s.gen.size, s.cls.size, s.gen.steps, s.cls.steps) == (32, 32, 11, 12)
+    assert (s.gen.size, s.cls.size, s.cls.patch, s.gen.steps, s.cls.steps) == (32, 32, 4, 11, 12)
     assert experiment.command(Config(counts="5", w=3.0)) == "python experiment.py --counts 5 --w 3.0"
 
 

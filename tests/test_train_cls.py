@@ -130,7 +130,8 @@ def test_an_oracle_scores_1_and_a_constant_the_share_of_its_class():
 
 
 @pytest.mark.parametrize("kw, message", [
-    (dict(augment="blur"), "blur"), (dict(patch=5), "--patch 5"), (dict(share=1.5), "--share")])
+    (dict(augment="blur"), "blur"), (dict(patch=5), "--patch 5"), (dict(share=1.5), "--share"),
+    (dict(dim=18), "--dim 18")])
 def test_bad_settings_are_told(kw, message):
     with pytest.raises(ValueError, match=message):
         Config(**{"size": 16, "patch": 4, **kw})

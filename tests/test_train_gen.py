@@ -102,8 +102,10 @@ def test_a_loaded_generator_makes_the_same_images(tmp_path):
     assert_close(generate(loaded, y, seed=0, calls=3), generate(made, y, seed=0, calls=3))
 
 
-@pytest.mark.parametrize("kw, message", [(dict(augment="blur"), "blur"), (dict(schedule="x"), "cosine"),
-                                         (dict(predict="x0"), "eps"), (dict(size=18), "divisible by 4")])
+@pytest.mark.parametrize("kw, message", [
+    (dict(augment="blur"), "blur"), (dict(schedule="x"), "cosine"), (dict(predict="x0"), "eps"),
+    (dict(width=20), "--width 20"), (dict(schedule="linear", timesteps=20), "--timesteps 20"),
+    (dict(size=18), "divisible by 4")])
 def test_bad_settings_are_told(kw, message):
     with pytest.raises(ValueError, match=message):
         Config(**{"size": 16, "mults": (1, 2, 2), **kw})
@@ -128,6 +130,8 @@ def test_the_commands_train_and_make_pictures_that_can_be_read_back(tmp_path):
     assert back.classes == ["forest", "river"] and back.images.shape == (6, 3, 16, 16)
     assert len(back.groups.unique()) == 6
     assert Path(tmp_path / "made" / "grid.png").exists()
+    twice = run("--sample", tmp_path / "gen" / "generator.pt", "--calls", 2, "--out", tmp_path / "made")
+    assert twice.returncode == 2 and "already" in twice.stderr and twice.stderr.count("\n") == 1
     wrong = run("--sample", checkpoint, "--classes", "moon")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
     assert "moon" in wrong.stderr and "river" in wrong.stderr
