@@ -104,10 +104,10 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     """Train on real (Scenes) by cfg (Config). -> Generator.
 
     Everything is kept in the checkpoint `path`, if any, its log beside it. Every step draws its randomness
-    from (seed, step): a run that was killed goes on at its last checkpoint and ends with the numbers (on a CPU
-    to the bit) of one that was not. With look > 0 every checkpoint comes with a grid, `look` images per class
-    from the same noise. Raises Problem if the checkpoint is of other settings or images, or if the loss is not
-    finite.
+    from (seed, step): a run that was killed goes on at its last checkpoint and ends with the numbers of one
+    that was not (on a CPU to the bit). With look > 0 every checkpoint comes with a grid, `look` images per
+    class from the same noise. Raises Problem if the checkpoint is of other settings or images, or if the loss
+    is not finite.
     """
     device, path = data.pick_device(), path and Path(path)
     diffusion, model = networks(cfg, len(real.classes), real.images.shape[1])
@@ -150,8 +150,8 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
                 data.save_csv(path.with_suffix(".csv"), ["step", "loss", "t_1", "t_2", "t_3", "t_4"], log)
             if path and look:
                 y = torch.arange(len(real.classes)).repeat_interleave(look)
-                images = generate(generator, y, seed=0, calls=min(20, cfg.timesteps))
-                picture = data.grid(images, look, zoom=max(1, 64 // cfg.size))
+                made = generate(generator, y, seed=0, calls=min(20, cfg.timesteps))
+                picture = data.grid(made, look, zoom=max(1, 64 // cfg.size))
                 data.save_picture(picture, path.with_name(f"samples-{step + 1:06d}.png"))
     return generator
 
