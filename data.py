@@ -159,8 +159,10 @@ def resume(path, kind, identity, parts):
     if not path or not Path(path).exists():
         return None
     saved = load_checkpoint(path, kind)
-    if differ := [name for name in identity if saved[name] != identity[name]]:
-        raise Problem(f"{path} is of a run with another {differ[0]}: give another --out, or remove it")
+    if differ := [name for name in identity if saved.get(name) != identity[name]]:
+        old, new = saved.get("config", {}), identity["config"]
+        what = ", ".join(k for k in new if old.get(k) != new[k]) if differ[0] == "config" else differ[0]
+        raise Problem(f"{path} is of a run with another {what}: give another --out, or remove it")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     return saved

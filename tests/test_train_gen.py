@@ -53,8 +53,10 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkey
 def test_a_checkpoint_of_other_settings_or_images_is_refused(tmp_path):
     train(halves(), TINY, tmp_path / "g.pt")
     others = halves(noise=0.2)                                           # the same names, but other pixels
-    for real, cfg in ((halves(), replace(TINY, lr=2e-3)), (halves(32), TINY), (others, TINY)):
-        with pytest.raises(Problem, match="another"):
+    longer = replace(TINY, lr=2e-3, steps=7)
+    runs = (halves(), longer, "steps, lr"), (halves(32), TINY, "names"), (others, TINY, "images")
+    for real, cfg, what in runs:
+        with pytest.raises(Problem, match=f"another {what}:"):
             train(real, cfg, tmp_path / "g.pt")
 
 
