@@ -17,6 +17,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -201,8 +202,9 @@ class Scenes:
         names = [self.names[i] for i in index.tolist()]
         return Scenes(self.images[index], self.labels[index], self.classes, names, self.groups[index])
 
+    @cached_property
     def digest(self):
-        """A short name for exactly these names, labels and pixels, in this order."""
+        """A short name for exactly these names, labels and pixels, in this order (read once)."""
         what = repr((self.names, self.labels.tolist(), self.classes, self.images.shape)).encode()
         return hashlib.sha256(what + self.images.contiguous().numpy().tobytes()).hexdigest()[:12]
 

@@ -124,7 +124,7 @@ def main(cfg):
                       "train_cls.py do read it")
     scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache=out / "cache")
     parts = data.split(scenes, root)
-    test = scenes[parts["test"]]
+    val, test = scenes[parts["val"]], scenes[parts["test"]]
     for count in s.counts:
         data.subset(scenes, parts["train"], count, seed=0)   # too few images are told before anything is run
     plan(s, arms, scenes, parts)
@@ -139,7 +139,7 @@ def main(cfg):
             what = f"{count} per class, seed {seed + 1} of {s.seeds}"
             if any(ARMS[arm]["share"] for arm in arms):
                 synthetic = synthesize(real, s, draw, out, what)
-                shown = real, synthetic, scenes[parts["val"]]
+                shown = real, synthetic, val
             for arm in arms:
                 run = run_id(arm, s, real, test, seed)
                 if run not in stored:
@@ -157,7 +157,7 @@ def main(cfg):
 def run_id(arm, s, real, test, seed):
     """A name for everything that decides a run's result: what bears it need not be run again."""
     makes = (s.gen, s.made, s.calls, s.w) if ARMS[arm]["share"] else ()
-    return digest(ARMS[arm], s.cls, makes, real.digest(), test.digest(), seed)
+    return digest(ARMS[arm], s.cls, makes, real.digest, test.digest, seed)
 
 
 def digest(*what):
@@ -168,8 +168,8 @@ def digest(*what):
 def synthesize(real, s, draw, out, what):
     """Scenes by a generator trained on real and nothing else; taken from the disk if they are there."""
     cfg = replace(s.gen, seed=draw)
-    path = out / "generators" / f"{digest(cfg, real.digest())}.pt"
-    store = out / "synthetic" / f"{digest(cfg, real.digest(), s.made, s.calls, s.w)}.pt"
+    path = out / "generators" / f"{digest(cfg, real.digest)}.pt"
+    store = out / "synthetic" / f"{digest(cfg, real.digest, s.made, s.calls, s.w)}.pt"
     y = torch.arange(len(real.classes)).repeat_interleave(s.made)
     if not store.exists():
         generator = train_gen.train(real, cfg, path, title=f"generator, {what}")

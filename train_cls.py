@@ -89,7 +89,7 @@ def fit(real, synthetic, cfg, path=None, every=1000, title="classifier"):
     optimizer = adamw(model, cfg.decay)
     parts = dict(model=model, optimizer=optimizer)
     identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=pools[0].classes,
-                    channels=images.shape[1], images=[pool.digest() for pool in pools])
+                    channels=images.shape[1], images=[pool.digest for pool in pools])
     saved = data.resume(path, "classifier", identity, parts)
     start, synthetic_seen = 0, torch.zeros((), device=device)
     if saved:

@@ -118,7 +118,7 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
                                   fused=True)
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
-    identity = dict(config=settings, classes=real.classes, names=real.names, images=real.digest(),
+    identity = dict(config=settings, classes=real.classes, names=real.names, images=real.digest,
                     channels=real.images.shape[1])
     saved = data.resume(path, "generator", identity, parts)
     start, log = (saved["step"], saved["log"]) if saved else (0, [])
