@@ -137,9 +137,10 @@ def test_bad_settings_are_told(kw, message):
         Config(**{"size": 16, "patch": 4, **kw})
 
 
-def test_buildings_of_xbd_are_classified_by_damage(tmp_path):
+def test_buildings_of_xbd_are_classified_by_damage(tmp_path, launch):
     small = "--steps 2 --batch 4 --size 16 --patch 8 --dim 16 --depth 1 --heads 2".split()
-    done = run("--data", data.draw_xbd(tmp_path / "xbd", 16), "--out", tmp_path / "x", *small)
+    root = data.draw_xbd(tmp_path / "xbd", 16)
+    done = launch(train_cls, "--data", root, "--out", tmp_path / "x", *small)
     assert done.returncode == 0 and "of 4 classes" in done.stdout and "macro-F1" in done.stdout
 
 
@@ -147,7 +148,7 @@ def run(*argv):
     return subprocess.run([sys.executable, "train_cls.py", *map(str, argv)], capture_output=True, text=True)
 
 
-def test_the_command_trains_on_a_mixture_and_reads_test_only_if_asked(tmp_path):
+def test_the_command_trains_on_a_mixture_and_reads_test_only_if_asked(tmp_path, launch):
     root = data.draw_tree(tmp_path / "t", 5, size=16)
     synthetic = data.draw_tree(tmp_path / "s", 2, seed=1, size=16)
     for k in (1, 2):                                        # synthetic trees need not hold every class
@@ -156,7 +157,8 @@ def test_the_command_trains_on_a_mixture_and_reads_test_only_if_asked(tmp_path):
     flags += ["--data", root]
     plain = run(*flags, "--out", tmp_path / "a")
     assert plain.returncode == 0 and "val: accuracy" in plain.stdout and "test:" not in plain.stdout
-    mixed = run(*flags, "--out", tmp_path / "b", "--synthetic", synthetic, "--share", 0.5, "--test")
+    half = ("--synthetic", synthetic, "--share", 0.5)
+    mixed = launch(train_cls, *flags, "--out", tmp_path / "b", *half, "--test")
     assert mixed.returncode == 0 and "14 synthetic" in mixed.stdout and "test: accuracy" in mixed.stdout
-    alone = run(*flags, "--out", tmp_path / "c", "--synthetic", synthetic)
+    alone = launch(train_cls, *flags, "--out", tmp_path / "c", "--synthetic", synthetic)
     assert alone.returncode == 2 and "--share" in alone.stderr and alone.stderr.count("\n") == 1

@@ -117,7 +117,7 @@ def run(*argv):
     return subprocess.run([sys.executable, "train_gen.py", *map(str, argv)], capture_output=True, text=True)
 
 
-def test_the_commands_train_and_make_pictures_that_can_be_read_back(tmp_path):
+def test_the_commands_train_and_make_pictures_that_can_be_read_back(tmp_path, launch):
     root = data.draw_tree(tmp_path / "t", 5, size=16)
     flags = "--size 16 --width 16 --mults 1,2 --blocks 1 --steps 4 --batch 4 --warmup 2 --every 2".split()
     trained = run("--data", root, "--out", tmp_path / "gen", *flags, "--per-class", 2)
@@ -125,15 +125,15 @@ def test_the_commands_train_and_make_pictures_that_can_be_read_back(tmp_path):
     written = {p.name for p in (tmp_path / "gen").iterdir()}
     assert written == {"generator.pt", "generator.csv", "samples-000002.png", "samples-000004.png"}
     checkpoint = tmp_path / "gen" / "generator.pt"
-    made = run("--sample", checkpoint, "--classes", "river,forest", "--count", 3, "--calls", 2,
-               "--out", tmp_path / "made")
+    made = launch(train_gen, "--sample", checkpoint, "--classes", "river,forest", "--count", 3, "--calls", 2,
+                  "--out", tmp_path / "made")
     assert made.returncode == 0, made.stderr
     back = data.read_folder(tmp_path / "made", 16, cache=tmp_path / "cache")
     assert back.classes == ["forest", "river"] and back.images.shape == (6, 3, 16, 16)
     assert len(back.groups.unique()) == 6
     assert Path(tmp_path / "made" / "grid.png").exists()
-    twice = run("--sample", tmp_path / "gen" / "generator.pt", "--calls", 2, "--out", tmp_path / "made")
+    twice = launch(train_gen, "--sample", checkpoint, "--calls", 2, "--out", tmp_path / "made")
     assert twice.returncode == 2 and "already" in twice.stderr and twice.stderr.count("\n") == 1
-    wrong = run("--sample", checkpoint, "--classes", "moon")
+    wrong = launch(train_gen, "--sample", checkpoint, "--classes", "moon")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
     assert "moon" in wrong.stderr and "river" in wrong.stderr
