@@ -34,7 +34,8 @@ class Config:
     warmup: int = flag(200, "steps to reach it")
     decay: float = flag(0.1, "weight decay, on matrices only")
     smoothing: float = flag(0.1, "label smoothing")
-    share: float = flag(0.0, "probability that a synthetic image takes the place of a real one")
+    share: float = flag(0.0, "probability that a synthetic image takes the place of a real one of its class")
+    balance: bool = flag(False, "draw all classes equally often, however rare they are")
     augment: str = flag(OVERHEAD, "augmentations by name, in order; none is none")
     seed: int = flag(0, "fixes the choice of images, weights and batches")
 
@@ -67,29 +68,49 @@ def adamw(model, decay):
     return torch.optim.AdamW(groups, fused=True)
 
 
-def fit(real, synthetic, cfg, path=None, every=1000, title="classifier"):
+class Urn:
+    """The images of each class, to draw from."""
+
+    def __init__(self, labels, K):
+        self.order = labels.argsort(stable=True)
+        self.count = labels.bincount(minlength=K)                        # (K,)
+        self.first = self.count.cumsum(0) - self.count
+
+    def draw(self, c, u):
+        """Where an image of class c is, for u uniform in [0, 1), both (B,); anywhere if there is none."""
+        place = self.first[c] + (u * self.count[c]).long()
+        return self.order[place.clamp(max=len(self.order) - 1)]
+
+
+def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier"):
     """Train a ViT from scratch on real and synthetic (Scenes; the one that is not used may be None).
 
-    For cfg.steps steps, each place of a batch is filled from `synthetic` with probability cfg.share. All
-    draws follow from (seed, step) in the same order whatever the share, so that two runs of a seed differ
-    only in what they are meant to. With a path, a checkpoint is kept there every so many steps, and a run
-    that was killed goes on from it. Returns the model in eval mode and what it has seen: {steps, images,
-    synthetic}.
+    For cfg.steps steps, each place of a batch gets a class, as often as it occurs or all equally often, then
+    an image of this class: with probability cfg.share from `synthetic`, if that has the class. soft (N, K):
+    what to teach of each synthetic image instead of its class, probabilities. All draws follow from
+    (seed, step) in the same order whatever the share, so that two runs of a seed differ only in what they are
+    meant to. With a path, a checkpoint is kept there every so many steps, and a run that was killed goes on
+    from it. Returns the model in eval mode and what it has seen: {steps, images, synthetic}.
     """
     pools = [pool for pool, used in ((real, cfg.share < 1), (synthetic, cfg.share > 0)) if used]
-    device = data.pick_device()
+    device, K = data.pick_device(), len(pools[0].classes)
     images = torch.cat([pool.images for pool in pools]).to(device)
-    labels = torch.cat([pool.labels for pool in pools]).to(device)
-    sizes = len(pools[0]), len(pools[-1])
-    offset = len(images) - sizes[1]                                      # where the synthetic images start
-    K = len(pools[0].classes)
+    targets = [F.one_hot(pool.labels, K).float() for pool in pools]
+    if soft is not None:
+        targets[-1] = soft
+    targets = torch.cat(targets).to(device)
+    first, last = (Urn(pool.labels.to(device), K) for pool in (pools[0], pools[-1]))
+    offset = len(images) - len(pools[-1])                                # where the synthetic images start
+    labels = pools[0].labels.sort().values.to(device)
+    classes = labels.unique() if cfg.balance else labels                 # a class is drawn from these
 
     torch.manual_seed(cfg.seed)
     model = ViT(K, cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, images.shape[1]).to(device)
     optimizer = adamw(model, cfg.decay)
     parts = dict(model=model, optimizer=optimizer)
     identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=pools[0].classes,
-                    channels=images.shape[1], images=[pool.digest for pool in pools])
+                    channels=images.shape[1], images=[pool.digest for pool in pools],
+                    soft=soft is not None and soft.tolist())
     saved = data.resume(path, "classifier", identity, parts)
     start, synthetic_seen = 0, torch.zeros((), device=device)
     if saved:
@@ -98,10 +119,12 @@ def fit(real, synthetic, cfg, path=None, every=1000, title="classifier"):
     augment = compose(cfg.augment)
     for step in tqdm(range(start, cfg.steps), title, cfg.steps, initial=start, disable=None, leave=False):
         g = data.rng(cfg.seed, step, device=device)
-        u, which = torch.rand(2, cfg.batch, device=device, generator=g)
-        synthetic_seen += (u < cfg.share).sum()
-        index = torch.where(u < cfg.share, offset + (which * sizes[1]).long(), (which * sizes[0]).long())
-        x, y = augment(data.to_float(images[index]), F.one_hot(labels[index], K).float(), g)
+        which, kind, u, v = torch.rand(4, cfg.batch, device=device, generator=g)
+        c = classes[(which * len(classes)).long()]
+        fake = (kind < cfg.share) & (last.count[c] > 0)
+        index = torch.where(fake, offset + last.draw(c, v), first.draw(c, u))
+        synthetic_seen += fake.sum()
+        x, y = augment(data.to_float(images[index]), targets[index], g)
         with data.autocast(device):
             loss = F.cross_entropy(model(x), y, label_smoothing=cfg.smoothing)
         loss.backward()

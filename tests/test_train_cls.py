@@ -3,6 +3,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -49,6 +50,43 @@ def test_a_synthetic_image_takes_the_place_of_a_real_one_and_nothing_else_change
     assert set(pure.flatten().tolist()) == set(range(200, 250))
     for seen, n in ((seen_alone, 0), (seen_mixed, taken.sum()), (seen_pure, 40 * 64)):
         assert seen == dict(steps=40, images=40 * 64, synthetic=n)
+
+
+def rare():
+    """90 images of class 0, 9 of class 1, 1 of class 3: grey levels 0 to 89, 90 to 98, 99. No class 2."""
+    labels = torch.tensor([0] * 90 + [1] * 9 + [3])
+    return replace(numbered(100), labels=labels, classes=list("abcd"))
+
+
+def test_classes_are_drawn_as_they_occur_or_all_equally_often(monkeypatch):
+    cfg = replace(TINY, steps=40, batch=64)
+    for balance, expected in ((False, [0.9, 0.09, 0.01]), (True, [1 / 3] * 3)):
+        levels, _ = batches(monkeypatch, rare(), None, replace(cfg, balance=balance))
+        ranges = (0, 90), (90, 99), (99, 100)
+        shares = [((a <= levels) & (levels < b)).float().mean().item() for a, b in ranges]
+        assert np.allclose(shares, expected, atol=0.03)
+        assert len(levels.unique()) > 95                                 # within a class, every image
+
+
+def test_synthetic_images_of_rare_classes_leave_the_others_alone(monkeypatch):
+    cfg, two = replace(TINY, steps=40, batch=64, balance=True), numbered(10, start=200)
+    synthetic = replace(two, labels=torch.ones(10, dtype=torch.int64), classes=list("abcd"))
+    alone, _ = batches(monkeypatch, rare(), None, cfg)
+    mixed, seen = batches(monkeypatch, rare(), synthetic, replace(cfg, share=0.5))
+    ones = (alone >= 90) & (alone < 99)                                  # the places of class 1
+    assert_close(mixed[~ones], alone[~ones])
+    assert abs((mixed[ones] >= 200).float().mean() - 0.5) < 0.06 and seen["synthetic"] == (mixed >= 200).sum()
+
+
+def test_soft_targets_are_taught_instead_of_the_class_of_synthetic_images(monkeypatch):
+    taught, real, synthetic = [], numbered(10), numbered(10, start=200)
+    monkeypatch.setattr(train_cls, "compose", lambda _: lambda x, y, g: (taught.append((x, y)) or x, y))
+    soft = torch.rand(10, 2).softmax(1)
+    fit(real, synthetic, replace(TINY, share=0.5), soft=soft)
+    x, y = (torch.cat(parts) for parts in zip(*taught, strict=True))
+    level = data.to_uint8(x[:, 0, 0, 0]).long()
+    assert_close(y[level >= 200], soft[level[level >= 200] - 200])
+    assert_close(y[level < 200], torch.eye(2)[level[level < 200] % 2])
 
 
 def test_seed_and_nothing_else_decides_the_weights(monkeypatch):
