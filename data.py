@@ -316,14 +316,19 @@ def find_pictures(root):
     return files
 
 
-def split(scenes, root=None, seed=0, shares=(0.6, 0.2, 0.2)):
+def split(scenes, root=None, seed=0, shares=(0.6, 0.2, 0.2), hold_out=""):
     """Indices of train, val and test, {name: (n,) int64}.
 
     By the official lists if they lie beside the images, else by seed, stratified by class. Exact doubles
     never straddle: a group goes where its first image goes; with the official lists, training and val give
-    up what test also holds, and training what val holds. Raises Problem if a part would be empty.
+    up what test also holds, and training what val holds. Buildings of an xBD tree: see split_tiles, which
+    alone can hold out an event. Raises Problem if a part would be empty.
     """
-    if root and (lists := official_lists(scenes, Path(root))):
+    if root and is_xbd(root):
+        parts = split_tiles(scenes, hold_out, seed, shares)
+    elif hold_out:
+        raise Problem(f"--hold-out {hold_out}: only an xBD tree has events to hold out, {root} is none")
+    elif root and (lists := official_lists(scenes, Path(root))):
         held = [set(scenes.groups[lists["test"]].tolist())]
         held.append(held[0] | set(scenes.groups[lists["val"]].tolist()))
         for name, taken in (("val", held[0]), ("train", held[1])):
@@ -331,7 +336,8 @@ def split(scenes, root=None, seed=0, shares=(0.6, 0.2, 0.2)):
             kept = [i for i in listed if int(scenes.groups[i]) not in taken]
             lists[name] = torch.tensor(kept, dtype=torch.int64)
         return lists
-    parts = split_by_seed(scenes, seed, shares)
+    else:
+        parts = split_by_seed(scenes, seed, shares)
     if short := [name for name, index in parts.items() if len(index) == 0]:
         raise Problem(f"too few images for a {' and a '.join(short)} split ({len(scenes)} in all): "
                       "five per class will do")
@@ -351,6 +357,33 @@ def split_by_seed(scenes, seed, shares):
         for k, chunk in enumerate(mine.tensor_split(cuts)):
             part[chunk] = k
     return {name: (part[inverse] == k).nonzero().flatten() for k, name in enumerate(("train", "val", "test"))}
+
+
+def split_tiles(scenes, hold_out, seed, shares):
+    """The same for buildings: a tile is never cut, since neighbours look alike and suffer alike.
+
+    Test is the event held out (Problem if there is none of that name), else the official test split, else
+    some tiles by seed; val is some of the other tiles.
+    """
+    events = [event_of(name) for name in scenes.names]
+    if hold_out and hold_out not in events:
+        raise Problem(f"--hold-out {hold_out}: no such event; there are {', '.join(sorted(set(events)))}")
+    test = torch.tensor([event == hold_out if hold_out else name.startswith("test/")
+                         for event, name in zip(events, scenes.names, strict=True)])
+    taken = scenes.groups[test].unique()
+    tiles = scenes.groups.unique()
+    tiles = tiles[~torch.isin(tiles, taken)]
+    tiles = tiles[torch.randperm(len(tiles), generator=rng(seed))]
+    shares = shares[:2] if len(taken) else shares                        # the rest is to be divided
+    cuts = [round(len(tiles) * sum(shares[:k]) / sum(shares)) for k in range(1, len(shares))]
+    train, val, *more = tiles.tensor_split(cuts)
+    cut = dict(train=train, val=val, test=torch.cat([taken, *more]))
+    return {part: torch.isin(scenes.groups, mine).nonzero().flatten() for part, mine in cut.items()}
+
+
+def event_of(name):
+    """The disaster of a building: "train/joplin-tornado_00000050/<uid>" -> "joplin-tornado"."""
+    return name.split("/")[1].rpartition("_")[0]
 
 
 def official_lists(scenes, root):
@@ -379,6 +412,20 @@ def subset(scenes, index, count, seed):
                           "ask for fewer")
         chosen.append(mine[torch.randperm(len(mine), generator=rng(seed, c))[:count]])
     return torch.cat(chosen)
+
+
+def some_tiles(scenes, index, count, seed):
+    """The buildings of `count` tiles out of index, by seed, nested as above; of all tiles if count is 0."""
+    tiles = scenes.groups[index].unique()
+    if count > len(tiles):
+        raise Problem(f"{count} training tiles asked for, of {len(tiles)}: ask for fewer, or for all (0)")
+    some = tiles[torch.randperm(len(tiles), generator=rng(seed))][:count or None]
+    chosen = index[torch.isin(scenes.groups[index], some)]
+    if absent := set(range(len(scenes.classes))) - set(scenes.labels[chosen].tolist()):
+        names = ", ".join(scenes.classes[c] for c in sorted(absent))
+        raise Problem(f"no building is {names} in {len(some)} training tiles: ask for more tiles, or hold "
+                      "out another event")
+    return chosen
 
 
 def picture(image):
