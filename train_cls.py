@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -143,11 +144,16 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
 
 
 @torch.no_grad()
+def outputs(function, images, batch=512):
+    """What a model, or its features, makes of images (N, C, H, W) uint8: (N, D) float32 on the CPU."""
+    device = data.pick_device()
+    with data.autocast(device):
+        return torch.cat([function(data.to_float(chunk.to(device))).float().cpu() for chunk in images.split(batch)])
+
+
 def predict(model, images, batch=512):
     """The class of each image (N, C, H, W) uint8, as (N,) int64 on the CPU."""
-    device, chunks = next(model.parameters()).device, images.split(batch)
-    with data.autocast(device):
-        return torch.cat([model(data.to_float(chunk.to(device))).argmax(1).cpu() for chunk in chunks])
+    return outputs(model, images, batch).argmax(1)
 
 
 def confusion(labels, predicted, K):
@@ -155,13 +161,65 @@ def confusion(labels, predicted, K):
     return torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
 
 
-def scores(matrix):
-    """Accuracy, macro-F1 and the recall of each class (0 if it never occurs), from a confusion matrix."""
-    matrix = matrix.double()
-    hits, truth, called = matrix.diag(), matrix.sum(1), matrix.sum(0)
-    f1 = 2 * hits / (truth + called).clamp(min=1)                        # = 2 P R / (P + R)
-    return dict(accuracy=(hits.sum() / matrix.sum()).item(), macro_f1=f1.mean().item(),
-                recall=(hits / truth.clamp(min=1)).tolist())
+def tally(labels, predicted, groups, K):
+    """Counts from which every score follows, (G, 3, K) float64.
+
+    labels, predicted (N,) in 0..K-1; groups (N,) any integers: images of a group come and go together when
+    test sets are resampled (a scene is a group of its own, the buildings of an xBD tile are one). For each
+    group, in the order of their numbers, and each class: hits, truth (how many are of the class), called (how
+    many were called so).
+    """
+    labels, predicted, groups = (np.asarray(v) for v in (labels, predicted, groups))
+    group = np.unique(groups, return_inverse=True)[1]
+    counts = np.zeros((group.max() + 1, 3, K))
+    right = labels == predicted
+    np.add.at(counts, (group[right], 0, labels[right]), 1)
+    np.add.at(counts, (group, 1, labels), 1)
+    np.add.at(counts, (group, 2, predicted), 1)
+    return counts
+
+
+def f1(counts):
+    """F1 of each class, (..., 3, K) -> (..., K): 2 P R / (P + R), 0 where a class neither is nor is called."""
+    hits, truth, called = np.moveaxis(counts, -2, 0)
+    return 2 * hits / np.maximum(truth + called, 1)
+
+
+def recall(counts):
+    """Recall of each class, (..., 3, K) -> (..., K); 0 for a class that does not occur."""
+    return counts[..., 0, :] / np.maximum(counts[..., 1, :], 1)
+
+
+def accuracy(counts):
+    """Share of the images that were told right, (..., 3, K) -> (...)."""
+    return counts[..., 0, :].sum(-1) / counts[..., 1, :].sum(-1)
+
+
+def occurring(counts):
+    """The counts (..., 3, K) of those classes that occur anywhere in them.
+
+    A class without a single test image says nothing of a classifier: it is left out of a mean over classes.
+    This is decided once for all that is handed in, seeds and resampled test sets alike, so that one mean is
+    over the same classes everywhere. A class that is there, but not in one of the resampled test sets, has
+    an F1 of 0 in that one: in both arms, so their difference is 0 there and not noise.
+    """
+    there = counts[..., 1, :].reshape(-1, counts.shape[-1]).any(0)
+    return counts[..., there]
+
+
+def macro_f1(counts):
+    """Mean F1 of the classes that occur, (..., 3, K) -> (...)."""
+    return f1(occurring(counts)).mean(-1)
+
+
+def harmonic_f1(counts):
+    """Harmonic mean of the F1 of the classes that occur, (..., 3, K) -> (...); 0 if one of them is 0.
+
+    The damage score of the xView2 challenge, which a classifier that never finds the rare class fails.
+    """
+    each = f1(occurring(counts))
+    with np.errstate(divide="ignore"):
+        return each.shape[-1] / (1 / each).sum(-1)                       # 1 / 0 = inf, and K / inf = 0
 
 
 def load_classifier(path):
@@ -196,10 +254,10 @@ def main(cfg):
     model, _ = fit(scenes[index], synthetic, cfg, Path(cfg.out) / "classifier.pt")
     for part in ("val", "test") if cfg.test else ("val",):
         held = scenes[parts[part]]
-        s = scores(confusion(held.labels, predict(model, held.images), len(scenes.classes)))
-        worst = min(range(len(scenes.classes)), key=s["recall"].__getitem__)
-        print(f"{part}: accuracy {s['accuracy']:.3f}, macro-F1 {s['macro_f1']:.3f} on {len(held)} images; "
-              f"weakest class {scenes.classes[worst]} ({s['recall'][worst]:.2f})")
+        counts = tally(held.labels, predict(model, held.images), held.groups, len(scenes.classes)).sum(0)
+        worst = recall(counts).argmin()
+        print(f"{part}: accuracy {accuracy(counts):.3f}, macro-F1 {macro_f1(counts):.3f} on {len(held)} images; "
+              f"weakest class {scenes.classes[worst]} ({recall(counts)[worst]:.2f})")
 
 
 if __name__ == "__main__":
