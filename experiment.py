@@ -1,8 +1,8 @@
 """Do images of a diffusion model help to recognise what is seen from above, and compared with what?
 
-    python experiment.py                             drawn pictures: minutes on a CPU, says nothing of the world
-    python experiment.py --data data/NWPU-RESISC45   the question itself: scenes
-    python experiment.py --data data/xbd             the same for buildings: damage is rare, disasters are new
+    python experiment.py                             drawn pictures: minutes on a CPU, no news of the world
+    python experiment.py --data data/NWPU-RESISC45   the question itself, of scenes
+    python experiment.py --data data/xbd             and of buildings: damage is rare, every disaster new
 
 For each number of real images and each seed: draw a subset of the training split, train a generator on
 exactly this subset, make a synthetic set with it, then train the same classifier once per arm and score it
@@ -79,8 +79,8 @@ LEGS = {
             "synthetic only":                  Arm("generator", 1.0),
             "real + synthetic":                Arm("generator", 0.5),
             "real + synthetic + augmentation": Arm("generator", 0.5, OVERHEAD),
-            "real + fresh real":               Arm("fresh", 0.5),   # the ceiling: a generator can do no better
-            "real + copies":                   Arm("copies", 0.5),  # the floor: there is nothing to gain
+            "real + fresh real":               Arm("fresh", 0.5),     # the ceiling of what a generator can do
+            "real + copies":                   Arm("copies", 0.5),    # the floor: there is nothing to gain
         },
         mix="real + synthetic", bases=("real", "real + augmentation"),
         claims=(("real + synthetic", "real", "synthetic images"),
@@ -122,7 +122,7 @@ STUDIES = {       # what an arm does not say here is as in its leg's mix of real
 class Scale:
     """How large a comparison is."""
     counts: tuple                             # real training images per class, or training tiles (0: all)
-    seeds: int                                # repetitions: weights, batches, and a subset as the next line says
+    seeds: int                                # repetitions: weights, batches, subset as the next line says
     subsets: int                              # different draws of the training images, each with a generator
     made: int                                 # synthetic images per class
     calls: int                                # network calls per synthetic image
@@ -143,7 +143,7 @@ _SMALL = Scale(
                          lr=2e-3, warmup=50, ema=0.99, augment="none"),
     cls=train_cls.Config(size=24, patch=6, dim=64, depth=3, heads=2, steps=300, batch=64, warmup=50))
 _FULL = Scale(
-    counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700, curve=(5, 20, 40, 150, 400),
+    counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700, curve=(5, 20, 40, 150),
     gen=train_gen.Config(), cls=train_cls.Config())
 SCALES = {
     "scenes": dict(smoke=_SMOKE, small=_SMALL, full=_FULL),
@@ -184,7 +184,7 @@ class Config:
                                      ("scale", self.scale, SCALES["scenes"]), ("leg", self.leg, LEGS),
                                      ("label", self.label, ("damage", "type"))):
             if unknown := set(filter(None, value.split(","))) - set(allowed):
-                raise ValueError(f"--{what}: unknown {', '.join(sorted(unknown))}; there are {', '.join(allowed)}")
+                raise ValueError(f"unknown {what} {', '.join(sorted(unknown))}; known: {', '.join(allowed)}")
         if self.counts and not (self.data or self.leg):
             raise ValueError(f"--counts {self.counts}: of which --leg, scenes or buildings?")
         self.resolved("scenes")               # a bad size or count is told before anything is done
@@ -234,13 +234,14 @@ class Case:
     scenes: Scenes
     parts: dict
     test: Scenes
-    rows: list = field(default_factory=list)
+    out: Path
+    rows: list = field(default_factory=list)                             # of results.csv
     judged: dict = field(default_factory=dict)                           # {count: what judge() found}
     shown: tuple = ()                                                    # real, synthetic Scenes for the page
     memory: dict = field(default_factory=dict)                           # of sampled()
 
     def choose(self, count, draw):
-        """The real training images, and in random order those of the training split that are not among them."""
+        """The real training images; in random order, those of the training split that are not among them."""
         train = self.parts["train"]
         index = (data.some_tiles if self.leg.rare else data.subset)(self.scenes, train, count, draw)
         others = train[~torch.isin(train, index)]
@@ -262,18 +263,18 @@ def main(cfg):
     cases = [prepare(cfg, name, out) for name in cfg.legs()]
     stored = read_results(out)                           # all runs; those of this comparison: case.rows
     for case in cases:
-        plan(case, stored, out)
+        plan(case, stored)
     if cfg.dry_run:
         return
     for case in cases:
         for seed in range(case.s.seeds):
             for count in case.s.counts:
-                cell(case, count, seed, stored, out)
+                cell(case, count, seed, stored)
                 report(cases, cfg, out)
     for case in cases:
         budgets = {(row["steps"], row["images"]) for row in case.rows}
         assert len(budgets) == 1, f"arms of unequal budget: {budgets}"
-        print("", table(case, out), verdict(case, out), likeness(case), sep="\n\n")
+        print("", told(case), sep="\n")
     print(f"\nThe page: {out / 'report.html'}   Every run: {out / 'results.csv'}")
 
 
@@ -281,63 +282,62 @@ def prepare(cfg, name, out):
     """Read the images of a leg and split them. -> Case. What cannot work is told before anything is run."""
     leg, s, cache = LEGS[name], cfg.resolved(name), out / "cache"
     root = Path(cfg.data) if cfg.data else out / f"drawn-{name}-{s.drawn}"
-    if not leg.rare:
-        scenes = data.read_folder(root if cfg.data else data.draw_tree(root, s.drawn), s.cls.size,
-                                  cfg.skip_broken, cache)
+    if not cfg.data:
+        (data.draw_xbd if leg.rare else data.draw_tree)(root, s.drawn)
+    if leg.rare:
+        scenes = data.read_xbd(root, s.cls.size, cfg.label, mask=True, cache=cache)
     else:
-        scenes = data.read_xbd(root if cfg.data else data.draw_xbd(root, s.drawn), s.cls.size, cfg.label,
-                               mask=True, cache=cache)
-    parts = data.split(scenes, root, hold_out=cfg.hold_out if cfg.data or leg.rare else "")
+        scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache)
+    parts = data.split(scenes, root, hold_out=cfg.hold_out)
     title = root.resolve().name if cfg.data else f"drawn {name}"
-    title += f", {cfg.hold_out} held out" * bool(cfg.hold_out and leg.rare)
-    case = Case(name, leg, cfg.wanted(leg), s, cfg, title, scenes, parts, scenes[parts["test"]])
+    title += f" with {cfg.hold_out} held out" if cfg.hold_out else ""
+    case = Case(name, leg, cfg.wanted(leg), s, cfg, title, scenes, parts, scenes[parts["test"]], out)
     if not case.arms:
-        raise Problem(f"--arms {cfg.arms}: none of these is an arm of the {name}: {', '.join(leg.arms)}")
+        raise Problem(f"--arms {cfg.arms}: no arm for {name} among them; these are: {', '.join(leg.arms)}")
     for count in s.counts:
         case.choose(count, 0)
     return case
 
 
-def cell(case, count, seed, stored, out):
+def cell(case, count, seed, stored):
     """All arms for a number of real images and a seed."""
     s, draw = case.s, seed % case.s.subsets
     real, fresh = case.choose(count, draw)
     check_leaks(case, real)
-    what, told = f"{case.name}, {amount(case, count)}, seed {seed + 1} of {s.seeds}", []
-    if any(arm.source == "generator" for arm in case.arms.values()) and seed < s.subsets:
-        mix = case.leg.arms[case.leg.mix]
-        synthetic = synthesize(recipe(case, mix, real, draw), real, out, what)
+    what, scored = f"{case.name}, {amount(case, count)}, seed {seed + 1} of {s.seeds}", []
+    if any(arm.source == "generator" for arm in case.arms.values()):
+        synthetic = synthesize(case, recipe(case, case.leg.arms[case.leg.mix], real, draw), real, what)
         case.shown = real, synthetic
-        if draw == 0:
-            case.judged[count] = judge(case, real, synthetic, fresh, out, what)
+        if count not in case.judged:
+            case.judged[count] = judge(case, real, synthetic, fresh, what)
     for name, arm in case.arms.items():
         if arm.source == "fresh" and not len(fresh):
-            continue                                        # all real images are in use: no ceiling to be seen
+            continue                                         # all real images are in use: there is no ceiling
         run = run_id(case, arm, real, fresh, draw, seed)
         if run not in stored:
             row = dict(run=run, leg=case.name, arm=name, count=count, seed=seed, data=case.title)
-            pool, soft = source(case, arm, real, fresh, draw, seed, out, what)
-            stored[run] = row | score(case, arm, real, pool, soft, seed, f"{name}, {what}", out / "predicted" / run)
-            write_results(out, stored)
+            pool, soft = source(case, arm, real, fresh, draw, seed, what)
+            stored[run] = row | score(case, run, arm, real, pool, soft, seed, f"{name}, {what}")
+            write_results(case.out, stored)
         case.rows.append(stored[run] | dict(arm=name, count=count, seed=seed))
-        told.append(f"{name} {100 * stored[run][case.leg.scores[0]]:.1f}")
-    print(f"{what}: {', '.join(told)}", flush=True)
+        scored.append(f"{name} {100 * stored[run][case.leg.scores[0]]:.1f}")
+    print(f"{what}: {', '.join(scored)}", flush=True)
 
 
 def check_leaks(case, real):
-    """Raise AssertionError if training and test images have a group, or an event that is held out, in common."""
+    """AssertionError if training and test images have a group in common, or the event that is held out."""
     seen, tested = ({*scenes.groups.tolist()} for scenes in (real, case.test))
     assert not seen & tested, "a training image, its double or its neighbour is in the test split"
-    if case.cfg.hold_out and case.leg.rare:
-        assert {*map(data.event_of, case.test.names)} == {case.cfg.hold_out}, "another event in the test split"
-        assert case.cfg.hold_out not in {*map(data.event_of, real.names)}, "the event held out is trained on"
+    if event := case.cfg.hold_out:
+        assert {*map(data.event_of, case.test.names)} == {event}, "another event in the test split"
+        assert event not in {*map(data.event_of, real.names)}, "the event held out is trained on"
 
 
 def run_id(case, arm, real, fresh, draw, seed):
     """A name for everything that decides a run's result: what bears it need not be run again."""
-    made = {"": lambda: None, "generator": lambda: recipe(case, arm, real, draw), "copies": lambda: case.s.made,
-            "fresh": lambda: (case.s.made, fresh.digest)}[arm.source]()
-    return digest(arm, case.s.cls, made, real.digest, case.test.digest, real.classes, seed)
+    how = recipe(case, arm, real, draw)
+    made = {"": (), "generator": (how,), "copies": (how["made"],), "fresh": (how["made"], fresh.digest)}
+    return digest(arm, case.s.cls, made[arm.source], real.digest, case.test.digest, seed)
 
 
 def digest(*what):
@@ -349,8 +349,8 @@ def recipe(case, arm, real, draw):
     """How the synthetic images of an arm are made: settings of the generator, then of the images."""
     s, K = case.s, len(real.classes)
     wanted = rare(real) if case.leg.rare else list(range(K))
-    return dict(gen=replace(s.gen, seed=draw + 1000 * arm.generator), classes=wanted, calls=arm.calls or s.calls,
-                w=arm.w or s.w, made=round(arm.ratio * len(real) / K) or s.made)
+    return dict(gen=replace(s.gen, seed=draw + 1000 * arm.generator), classes=wanted, w=arm.w or s.w,
+                calls=arm.calls or s.calls, made=round(arm.ratio * len(real) / K) or s.made)
 
 
 def rare(scenes):
@@ -359,14 +359,14 @@ def rare(scenes):
     return (count < count.float().mean()).nonzero().flatten().tolist()
 
 
-def synthesize(how, real, out, what):
+def synthesize(case, how, real, what):
     """Scenes by a generator trained on real and nothing else; taken from the disk if they are there.
 
     Of rare classes by a generator of these classes: the common one would take most of its steps.
     """
     real = real[torch.isin(real.labels, torch.tensor(how["classes"]))]
-    path = out / "generators" / f"{digest(how['gen'], real.digest)}.pt"
-    store = out / "synthetic" / f"{digest(how, real.digest)}.pt"
+    path = case.out / "generators" / f"{digest(how['gen'], real.digest)}.pt"
+    store = case.out / "synthetic" / f"{digest(how, real.digest)}.pt"
     y = torch.tensor(how["classes"]).repeat_interleave(how["made"])
     if not store.exists():
         generator = train_gen.train(real, how["gen"], path, title=f"generator, {what}")
@@ -378,34 +378,34 @@ def synthesize(how, real, out, what):
                   [f"synthetic {k}" for k in range(len(y))], torch.arange(len(y)))
 
 
-def source(case, arm, real, fresh, draw, seed, out, what):
-    """The images that take the place of real ones, Scenes or None, and what to teach of each, (N, K) or None."""
+def source(case, arm, real, fresh, draw, seed, what):
+    """What takes the place of real images, Scenes or None, and what to teach of each, (N, K) or None."""
     if not arm.source:
         return None, None
     how = recipe(case, arm, real, draw)
     if arm.source == "generator":
-        pool = synthesize(how, real, out, what)
+        pool = synthesize(case, how, real, what)
     else:
         pool = real if arm.source == "copies" else fresh
         pool = pool[torch.cat([(pool.labels == c).nonzero().flatten()[:how["made"]] for c in how["classes"]])]
     if not (arm.keep or arm.soft):
         return pool, None
     cfg = replace(case.s.cls, seed=seed, augment=OVERHEAD, balance=arm.balance)
-    path = out / "teachers" / f"{digest(cfg, real.digest)}.pt"
+    path = case.out / "teachers" / f"{digest(cfg, real.digest)}.pt"
     teacher, _ = train_cls.fit(real, None, cfg, path, title=f"teacher, {what}")
     p = train_cls.outputs(teacher, pool.images).softmax(1)
     kept = (p.gather(1, pool.labels[:, None])[:, 0] > arm.keep / p.shape[1]).nonzero().flatten()
     return pool[kept], p[kept] if arm.soft else None
 
 
-def score(case, arm, real, pool, soft, seed, title, path):
-    """Train the classifier of an arm, keep its answers on the test split in `path`, return its results."""
+def score(case, run, arm, real, pool, soft, seed, title):
+    """Train the classifier of an arm, keep its answers on the test split, return its row of results.csv."""
     start, test = time.perf_counter(), case.test
     share = arm.share if pool and len(pool) else 0.0                # a filter may have let nothing through
     cfg = replace(case.s.cls, seed=seed, share=share, augment=arm.augment, balance=arm.balance)
     model, seen = train_cls.fit(real, pool, cfg, soft=soft, title=title)
     predicted = train_cls.predict(model, test.images)
-    with data.replacing(path) as temporary, open(temporary, "wb") as file:
+    with data.replacing(case.out / "predicted" / run) as temporary, open(temporary, "wb") as file:
         np.save(file, predicted.numpy().astype(np.int16))
     counts = tally(test.labels, predicted, test.groups, len(test.classes))
     row = {name: float(SCORES[name](counts.sum(0))) for name in SCORES}
@@ -450,37 +450,39 @@ def amount(case, count):
     return f"{count or 'all'} {case.leg.per}"
 
 
-def plan(case, stored, out):
-    """Say what will be run, and from a few steps of each kind how long it takes here."""
+def plan(case, stored):
+    """Say what is to be run, and from a few steps of each kind how long it takes here."""
     s, runs, made = case.s, 0, {}
     for seed in range(s.seeds):
         for count in s.counts:
             real, fresh = case.choose(count, seed % s.subsets)
             for arm in case.arms.values():
-                missing = run_id(case, arm, real, fresh, seed % s.subsets, seed) not in stored
-                runs += missing
-                if missing and arm.source == "generator":
-                    how = recipe(case, arm, real, seed % s.subsets)
-                    made[digest(how, real.digest)] = how, digest(how["gen"], real.digest)
-    images = sum(how["made"] * len(how["classes"]) for how, _ in made.values())
+                if run_id(case, arm, real, fresh, seed % s.subsets, seed) not in stored:
+                    runs += 1
+                    if arm.source == "generator":
+                        how = recipe(case, arm, real, seed % s.subsets)
+                        made[digest(how, real.digest)] = how, digest(how["gen"], real.digest)
+    images = [how["made"] * len(how["classes"]) for how, _ in made.values()]
     generators = len({name for _, name in made.values()})
     sizes = ", ".join(f"{len(index)} {part}" for part, index in case.parts.items())
     print(f"{case.title}: {len(case.scenes)} images of {len(case.scenes.classes)} classes at {s.cls.size} px "
-          f"({sizes})\n  {' and '.join(str(n or 'all') for n in s.counts)} {case.leg.per} x {s.seeds} seeds x "
-          f"{len(case.arms)} arms; to be run: {runs} classifiers of {s.cls.steps} steps, {generators} generators "
-          f"of {s.gen.steps} steps, {images} synthetic images")
-    if runs:
-        gen, cls = step_times(case)
-        calls = sum(how["made"] * len(how["classes"]) * how["calls"] * (1 if how["w"] == 1 else 2)
-                    for how, _ in made.values())
-        stages = dict(generators=generators * s.gen.steps * gen, sampling=calls * gen / 3 / s.gen.batch,
-                      classifiers=runs * s.cls.steps * cls)       # a forward pass is a third of a step
-        told = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in stages.items())
-        _, model = train_gen.networks(s.gen, len(case.scenes.classes), case.scenes.images.shape[1])
-        disk = generators * 16 * sum(p.numel() for p in model.parameters())    # weights, average, two moments
-        disk += (images + len(case.scenes)) * case.scenes.images[0].numel()
-        print(f"  minutes on {data.pick_device()}: {told}, in all about {sum(stages.values()) / 60:.1f}; "
-              f"disk: {disk / 1e6:.0f} MB", flush=True)
+          f"({sizes})\n  {' and '.join(str(n or 'all') for n in s.counts)} {case.leg.per} x {s.seeds} seeds "
+          f"x {len(case.arms)} arms; to be run: {runs} classifiers of {s.cls.steps} steps, {generators} "
+          f"generators of {s.gen.steps} steps, {sum(images)} synthetic images")
+    if not runs:
+        return
+    gen, cls = step_times(case)
+    calls = sum(n * how["calls"] * (1 if how["w"] == 1 else 2)
+                for n, (how, _) in zip(images, made.values(), strict=True))
+    minutes = {"generators": generators * s.gen.steps * gen / 60,
+               "sampling": calls * gen / 3 / s.gen.batch / 60,           # a forward pass is a third of a step
+               "classifiers": runs * s.cls.steps * cls / 60}
+    _, model = train_gen.networks(s.gen, len(case.scenes.classes), case.scenes.images.shape[1])
+    disk = generators * 16 * sum(p.numel() for p in model.parameters())       # weights, average, two moments
+    disk += (sum(images) + len(case.scenes)) * case.scenes.images[0].numel()
+    each = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
+    print(f"  minutes on {data.pick_device()}: {each}, in all about {sum(minutes.values()):.1f}; "
+          f"disk: {disk / 1e6:.0f} MB", flush=True)
 
 
 def step_times(case):
@@ -490,11 +492,11 @@ def step_times(case):
     def seconds(run, config):
         """What a longer run takes more than a shorter one, after one that only warms up."""
         marks = []
-        for steps in (1, 2, 8):
+        for steps in (1, 2, 6):
             start = time.perf_counter()
             run(replace(config, steps=steps))
             marks.append(time.perf_counter() - start)
-        return max(0.0, marks[2] - marks[1]) / 6
+        return max(0.0, marks[2] - marks[1]) / 4
 
     return (seconds(lambda cfg: train_gen.train(probe, cfg), case.s.gen),
             seconds(lambda cfg: train_cls.fit(probe, None, cfg), case.s.cls))
@@ -626,84 +628,129 @@ def holm(ps):
 
 # ---- the answers
 
-def sampled(case, arm, count, statistic, out):
-    """Replicates of a statistic of an arm, (seeds, 1 + B, ...), None if it was not run."""
+def sampled(case, arm, count, statistic):
+    """Replicates of a statistic of an arm, (seeds, 1 + B, ...); None if it was not run."""
     runs = sorted((r["seed"], r["run"]) for r in case.rows if r["arm"] == arm and r["count"] == count)
-    if not runs:
-        return None
     key = statistic, *runs
-    if key not in case.memory:
-        test, K = case.test, len(case.test.classes)
-        answers = [torch.from_numpy(np.load(out / "predicted" / run).astype(np.int64)) for _, run in runs]
-        counts = np.stack([tally(test.labels, answer, test.groups, K) for answer in answers])
-        case.memory[key] = replicates(counts, statistic)
-    return case.memory[key]
+    if runs and key not in case.memory:
+        test = case.test
+        counts = [tally(test.labels, np.load(case.out / "predicted" / run).astype(np.int64), test.groups,
+                        len(test.classes)) for _, run in runs]
+        case.memory[key] = replicates(np.stack(counts), statistic)
+    return case.memory.get(key)
 
 
-def difference(case, arm, base, count, statistic, out):
-    """What arm gains over base, a Gain (or one per class); None unless both ran the same two seeds or more."""
-    a, b = (sampled(case, name, count, statistic, out) for name in (arm, base))
+def difference(case, arm, base, count, statistic):
+    """What arm gains over base, a list with a Gain per class if the statistic is of classes, else one Gain.
+
+    None unless both ran the same seeds, at least two.
+    """
+    a, b = (sampled(case, name, count, statistic) for name in (arm, base))
     if arm == base or a is None or b is None or len(a) != len(b) or len(a) < 2:
         return None
-    groups = len(case.test.groups.unique())
-    return gain(a, b, groups) if a.ndim == 2 else [gain(a[..., k], b[..., k], groups) for k in range(a.shape[2])]
+    a, b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
+    gains = [gain(a[..., k], b[..., k], len(case.test.groups.unique())) for k in range(a.shape[2])]
+    return gains if statistic is f1 else gains[0]
 
 
 def points(g):
     """+3.1 [+0.4, +5.8], in percentage points."""
-    return f"{100 * g.mean:+.1f} [{100 * (g.mean - g.half):+.1f}, {100 * (g.mean + g.half):+.1f}]" if g else ""
+    low, mean, high = 100 * (g.mean - g.half), 100 * g.mean, 100 * (g.mean + g.half)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def values(case, arm, count, column):
+    """A column of results.csv for each seed, per cent; [] if it was not run."""
+    return [100 * r[column] for r in case.rows if r["arm"] == arm and r["count"] == count]
 
 
 def present(case):
-    """(count, arm) of all that was run, in order."""
+    """(count, arm) of all that was run, in the order of counts and arms."""
     there = {(r["count"], r["arm"]) for r in case.rows}
     return [(count, arm) for count in case.s.counts for arm in case.arms if (count, arm) in there]
 
 
-def mean_of(case, arm, count, column):
-    """Mean and standard deviation (0 for one run) of a column of results.csv over the seeds, per cent."""
-    values = [100 * r[column] for r in case.rows if r["arm"] == arm and r["count"] == count]
-    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
-
-
-def always(case):
-    """The commonest training class, and the counts of whoever answers nothing else."""
+def main_rows(case):
+    """The table: its header, and cells for each count and arm, after those of always the commonest class."""
+    leg, test, score = case.leg, case.test, case.leg.scores[0]
     c = case.scenes.labels[case.parts["train"]].bincount().argmax()
-    return case.test.classes[c], tally(case.test.labels, torch.full_like(case.test.labels, c), case.test.groups,
-                                       len(case.test.classes)).sum(0)
-
-
-def main_rows(case, out):
-    """The table: its header, and a list of cells per count and arm."""
-    header = [case.leg.per, "arm", *(f"{TITLES[name]}, %" for name in case.leg.scores),
-              *(f"{TITLES[case.leg.scores[0]]} against {base}" for base in case.leg.bases)]
-    common, counts = always(case)
-    rows = [["", f"always {common}", *(f"{100 * SCORES[name](counts):.1f}" for name in case.leg.scores)]]
+    counts = tally(test.labels, c.expand(len(test)), test.groups, len(test.classes)).sum(0)
+    rows = [["", f"always {test.classes[c]}", *(f"{100 * SCORES[name](counts):.1f}" for name in leg.scores)]]
     for count, arm in present(case):
-        scored = ["{:.1f} ± {:.1f}".format(*mean_of(case, arm, count, name)) for name in case.leg.scores]
-        gains = [difference(case, arm, base, count, SCORES[case.leg.scores[0]], out) for base in case.leg.bases]
-        rows.append([str(count or "all"), arm, *scored, *map(points, gains)])
-    return header, rows
+        rows.append([str(count or "all"), arm])
+        for name in leg.scores:
+            found = values(case, arm, count, name)
+            rows[-1].append(f"{np.mean(found):.1f}" + f" ± {np.std(found, ddof=1):.1f}" * (len(found) > 1))
+        for base in leg.bases:
+            g = difference(case, arm, base, count, SCORES[score])
+            rows[-1].append(points(g) if g else "")
+    return [leg.per, "arm", *(f"{TITLES[name]}, %" for name in leg.scores),
+            *(f"{TITLES[score]} against {base}" for base in leg.bases)], rows
 
 
 def detail_rows(case):
-    """F1 of each class, and the first score of each event, per cent: header and rows; for few classes only."""
-    columns = [f"f1 {name}" for name in case.test.classes] + [f"macro_f1 {name}" for name in case.events]
-    header = [case.leg.per, "arm", *(name.replace("macro_f1", "macro-F1 in").replace("f1", "F1") for name in columns)]
-    rows = [[str(count or "all"), arm, *(f"{mean_of(case, arm, count, name)[0]:.1f}" for name in columns)]
-            for count, arm in present(case)]
-    return header, rows
+    """F1 of each class, and macro-F1 of each event, per cent: header and rows."""
+    columns = {f"f1 {name}": f"F1 {name}" for name in case.test.classes}
+    columns |= {f"macro_f1 {event}": f"macro-F1 in {event}" for event in case.events}
+    return [case.leg.per, "arm", *columns.values()], [
+        [str(count or "all"), arm, *(f"{np.mean(values(case, arm, count, name)):.1f}" for name in columns)]
+        for count, arm in present(case)]
 
 
-def class_rows(case, out):
+def class_rows(case):
     """What the first claim's arm gains in each class at the largest count, the largest gain first."""
-    arm, base, _ = case.leg.claims[0]
-    gains = difference(case, arm, base, case.s.counts[-1], f1, out)
-    if not gains:
-        return [], []
-    rows = [[name, *(f"{mean_of(case, who, case.s.counts[-1], f'f1 {name}')[0]:.1f}" for who in (base, arm)),
-             points(g)] for g, name in sorted(zip(gains, case.test.classes, strict=True), key=lambda z: -z[0].mean)]
+    (arm, base, _), count = case.leg.claims[0], case.s.counts[-1]
+    gains = difference(case, arm, base, count, f1) or []
+    order = sorted(range(len(gains)), key=lambda k: -gains[k].mean)
+    rows = []
+    for k in order:
+        name = case.test.classes[k]
+        means = [np.mean(values(case, who, count, f"f1 {name}")) for who in (base, arm)]
+        rows.append([name, *(f"{mean:.1f}" for mean in means), points(gains[k])])
     return ["class", f"F1, {base}", f"F1, {arm}", "gain"], rows
+
+
+def claims(case):
+    """What is claimed of each count: [(count, arm, base, what, Gain, p after Holm)]."""
+    found = [(count, *claim, difference(case, *claim[:2], count, SCORES[case.leg.scores[0]]))
+             for count in case.s.counts for claim in case.leg.claims]
+    found = [claim for claim in found if claim[-1]]
+    return [(*claim, p) for claim, p in zip(found, holm([g.p for *_, g in found]), strict=True)]
+
+
+def claim_rows(case):
+    """The claims as a table: header and rows."""
+    header = [case.leg.per, "claim", "gain", "p after Holm", "p by sign flips", "found in 4 of 5 cases"]
+    return header, [[str(count or "all"), f"{arm} against {base}", points(g), f"{p:.3f}", f"{g.flip:.2f}",
+                     f"{100 * g.detectable:.1f}"] for count, arm, base, _, g, p in claims(case)]
+
+
+def answer(case):
+    """The answer in a sentence for each thing that takes the place of real images."""
+    said = {}
+    for count, arm, base, what, g, p in claims(case):
+        word = "help" if g.mean > 0 else "hurt"
+        word = word if p < 0.05 else "make no difference that so few runs could show"
+        where = f"{arm} against {base} with {amount(case, count)}"
+        said.setdefault(what, {}).setdefault(word, []).append(where)
+    sentences = [f"{what[0].upper()}{what[1:]} " + "; they ".join(
+        word if len(words) == 1 else f"{word} ({', '.join(where)})" for word, where in words.items()) + "."
+        for what, words in said.items()]
+    return " ".join(sentences) or "No answer yet: it takes two seeds, and real arms beside those to compare."
+
+
+def conditions(case):
+    """What the answer holds for."""
+    s, test, n = case.s, case.test, min(case.s.subsets, case.s.seeds)
+    unit = "tiles" if case.leg.rare else "images"
+    tiles = f" of {len(test.groups.unique())} tiles" * case.leg.rare
+    told = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, {len(test)} test "
+            f"images{tiles}, {s.seeds} seeds; {n} draw{'s' * (n > 1)} of the training images, each with a "
+            f"generator of {s.gen.steps} steps and {s.made} synthetic images per class; classifiers of "
+            f"{s.cls.steps} steps. In brackets: 95 % intervals over seeds and test {unit}")
+    told += ", which do not cover another draw of the training images" * (n == 1) + "."
+    return told + f" Drawn {case.name} show that the method works; they say nothing about the world." * (
+        not case.cfg.data)
 
 
 def as_text(header, rows):
@@ -713,49 +760,20 @@ def as_text(header, rows):
     return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def table(case, out):
-    """The results as text."""
-    more = "\n\n" + as_text(*detail_rows(case)) if case.leg.rare else ""
-    return f"{case.name.upper()}\n{as_text(*main_rows(case, out))}{more}"
-
-
-def verdict(case, out):
-    """The answer in sentences, with its conditions."""
-    score, s, found = case.leg.scores[0], case.s, []
-    for count in s.counts:
-        for arm, base, what in case.leg.claims:
-            if g := difference(case, arm, base, count, SCORES[score], out):
-                found.append((count, arm, base, what, g))
-    if not found:
-        return "No verdict: it takes two seeds, and arms to compare: " + ", ".join(
-            f"{arm} with {base}" for arm, base, _ in case.leg.claims) + "."
-    said = []
-    for (count, arm, base, what, g), p in zip(found, holm([g.p for *_, g in found]), strict=True):
-        said.append(f"With {amount(case, count)}, {what} {in_words(g.mean, p)}: {arm} against {base} {points(g)} "
-                    f"points of {TITLES[score]} (p {p:.3f} after Holm, {g.flip:.2f} by sign flips of the seeds; "
-                    f"a gain of {100 * g.detectable:.1f} would have been found in 4 of 5 cases).")
-    draws, tested = min(s.subsets, s.seeds), len(case.test.groups.unique())
-    missed = ", which do not cover another draw of the training images" if draws == 1 else ""
-    made = ", ".join(f"{n} {part}" for part, n in (("classes", len(case.test.classes)), ("test images", len(case.test)),
-                     ("of them independent" if not case.leg.rare else "test tiles", tested), ("seeds", s.seeds)))
-    said.append(
-        f"Conditions: {case.title} at {s.cls.size} px, {made}; {draws} draw{'s' * (draws > 1)} of the training "
-        f"images, each with its generator of {s.gen.steps} steps and {s.made} synthetic images per class; "
-        f"classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over seeds and test "
-        f"{'tiles' if case.leg.rare else 'images'}{missed}.")
-    if not case.cfg.data:
-        said.append(f"Drawn {case.name} show that the method works; they say nothing about the world.")
-    return "\n".join(said)
-
-
-def in_words(mean, p):
-    """help, hurt, or make no difference that so few runs could show."""
-    return "make no difference that so few runs could show" if p >= 0.05 else "help" if mean > 0 else "hurt"
+def told(case):
+    """All that the terminal says of a leg that was run."""
+    blocks = [case.name.upper() + "\n" + as_text(*main_rows(case))]
+    if case.leg.rare:
+        blocks.append(as_text(*detail_rows(case)))
+    for count, found in case.judged.items():
+        blocks.append(f"Synthetic images with {amount(case, count)}:\n{as_text(*judged_rows(found))}\n"
+                      f"{copying(found)}")
+    return "\n\n".join([*blocks, as_text(*claim_rows(case)), answer(case), conditions(case)])
 
 
 # ---- what the synthetic images are like
 
-def judge(case, real, synthetic, fresh, out, what):
+def judge(case, real, synthetic, fresh, what):
     """How synthetic images differ from real ones, and whether they are copies: {name: number}.
 
     The features are those of a classifier trained on real images that the generator never saw, one half of
@@ -763,7 +781,7 @@ def judge(case, real, synthetic, fresh, out, what):
     that stands in for them once more: what another real sample would score is the floor of every number.
     """
     name = digest("judge", case.s.cls, real.digest, synthetic.digest, fresh.digest)
-    path, sheet = out / "judged" / f"{name}.json", out / "judged" / f"{name}.png"
+    path, sheet = (case.out / "judged" / f"{name}.{kind}" for kind in ("json", "png"))
     if not path.exists():
         val = case.scenes[case.parts["val"]]
         unseen = join(fresh, val)
@@ -784,8 +802,8 @@ def judge(case, real, synthetic, fresh, out, what):
 
 def join(a, b):
     """Two Scenes of the same classes as one."""
-    return Scenes(torch.cat([a.images, b.images]), torch.cat([a.labels, b.labels]), a.classes, a.names + b.names,
-                  torch.cat([a.groups, b.groups]))
+    both = [torch.cat([getattr(x, part) for x in (a, b)]) for part in ("images", "labels", "groups")]
+    return Scenes(*both[:2], a.classes, a.names + b.names, both[2])
 
 
 def alike(*several, most=4000):
@@ -833,12 +851,6 @@ def suspects(eye, real, synthetic, held, sheet, most=400):
     return found
 
 
-def likeness(case):
-    """What judge() found, as text."""
-    return "\n".join(line for count, found in case.judged.items() for line in
-                     [f"{amount(case, count)}:", as_text(*judged_rows(found)), copying(found)])
-
-
 def judged_rows(found):
     """Synthetic beside real images: header and rows."""
     names = "frechet", "precision", "recall", "density", "coverage"
@@ -848,14 +860,13 @@ def judged_rows(found):
 
 
 def copying(found):
-    """One sentence: are they copies?"""
-    pixel, feature = found["pixels share"], found["features share"]
-    caught = max(pixel, feature) > 0.75 and min(found["pixels p"], found["features p"]) < 0.01
-    answer = "Many are copies" if caught else "No sign of copies"
-    return (f"{answer}: of pairs of a synthetic and a held-out real image, the synthetic one is nearer to one of "
-            f"the {found['trained_on']} training images in {100 * pixel:.0f} % by pixels (Mann-Whitney p "
-            f"{found['pixels p']:.1g}) and {100 * feature:.0f} % by features (p {found['features p']:.1g}); "
-            "50 % or less is no sign, copies come near 100 %.")
+    """Are they copies? A few sentences."""
+    spaces = [(name, found[f"{name} share"], found[f"{name} p"]) for name in ("pixels", "features")]
+    caught = any(share > 0.75 and p < 0.01 for _, share, p in spaces)
+    each = " and ".join(f"{100 * share:.0f} % by {name} (p {p:.1g})" for name, share, p in spaces)
+    return (f"{'Many are copies' if caught else 'No sign of copies'}. Of a synthetic and a held-out real "
+            f"image, the synthetic one is nearer to one of the {found['trained_on']} training images in {each} "
+            "of pairs, p by Mann and Whitney. Copies come near 100 %; 50 % or less is no sign of any.")
 
 
 # ---- the pictures and the page
@@ -883,16 +894,15 @@ def side_by_side(real, synthetic, columns=8, most=24):
     return labelled(strips, [real.classes[c] for c in shown], zoom=max(1, 64 // real.images.shape[-1]))
 
 
-def confusions(case, out):
-    """How often which class was taken for which, rows add up to 1: the base left, the first claim's arm right."""
-    test, K, count = case.test, len(case.test.classes), case.s.counts[-1]
-    both = []
-    for arm in reversed(case.leg.claims[0][:2]):
-        runs = [r["run"] for r in case.rows if r["arm"] == arm and r["count"] == count]
+def confusions(case):
+    """What was taken for what, rows adding up to 1: the first claim's base left, its arm right; or None."""
+    test, K, both = case.test, len(case.test.classes), []
+    for who in reversed(case.leg.claims[0][:2]):
+        runs = [r["run"] for r in case.rows if r["arm"] == who and r["count"] == case.s.counts[-1]]
         if not runs:
             return None
-        answers = torch.stack([torch.from_numpy(np.load(out / "predicted" / run).astype(np.int64)) for run in runs])
-        matrix = train_cls.confusion(test.labels.repeat(len(runs)), answers.flatten(), K).double()
+        answers = np.concatenate([np.load(case.out / "predicted" / run) for run in runs]).astype(np.int64)
+        matrix = train_cls.confusion(test.labels.repeat(len(runs)), torch.from_numpy(answers), K).double()
         both.append(matrix / matrix.sum(1, keepdim=True).clamp(min=1))
     cells = 255 - (255 * torch.cat([both[0], torch.zeros(K, 1), both[1]], 1)).round().to(torch.uint8)
     strips = [Image.fromarray(row.numpy()[None]).convert("RGB") for row in cells]
@@ -914,45 +924,51 @@ def chart(case, names, title):
     for i, arm in enumerate(names):
         parts.append(f'<text x="242" y="{34 * i + 32}" text-anchor="end">{html.escape(arm)}</text>')
         for k, count in enumerate(counts):
-            scores = [r[score] for r in case.rows if r["arm"] == arm and r["count"] == count]
+            scores = [v / 100 for v in values(case, arm, count, score)]
             y, color = 34 * i + 28 + 24 * ((k + 0.5) / len(counts) - 0.5), f"c{k % 4}"
             parts += [f'<circle cx="{x(v)}" cy="{y}" r="3" class="{color}"/>' for v in scores]
             if scores:
                 mean = x(float(np.mean(scores)))
-                parts.append(f'<line x1="{mean}" x2="{mean}" y1="{y - 5}" y2="{y + 5}" class="mean {color}"/>')
+                parts.append(f'<line x1="{mean}" x2="{mean}" y1="{y - 5}" y2="{y + 5}" '
+                             f'class="mean {color}"/>')
     return svg(parts, foot, [f"{n or 'all'} {case.leg.per}" for n in counts], title)
 
 
 def curve(case, names, title):
     """The first score over the number of real images as SVG, with bands: 95 % intervals over the seeds."""
-    score, counts, parts = case.leg.scores[0], [n for n in case.s.counts if n], []
+    counts, parts = [n for n in case.s.counts if n], []
     low, high = math.log(counts[0]), math.log(counts[-1])
 
-    def place(count, share):
-        return f"{60 + 600 * (math.log(count) - low) / (high - low):.1f},{12 + 240 * (1 - share):.1f}"
+    def place(count, per_cent):
+        return f"{60 + 600 * (math.log(count) - low) / (high - low):.1f},{252 - 2.4 * per_cent:.1f}"
 
     for tick in range(0, 101, 20):
-        (left, y), (right, _) = (place(n, tick / 100).split(",") for n in (counts[0], counts[-1]))
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{y}" y2="{y}" class="tick"/>'
-                     f'<text x="50" y="{float(y) + 4}" text-anchor="end">{tick} %</text>')
-    parts += [f'<text x="{place(n, 0).split(",")[0]}" y="272" text-anchor="middle">{n}</text>' for n in counts]
+        y = 252 - 2.4 * tick
+        parts.append(f'<line x1="60" x2="660" y1="{y}" y2="{y}" class="tick"/>'
+                     f'<text x="50" y="{y + 4}" text-anchor="end">{tick} %</text>')
+    for n in counts:
+        parts.append(f'<text x="{place(n, 0).split(",")[0]}" y="272" text-anchor="middle">{n}</text>')
     for k, arm in enumerate(names):
-        there = [(n, [r[score] for r in case.rows if r["arm"] == arm and r["count"] == n]) for n in counts]
-        there = [(n, np.mean(v), t_quantile(0.975, len(v) - 1) * np.std(v, ddof=1) / len(v)**0.5 if v[1:] else 0)
-                 for n, v in there if v]
-        band = [place(n, m + h) for n, m, h in there] + [place(n, m - h) for n, m, h in reversed(there)]
-        parts.append(f'<polygon points="{" ".join(band)}" class="band c{k}"/>'
-                     f'<polyline points="{" ".join(place(n, m) for n, m, _ in there)}" class="curve c{k}"/>')
+        line, upper, lower = [], [], []
+        for n in counts:
+            if found := values(case, arm, n, case.leg.scores[0]):
+                mean, dof = np.mean(found), len(found) - 1
+                half = t_quantile(0.975, dof) * np.std(found, ddof=1) / len(found) ** 0.5 if dof else 0
+                for corners, value in ((line, mean), (upper, mean + half), (lower, mean - half)):
+                    corners.append(place(n, min(max(value, 0), 100)))
+        parts.append(f'<polygon points="{" ".join(upper + lower[::-1])}" class="band c{k % 4}"/>'
+                     f'<polyline points="{" ".join(line)}" class="curve c{k % 4}"/>')
     return svg(parts, 264, names, title)
 
 
 def svg(parts, foot, legend, title):
-    """A picture of the page: its parts, and below them the legend, in the colours c0, c1 ..., and a text."""
-    lines = [f'<text x="60" y="{foot + 38 + 18 * k}"><tspan class="c{k % 4}">●</tspan> {html.escape(name)}</text>'
-             for k, name in enumerate(legend)]
-    return (f'<figure><svg viewBox="0 0 700 {foot + 30 + 18 * len(lines)}" role="img" '
-            f'aria-label="{html.escape(title)}">{"".join(parts + lines)}</svg>'
-            f"<figcaption>{html.escape(title)}</figcaption></figure>")
+    """A picture of the page: its parts, below them a legend in the colours c0, c1 ..., and a text."""
+    for k, name in enumerate(legend):
+        parts.append(f'<text x="60" y="{foot + 38 + 18 * k}"><tspan class="c{k % 4}">●</tspan> '
+                     f'{html.escape(name)}</text>')
+    title = html.escape(title)
+    return (f'<figure><svg viewBox="0 0 700 {foot + 30 + 18 * len(legend)}" role="img" aria-label="{title}">'
+            f'{"".join(parts)}</svg><figcaption>{title}</figcaption></figure>')
 
 
 STYLE = """
@@ -977,55 +993,58 @@ circle { fill-opacity: .5; stroke: none } .mean { stroke-width: 3 } tspan { stro
 
 
 def figure(picture, text):
-    """A picture, PIL or a path, as part of a page."""
-    if isinstance(picture, Image.Image):
-        file = io.BytesIO()
-        picture.save(file, "png")
-        picture = file.getvalue()
+    """A picture (PIL, or the path of a PNG) as part of a page."""
+    file = io.BytesIO()
+    if isinstance(picture, Path):
+        file.write(picture.read_bytes())
     else:
-        picture = Path(picture).read_bytes()
-    return (f'<figure><img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-            f'<figcaption>{html.escape(text)}</figcaption></figure>')
+        picture.save(file, "png")
+    png, text = base64.b64encode(file.getvalue()).decode(), html.escape(text)
+    return (f'<figure><img alt="{text}" src="data:image/png;base64,{png}">'
+            f'<figcaption>{text}</figcaption></figure>')
 
 
 def as_html(header, rows):
     """A table of the page."""
-    body = "".join("<tr><td>" + "<td>".join(map(html.escape, row)) for row in rows)
-    return f'<div class="scroll"><table><tr><th>{"<th>".join(map(html.escape, header))}{body}</table></div>'
+    lines = [f"<tr><th>{'<th>'.join(map(html.escape, header))}"]
+    lines += [f"<tr><td>{'<td>'.join(map(html.escape, row))}" for row in rows]
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
-def section(case, out):
+def section(case):
     """What the page says of a leg."""
-    first, *others = html.escape(verdict(case, out)).split("\n")
-    names = [arm for arm in case.arms if any(r["arm"] == arm for r in case.rows)]
-    parts = [f"<h2>{case.name.capitalize()}: {html.escape(case.title)}</h2><p class=lead>{first}",
-             *(f"<p>{line}" for line in others), as_html(*main_rows(case, out)),
-             chart(case, [name for name in names if name in case.leg.arms],
-                   f"{TITLES[case.leg.scores[0]].capitalize()} on the test split: a dot per seed, a bar at the mean")]
+    run = [arm for arm in case.arms if any(r["arm"] == arm for r in case.rows)]
+    score, most = TITLES[case.leg.scores[0]], case.s.counts[-1]
+    arm, base, _ = case.leg.claims[0]
+    parts = [f"<h2>{html.escape(case.title)}</h2><p class=lead>{html.escape(answer(case))}",
+             as_html(*claim_rows(case)), f"<p>{html.escape(conditions(case))}", "<h3>All arms</h3>",
+             as_html(*main_rows(case)),
+             chart(case, [name for name in run if name in case.leg.arms],
+                   f"{score} on the test split: a dot per seed, a bar at the mean")]
     for study in filter(None, case.cfg.study.split(",")):
-        if mine := [name for name in names if name.startswith(f"{study}:")]:
-            parts += [f"<h3>Study: {study}</h3>", chart(case, mine, f"What changes with {study}")]
+        if mine := [name for name in run if name.startswith(f"{study}:")]:
+            parts += [f"<h3>Study: {study}</h3>", chart(case, mine, f"{score}: what {study} does")]
     if len([n for n in case.s.counts if n]) > 1:
-        parts.append(curve(case, [name for name in names if name in {*case.leg.bases, *case.leg.claims[0], *case.leg.claims[1]}],
-                           f"The same over {case.leg.per}; the bands are 95 % intervals over seeds"))
+        main = *case.leg.bases, *(arm for arm, *_ in case.leg.claims[:2])
+        parts.append(curve(case, [name for name in run if name in main],
+                           f"{score} over {case.leg.per}; bands: 95 % intervals over seeds"))
     if case.leg.rare:
         parts += ["<h3>By class and event</h3>", as_html(*detail_rows(case))]
-    header, rows = class_rows(case, out)
-    if rows:
-        parts += [f"<h3>Which classes gain</h3><p>{amount(case, case.s.counts[-1])}; intervals of single classes, "
-                  "not corrected for their number.", as_html(header, rows)]
-    if picture := confusions(case, out):
-        base, arm = reversed(case.leg.claims[0][:2])
-        parts.append(figure(picture, f"What was taken for what: {base} left, {arm} right. Rows are the truth, "
-                                     "columns the answer in the same order; black is always, white never."))
+    if class_rows(case)[1]:
+        parts += [f"<h3>Which classes gain</h3><p>With {amount(case, most)}. The intervals are of single "
+                  "classes, not corrected for their number.", as_html(*class_rows(case))]
+    if picture := confusions(case):
+        parts.append(figure(picture, f"What was taken for what: {base} left, {arm} right. A row is the "
+                                     "truth, a column the answer, in the same order; black is always."))
     if case.shown:
-        parts += ["<h3>What the synthetic images are like</h3>", figure(
-            side_by_side(*case.shown), "Left: real training images. Right: synthetic images of the same class, by a "
-            "generator that saw nothing but such training images.")]
+        parts += ["<h3>What the synthetic images are like</h3>", figure(side_by_side(*case.shown), (
+            "Left: real training images. Right: synthetic images of the same class, by a generator that saw "
+            "nothing but such training images."))]
     for count, found in case.judged.items():
-        parts += [f"<h4>{amount(case, count)}</h4>", as_html(*judged_rows(found)),
-                  f"<p>Each compared to {found['judged_by']} real images, in the features of a classifier trained on "
-                  "real images that the generator never saw.", figure(found["sheet"], copying(found))]
+        parts += [f"<h4>With {amount(case, count)}</h4>", as_html(*judged_rows(found)),
+                  f"<p>Each compared to {found['judged_by']} real images, by the features of a classifier "
+                  "trained on real images that the generator never saw.",
+                  figure(Path(found["sheet"]), f"Are they copies? The most suspicious. {copying(found)}")]
     return "\n".join(parts)
 
 
@@ -1035,7 +1054,7 @@ def report(cases, cfg, out):
     for case in cases:
         if case.shown:
             data.save_picture(side_by_side(*case.shown), out / f"grid-{case.name}.png")
-    body = "\n".join(section(case, out) for case in cases if case.rows)
+    body = "\n".join(section(case) for case in cases if case.rows)
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>
 <h1>{title}</h1>{body}
@@ -1048,10 +1067,11 @@ settings, is a row of results.csv.</html>"""
 
 def command(cfg):
     """The command line that repeats this comparison."""
-    given = [f"--{f.name.replace('_', '-')} {shlex.quote(str(getattr(cfg, f.name)))}" for f in fields(Config)
-             if not isinstance(f.default, bool) and getattr(cfg, f.name) != f.default]
-    bare = [f"--{f.name.replace('_', '-')}" for f in fields(Config) if f.default is False and getattr(cfg, f.name)]
-    return " ".join(["python experiment.py", *bare, *given])
+    line = ["python experiment.py"]
+    for f in fields(Config):
+        if (value := getattr(cfg, f.name)) != f.default:
+            line += [f"--{f.name.replace('_', '-')}", *([] if value is True else [shlex.quote(str(value))])]
+    return " ".join(line)
 
 
 if __name__ == "__main__":

@@ -146,9 +146,9 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
 @torch.no_grad()
 def outputs(function, images, batch=512):
     """What a model, or its features, makes of images (N, C, H, W) uint8: (N, D) float32 on the CPU."""
-    device = data.pick_device()
+    device, chunks = data.pick_device(), images.split(batch)
     with data.autocast(device):
-        return torch.cat([function(data.to_float(chunk.to(device))).float().cpu() for chunk in images.split(batch)])
+        return torch.cat([function(data.to_float(chunk.to(device))).float().cpu() for chunk in chunks])
 
 
 def predict(model, images, batch=512):
@@ -180,7 +180,7 @@ def tally(labels, predicted, groups, K):
 
 
 def f1(counts):
-    """F1 of each class, (..., 3, K) -> (..., K): 2 P R / (P + R), 0 where a class neither is nor is called."""
+    """F1 of each class, (..., 3, K) -> (..., K): 2 P R / (P + R), 0 where it neither is nor is called."""
     hits, truth, called = np.moveaxis(counts, -2, 0)
     return 2 * hits / np.maximum(truth + called, 1)
 
@@ -256,8 +256,8 @@ def main(cfg):
         held = scenes[parts[part]]
         counts = tally(held.labels, predict(model, held.images), held.groups, len(scenes.classes)).sum(0)
         worst = recall(counts).argmin()
-        print(f"{part}: accuracy {accuracy(counts):.3f}, macro-F1 {macro_f1(counts):.3f} on {len(held)} images; "
-              f"weakest class {scenes.classes[worst]} ({recall(counts)[worst]:.2f})")
+        print(f"{part}: accuracy {accuracy(counts):.3f}, macro-F1 {macro_f1(counts):.3f} on {len(held)} "
+              f"images; weakest class {scenes.classes[worst]} ({recall(counts)[worst]:.2f})")
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def generate(generator, y, seed, calls=20, w=1.5, batch=256, title="images"):
 def frechet(a, b):
     """Fréchet distance of Gaussians fitted to features a (N, D) and b (M, D): Heusel et al. 2017, Eq. 6.
 
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), a squared distance, 0 for equal mean and covariance.
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), a squared distance, 0 if they are the same.
     With C_a = A'A and C_b = B'B the trace of the root is the sum of the singular values of A B', which needs
     no root of a matrix and is exact where N < D leaves C_a without full rank. A is the triangle of the QR
     decomposition of the centred features. Fewer images read as a larger distance: compare at equal N only.
@@ -223,7 +223,7 @@ def prdc(real, fake, k=5):
 
         precision   share of the fakes inside the ball of any real image     Kynkäänniemi et al. 2019, Eq. 2
         recall      share of the real images inside the ball of any fake     (as written by Naeem et al. 2020)
-        density     in how many real balls a fake is, over k: one outlier's large ball adds little   Naeem et al.
+        density     in how many real balls a fake is, over k; an outlier's ball adds little  Naeem et al.
         coverage    share of the real balls with a fake inside               2020, section 3
 
     For two samples of one distribution density is 1 on average and coverage 1 - 2^-k at N = M (their Lemmas),
@@ -254,9 +254,9 @@ def nearest(turned, pool, chunk=256):
     """For each image the most similar one of the pool, whichever way it is turned: distance, which, turn.
 
     turned (8, N, D): pixels or features of symmetries(images); pool (M, D): of the images as they are, both
-    uint8 or float. The distance (N,) is the root mean square difference of the D numbers, in their unit; which
-    (N,) counts in the pool, turn (N,) in the 8. So many images and four times as many of the pool are floats
-    at once: neither is copied as a whole.
+    uint8 or float. The distance (N,) is the root mean square difference of the D numbers, in their unit;
+    which (N,) counts in the pool, turn (N,) in the 8. So many images and four times as many of the pool are
+    floats at once: neither is copied as a whole.
     """
     found = []
     for part in turned.split(chunk, dim=1):
