@@ -17,11 +17,14 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -55,9 +58,14 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
+    def exit(self, status=0, message=None):
+        if int(os.environ.get("RANK", 0)):
+            sleep(2)                 # process 0 most likely says the same, and torchrun then ends this one
+        super().exit(status, message)
 
-def launch(main, config, argv=None):
-    """Run a script, with one argument per field of its Config.
+
+def launch(main, config, argv=None, several=False):
+    """Run a script, with one argument per field of its Config; with `several`, torchrun may run it too.
 
     A mistake of the user is one line on stderr and exit code 2.
     """
@@ -77,13 +85,14 @@ def launch(main, config, argv=None):
     except ValueError as error:
         parser.error(error)
     try:
-        return main(settings)
+        with processes(several):
+            return main(settings)
     except Problem as problem:
         parser.exit(2, f"{parser.prog}: {problem}\n")
 
 
 def pick_device():
-    """The fastest device that this machine has."""
+    """The fastest device that this machine has (with several processes, "cuda" is the process's own)."""
     return torch.device("cuda" if torch.cuda.is_available() else
                         "mps" if torch.backends.mps.is_available() else "cpu")
 
@@ -157,9 +166,11 @@ def resume(path, kind, identity, parts):
 
     Returns the checkpoint, or None. Raises Problem if it is of a run with another identity {name: value}.
     """
-    if not path or not Path(path).exists():
+    saved = load_checkpoint(path, kind) if path and Path(path).exists() else None
+    agree((saved and saved["step"], repr(identity)), f"the processes do not see the same images, or the same "
+          f"{path}: --data and --out must be folders that all machines share")
+    if not saved:
         return None
-    saved = load_checkpoint(path, kind)
     if differ := [name for name in identity if saved.get(name) != identity[name]]:
         old, new = saved.get("config", {}), identity["config"]
         what = ", ".join(k for k in new if old.get(k) != new[k]) if differ[0] == "config" else differ[0]
@@ -181,6 +192,94 @@ def load_checkpoint(path, kind):
     if found != kind:
         raise Problem(f"{path} is {found}, a {kind} is needed: give another path")
     return content
+
+
+# ---- several processes: torchrun --nproc-per-node N SCRIPT.py ...
+# All of them run the whole script and make the same draws. Each computes its part of every batch, sums over
+# the processes bring the parts together, and process 0 alone writes and talks. Run without torchrun, there
+# is one process, and all of this does nothing.
+
+@contextmanager
+def processes(several=True):
+    """Join the processes that torchrun started, if it did. GPUs talk by nccl, CPUs by gloo.
+
+    After an error this process simply ends: torchrun then ends the others, which may be waiting for it.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    local, device = int(os.environ["LOCAL_RANK"]), None
+    if not several:
+        raise Problem("runs in one process: start it with python, not with torchrun")
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise Problem(f"no GPU for process {local}: --nproc-per-node {torch.cuda.device_count()} at most")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    # A process may well wait while the first one reads a large tree, or draws or saves many pictures.
+    dist.init_process_group("nccl" if device else "gloo", timeout=timedelta(hours=2), device_id=device)
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def rank():
+    """Which of the processes this one is: 0 writes and talks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(n):
+    """This process's part of n images, as a slice. The parts differ by one image at most."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return slice(n * rank() // world, n * (rank() + 1) // world)
+
+
+def total(x):
+    """x, summed in place over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def sum_gradients(model):
+    """Add up the gradients of all processes, in one message.
+
+    Each of them is of the sum over that process's images, divided by the images of all: so the sum is the
+    gradient of the whole batch, even if it does not divide evenly. DistributedDataParallel takes means, and
+    hides the sending behind the backward pass; that pays between machines, and costs a wrapped model.
+    """
+    if dist.is_initialized():
+        gradients = [p.grad for p in model.parameters()]
+        summed = total(torch.cat([g.flatten() for g in gradients])).split([g.numel() for g in gradients])
+        for g, s in zip(gradients, summed, strict=True):
+            g.copy_(s.view_as(g))
+
+
+def agree(what, hint):
+    """Raise Problem unless all processes have the same."""
+    if dist.is_initialized():
+        said = [None] * dist.get_world_size()
+        dist.all_gather_object(said, what)
+        if any(other != what for other in said):
+            raise Problem(hint)
+
+
+@contextmanager
+def first_alone():
+    """The first process of a machine does this block (or function) before the others, who find its files."""
+    others_wait = dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0
+    if others_wait:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not others_wait:
+        dist.barrier()
+
+
+def progress(items, title, *args, **how):
+    """items, with a progress bar where somebody looks on."""
+    return tqdm(items, title, *args, disable=True if rank() else None, leave=False, **how)
 
 
 # ---- scenes
@@ -235,6 +334,7 @@ def read(root, size, skip_broken=False, cache="runs/cache"):
     return read_xbd(root, size, cache=cache) if is_xbd(root) else read_folder(root, size, skip_broken, cache)
 
 
+@first_alone()
 def cached(make, root, cache, how, stats):
     """What make() returns, from a file in the folder `cache` if it was made before with the same `how`.
 

@@ -56,10 +56,13 @@ def posterior(abar, abar_prev, eta=1.0):
 
 
 def guided(model, x, t, cond, w):
-    """Classifier-free guidance (Eq. 6 there, w = 1 + their w): null + w (told - null), in one batch."""
+    """Classifier-free guidance (Eq. 6 there, w = 1 + their w): null + w (told - null), in one batch.
+
+    The network may answer in bfloat16; the difference of two answers is taken in the precision of x.
+    """
     if w == 1:
-        return model(x, t, cond)
-    told, null = model(torch.cat([x, x]), torch.cat([t, t]), cond.and_null()).chunk(2)
+        return model(x, t, cond).to(x.dtype)
+    told, null = model(torch.cat([x, x]), torch.cat([t, t]), cond.and_null()).to(x.dtype).chunk(2)
     return null + w * (told - null)
 
 
@@ -70,6 +73,43 @@ def noise_of(seeds, shape, device="cpu"):
     """
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     return lambda: torch.stack([torch.randn(shape, generator=g, device=device) for g in generators])
+
+
+def record(run):
+    """What run() does on the GPU, as a CUDA graph: play(), and the results, which play() fills."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):        # waits for the GPU once, then takes down the kernels without a run
+        results = run()
+    return graph.replay, results
+
+
+class Replay:
+    """`step`, from tensors of fixed shapes to tensors, for a GPU: the same results from a recording.
+
+    Python takes longer to launch the few hundred kernels of a small network than the GPU to run them; a graph
+    is one launch. The first call is the plain one: it sets up cuDNN and cuBLAS, which must not be recorded,
+    and as nothing here needs gradients it needs no side stream for that. The second call records.
+
+    A graph reads and writes fixed places: arguments are copied there, and a call overwrites the results of
+    the call before. What `step` takes from elsewhere (weights, and their bfloat16 copies, which autocast
+    keeps to the end of its block) must stay where it is: so a Replay lives as long as one call of `sample`.
+    Each call then pays one recording, about what Python takes for one step, and keeps no memory afterwards.
+    """
+
+    def __init__(self, step):
+        self.step, self.warm, self.play = step, False, None
+
+    def __call__(self, *inputs):
+        if not self.warm:
+            self.warm = True
+            return self.step(*inputs)
+        if self.play is None:
+            self.inputs = [z.clone() for z in inputs]
+            self.play, self.results = record(lambda: self.step(*self.inputs))
+        for mine, z in zip(self.inputs, inputs, strict=True):
+            mine.copy_(z)
+        self.play()
+        return self.results
 
 
 class Diffusion(nn.Module):
@@ -88,16 +128,18 @@ class Diffusion(nn.Module):
         signal, noise = self._at(t)
         return signal * x0 + noise * eps
 
-    def loss(self, model, x0, cond, drop=0.1, generator=None):
+    def loss(self, model, x0, cond, drop=0.1, generator=None, part=slice(None)):
         """Algorithm 1: how wrong the network is about each image, (B,), and at which t, (B,).
 
         With gamma = inf the mean is L_simple (Eq. 14), the squared error of eps, whatever is predicted. A
-        share `drop` of the images is trained without its condition, which guidance needs.
+        share `drop` of the images is trained without its condition, which guidance needs. Everything is drawn
+        for the whole batch, then only `part` of it is computed: the rest is for other processes.
         """
         kw = dict(device=x0.device, generator=generator)
         t = torch.randint(self.T, (len(x0),), **kw)
         eps = torch.randn(x0.shape, **kw)
         cond = cond.hide(torch.rand(len(x0), **kw) < drop)
+        x0, t, eps, cond = x0[part], t[part], eps[part], cond[part]
         out = model(self.q_sample(x0, t, eps), t, cond)
         error = F.mse_loss(out, self._target(x0, t, eps), reduction="none").mean((1, 2, 3))
         return self.weight(t) * error, t
@@ -113,29 +155,34 @@ class Diffusion(nn.Module):
         return snr.clamp(max=self.gamma) / (snr if self.predict == "eps" else snr + 1)
 
     @torch.no_grad()
-    def sample(self, model, cond, noise, steps=20, eta=0.0, order=2, w=1.0, clip=True):
+    def sample(self, model, cond, noise, steps=20, eta=0.0, order=2, w=1.0, clip=True, graph=None):
         """Images (B, C, H, W) in [-1, 1]; `noise()` returns N(0, I) of that shape at every call.
 
         order=2 is DPM-Solver++(2M), for 10 to 25 steps; order=1, eta=0 is DDIM; order=1, eta=1, steps=T is
         DDPM (Algorithm 2). Few steps with eta > 0 lose variance (of a Gaussian with std .2, 50 steps return
-        .176): keep eta = 0 there.
+        .176): keep eta = 0 there. graph: replay the steps from a CUDA graph (None: wherever there is CUDA).
         """
         assert not model.training, "call model.eval() first: dropout would stay on"
-        x = noise()
-        x0_last = torch.zeros_like(x)
-        ts, table = self.plan(steps, eta, order)
-        for t, row in zip(ts.to(x.device), table.to(x.dtype).to(x.device), strict=True):
-            signal, noise_t, a, b, sigma, c = row
-            out = guided(model, x, t.expand(len(x)), cond, w)
-            x0 = self._x0(x, out, signal, noise_t)
+
+        def step(x, x0_last, t, row):
+            signal, noise_t, a, b, _, c = row
+            x0 = self._x0(x, guided(model, x, t.expand(len(x)), cond, w), signal, noise_t)
             # The clip is not in Algorithm 2, but in Ho's code: where abar is tiny, a small error of the
             # network is a huge one in x0. The step below takes the eps of this x0.
             if clip:
                 x0 = x0.clamp(-1, 1)
-            x = a * x + b * (x0 + c * (x0 - x0_last))                # Eq. 7 of DDPM and DDIM; with c, 2M
-            x0_last = x0
+            return a * x + b * (x0 + c * (x0 - x0_last)), x0          # Eq. 7 of DDPM and DDIM; with c, 2M
+
+        x = noise()
+        x0_last = torch.zeros_like(x)
+        ts, table = self.plan(steps, eta, order)
+        ts, table = ts.to(x.device), table.to(x.dtype).to(x.device)
+        if graph or (graph is None and x.is_cuda):
+            step = Replay(step)
+        for t, row in zip(ts, table, strict=True):               # nothing in here waits for the GPU's answer
+            x, x0_last = step(x, x0_last, t, row)
             if eta:
-                x = x + sigma * noise()
+                x = x + row[4] * noise()                            # row[4] is sigma
         return x
 
     def plan(self, steps, eta=0.0, order=2):

@@ -2,6 +2,7 @@
 
     python train_cls.py --data data/NWPU-RESISC45 --augment hflip,vflip,rot90,crop,color
     python train_cls.py --data data/NWPU-RESISC45 --synthetic runs/made --share 0.5 --out runs/mixed
+    torchrun --nproc-per-node 4 train_cls.py ...               # the same, on 4 GPUs
 
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import data
 from augment import OVERHEAD, compose
@@ -118,7 +118,8 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
         start, synthetic_seen = saved["step"], saved["synthetic_seen"].to(device)
 
     augment = compose(cfg.augment)
-    for step in tqdm(range(start, cfg.steps), title, cfg.steps, initial=start, disable=None, leave=False):
+    part = data.share(cfg.batch)                                  # of several processes, each computes a part
+    for step in data.progress(range(start, cfg.steps), title, cfg.steps, initial=start):
         g = data.rng(cfg.seed, step, device=device)
         which, kind, u, v = torch.rand(4, cfg.batch, device=device, generator=g)
         c = classes[(which * len(classes)).long()]
@@ -127,17 +128,18 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
         synthetic_seen += fake.sum()
         x, y = augment(data.to_float(images[index]), targets[index], g)
         with data.autocast(device):
-            loss = F.cross_entropy(model(x), y, label_smoothing=cfg.smoothing)
-        loss.backward()
+            loss = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
+        (loss / cfg.batch).backward()
+        data.sum_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = data.lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % every == 0 or step + 1 == cfg.steps:
-            if not math.isfinite(loss.item()):
-                raise Problem(f"the loss is {loss.item()} at step {step + 1}: lower --lr")
-            if path:
+            if not math.isfinite(mean := data.total(loss.detach()).item() / cfg.batch):
+                raise Problem(f"the loss is {mean} at step {step + 1}: lower --lr")
+            if path and data.rank() == 0:
                 data.save_checkpoint(path, "classifier", identity, step + 1, parts,
                                      synthetic_seen=synthetic_seen)
     return model.eval(), dict(steps=cfg.steps, images=cfg.steps * cfg.batch, synthetic=int(synthetic_seen))
@@ -261,4 +263,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    data.launch(main, Script)
+    data.launch(main, Script, several=True)

@@ -2,6 +2,7 @@
 
     python train_gen.py --data data/NWPU-RESISC45 --out runs/gen
     python train_gen.py --sample runs/gen/generator.pt --classes river,forest --count 16 --out runs/made
+    torchrun --nproc-per-node 4 train_gen.py ...               # the same, on 4 GPUs
 
 The loss barely moves after the first minutes, and a lower one is no better image: look at samples-*.png.
 """
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import data
 from augment import compose
@@ -126,13 +126,15 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     augment = compose(cfg.augment)
     images, labels = real.images.to(device), real.labels.to(device)
     quarters = torch.zeros(2, 4, device=device)                       # per quarter of t: sum of losses, count
-    for step in tqdm(range(start, cfg.steps), title, cfg.steps, initial=start, disable=None, leave=False):
+    part = data.share(cfg.batch)                                  # of several processes, each computes a part
+    for step in data.progress(range(start, cfg.steps), title, cfg.steps, initial=start):
         g = data.rng(cfg.seed, step, device=device)
         index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
         x0, _ = augment(data.to_float(images[index]), None, g)
         with data.autocast(device):
-            loss, t = diffusion.loss(model, x0, Condition(labels[index]), cfg.drop, g)
-        loss.mean().backward()
+            loss, t = diffusion.loss(model, x0, Condition(labels[index]), cfg.drop, g, part)
+        (loss.sum() / cfg.batch).backward()
+        data.sum_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = data.lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
@@ -143,17 +145,22 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
         quarters.index_add_(1, t * 4 // cfg.timesteps, torch.stack([loss.detach(), torch.ones_like(loss)]))
 
         if (step + 1) % every == 0 or step + 1 == cfg.steps:
-            log.append(log_row(step + 1, quarters))
+            log.append(log_row(step + 1, data.total(quarters)))
             quarters.zero_()
-            if path:
+            if path and data.rank() == 0:
                 data.save_checkpoint(path, "generator", identity, step + 1, parts, log=log)
                 data.save_csv(path.with_suffix(".csv"), ["step", "loss", "t_1", "t_2", "t_3", "t_4"], log)
             if path and look:
-                y = torch.arange(len(real.classes)).repeat_interleave(look)
-                made = generate(generator, y, seed=0, calls=min(20, cfg.timesteps))
-                picture = data.grid(made, look, zoom=max(1, 64 // cfg.size))
-                data.save_picture(picture, path.with_name(f"samples-{step + 1:06d}.png"))
+                save_samples(generator, look, path.with_name(f"samples-{step + 1:06d}.png"))
     return generator
+
+
+def save_samples(generator, look, path):
+    """A picture with a row of `look` images per class, from the same noise each time."""
+    y, cfg = torch.arange(len(generator.classes)).repeat_interleave(look), generator.config
+    made = generate(generator, y, seed=0, calls=min(20, cfg.timesteps))
+    if data.rank() == 0:
+        data.save_picture(data.grid(made, look, zoom=max(1, 64 // cfg.size)), path)
 
 
 def log_row(step, quarters):
@@ -178,21 +185,22 @@ def load_generator(path):
 
 
 def generate(generator, y, seed, calls=20, w=1.5, batch=256, title="images"):
-    """Images of the classes y (N,) int64, as uint8 (N, C, H, W).
+    """Images of the classes y (N,) int64, as uint8 (N, C, H, W) on the CPU.
 
-    Image k follows from (seed, k), whatever the batch.
+    Image k follows from (seed, k), whatever the batch and the number of processes. Each process makes its
+    part, and all get all of them.
     """
     diffusion, model, cfg = generator.diffusion, generator.model, generator.config
-    device = diffusion.signal.device
+    device, part = diffusion.signal.device, data.share(len(y))
     shape = (model.channels, cfg.size, cfg.size)
-    made = []
-    for k in tqdm(range(0, len(y), batch), title, disable=None, leave=False):
-        cond = Condition(y[k:k + batch].to(device))
-        seeds = [(seed * 1_000_003 + i) % 2**32 for i in range(k, min(k + batch, len(y)))]
+    images = torch.zeros(len(y), *shape, dtype=torch.uint8, device=device)
+    for k in data.progress(range(part.start, part.stop, batch), title):
+        now = slice(k, min(k + batch, part.stop))
+        seeds = [(seed * 1_000_003 + i) % 2**32 for i in range(now.start, now.stop)]
         with data.autocast(device):
-            x = diffusion.sample(model, cond, noise_of(seeds, shape, device), calls, w=w)
-        made.append(data.to_uint8(x).cpu())
-    return torch.cat(made)
+            cond, noise = Condition(y[now].to(device)), noise_of(seeds, shape, device)
+            images[now] = data.to_uint8(diffusion.sample(model, cond, noise, calls, w=w))
+    return data.total(images).cpu()                      # zeros stand where the others' images go
 
 
 # ---- what the images are like: distances of two sets in some features, and copies
@@ -312,6 +320,8 @@ def sample(cfg):
     if there := [name for name in wanted if any((Path(cfg.out) / name).glob("*.png"))]:
         raise Problem(f"{cfg.out} holds pictures of {there[0]} already: give another --out, or remove them")
     images = generate(generator, y, cfg.seed, cfg.calls, cfg.w)
+    if data.rank():
+        return
     for k, image in enumerate(images):
         name = generator.classes[y[k]]
         data.save_picture(data.picture(image), Path(cfg.out) / name / f"{name}_{k % cfg.count + 1:05d}.png")
@@ -335,4 +345,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    data.launch(main, Script)
+    data.launch(main, Script, several=True)

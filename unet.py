@@ -18,6 +18,10 @@ class Condition:
     """What the generator is told of each image; nothing where y is -1, the null condition of guidance."""
     y: torch.Tensor                                                      # (B,) int64: class 0 .. K - 1, or -1
 
+    def __getitem__(self, part):
+        """Of the images in part, a slice or (M,) int64."""
+        return Condition(y=self.y[part])
+
     def hide(self, mask):
         """The same without what is said of the images in mask, (B,) bool."""
         return Condition(y=torch.where(mask, -1, self.y))

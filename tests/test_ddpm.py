@@ -1,5 +1,6 @@
 """ddpm.py against the papers' formulas in float64, and against data whose perfect denoiser is known."""
 import math
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
+import data
 import ddpm
 from ddpm import Diffusion, cosine_abar, guided, linear_abar, noise_of, posterior
-from unet import Condition
+from unet import Condition, UNet
 
 
 class Exact(nn.Module):
@@ -277,6 +279,88 @@ def test_the_plan_goes_from_pure_noise_to_the_image_and_visits_all_t_in_T_steps(
 def test_impossible_numbers_of_steps_are_refused(steps):
     with pytest.raises(ValueError, match="sampling steps"):
         Diffusion(100).plan(steps)
+
+
+# ---- the same loop from a CUDA graph
+
+def no_gpu(run):
+    """ddpm.record without a GPU: recording gives no values; results stay in their places; playing fills them.
+    """
+    results = [torch.full_like(z, math.nan) for z in run()]
+
+    def play():
+        for mine, z in zip(results, run(), strict=True):
+            mine.copy_(z)
+    return play, results
+
+
+SAMPLERS = [dict(w=2.0), dict(w=1.0, eta=0.4, order=1)]
+
+
+@pytest.mark.parametrize("kw", SAMPLERS)
+def test_steps_replayed_from_fixed_places_are_the_plain_ones(monkeypatch, kw):
+    y, recorded = Condition(torch.tensor([1, 0])), []
+    monkeypatch.setattr(ddpm, "record", lambda run: recorded.append(run) or no_gpu(run))
+    plain, again = (Diffusion(100).sample(Wild().eval(), y, source(2, 1, 2, 2), steps=8, graph=graph, **kw)
+                    for graph in (False, True))
+    assert_close(plain, again, rtol=0, atol=0)
+    assert len(recorded) == 1
+
+
+class Spy(nn.Module):
+    """The network, after look(), at every call."""
+
+    def __init__(self, model, look):
+        super().__init__()
+        self.model, self.look = model, look
+
+    def forward(self, x, t, cond):
+        self.look()
+        return self.model(x, t, cond)
+
+
+@pytest.mark.parametrize("kw", SAMPLERS)
+def test_from_the_first_call_of_the_network_on_nothing_waits_for_the_device(no_waiting, kw):
+    device = data.pick_device()
+    model, y = UNet(3, 3, 16, (1, 2), 1).to(device), Condition(torch.tensor([1, 0], device=device))
+    with ExitStack() as stack:
+        hasty = Spy(model, lambda: stack.enter_context(no_waiting())).eval()
+        noise = noise_of([0, 1], (3, 8, 8), device)
+        Diffusion(100).to(device).sample(hasty, y, noise, 5, graph=False, **kw)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("kw", SAMPLERS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_cuda_graph_makes_the_images_of_the_plain_loop_and_waits_only_to_record(monkeypatch, kw, bf16):
+    torch.manual_seed(0)
+    model, diffusion, seen = UNet(3, 3, 16, (1, 2), 1).cuda().eval(), Diffusion(100).cuda(), []
+    for p in model.parameters():                                         # or it would answer 0
+        nn.init.normal_(p, std=0.1)
+
+    def record(run, original=ddpm.record):
+        torch.cuda.set_sync_debug_mode("default")
+        recorded = original(run)
+        torch.cuda.set_sync_debug_mode("error")
+        return recorded
+
+    def look():
+        torch.cuda.set_sync_debug_mode("error")
+        seen.append(1)
+
+    def made(seed, graph):
+        y, noise = Condition(torch.tensor([1, 0]).cuda()), noise_of([seed, seed + 1], (3, 8, 8), "cuda")
+        try:
+            with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+                return diffusion.sample(Spy(model, look).eval(), y, noise, steps=8, graph=graph, **kw)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(ddpm, "record", record)
+    replayed = {seed: made(seed, None) for seed in (0, 5)}               # the first is kept beside the second
+    assert len(seen) == 2 * 2
+    for seed, images in replayed.items():
+        assert_close(images, made(seed, False), rtol=0, atol=2e-2 if bf16 else 1e-4)
 
 
 # ---- guidance and noise

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import data
 import train_cls
+from augment import AUGMENTATIONS
 from data import Problem, Scenes
 from train_cls import Config, confusion, fit, load_classifier, predict, scores
 
@@ -135,6 +136,12 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkey
     loaded, classes = load_classifier(tmp_path / "b.pt")
     assert classes == ["a", "b"] and not loaded.training
     assert_close(loaded.head.weight, whole.head.weight)
+
+
+def test_no_step_waits_for_the_device(hasty_steps):
+    every = ",".join(set(AUGMENTATIONS) - {"copypaste"})                 # which needs a mask
+    fit(numbered(20), numbered(20, 100), replace(TINY, share=0.5, augment=every))
+    assert hasty_steps == [1, 2, 3, 4]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():

@@ -50,6 +50,11 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkey
     assert (tmp_path / "a" / "g.csv").read_text() == (tmp_path / "b" / "g.csv").read_text()
 
 
+def test_no_step_waits_for_the_device(hasty_steps):
+    train(halves(), replace(TINY, augment="hflip,rot90"))
+    assert hasty_steps == [1, 2, 3, 4]
+
+
 def test_a_checkpoint_of_other_settings_or_images_is_refused(tmp_path):
     train(halves(), TINY, tmp_path / "g.pt")
     others = halves(noise=0.2)                                           # the same names, but other pixels

@@ -1,0 +1,124 @@
+"""Two processes, as torchrun would start them (gloo, on the CPU), end with what one process makes.
+
+Started as a script, this file is what each of the two does.
+"""
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import test_train_cls
+import test_train_gen
+import torch
+from test_train_cls import numbered
+from torch.testing import assert_close
+
+import data
+import train_cls
+import train_gen
+from data import Problem
+
+GEN = replace(test_train_gen.TINY, batch=7, augment="hflip,rot90")      # 7 is 3 images for one, 4 for another
+CLS = replace(test_train_cls.TINY, batch=7, share=0.5, augment="hflip,cutmix")
+
+
+def work(out):
+    """Train both networks, make images, cache something: {name: what came out}."""
+    generator = train_gen.train(numbered(40), GEN, out / "g.pt", every=3, look=1)
+    classifier, seen = train_cls.fit(numbered(20), numbered(20, 100), CLS, out / "c.pt", every=3)
+    cache = data.cached(lambda: dict(pid=os.getpid()), out, out / "cache", dict(size=1), [])
+    images = train_gen.generate(generator, torch.tensor([0, 1, 0, 1, 0]), seed=3, calls=3)
+    one = train_gen.generate(generator, torch.tensor([1]), seed=0, calls=2)
+    return dict(generator=generator.model.state_dict(), classifier=classifier.state_dict(), seen=seen,
+                images=images, one=one, maker=cache["pid"])
+
+
+def refused(out):
+    """What all processes must refuse together: if one went on alone, it would wait for ever."""
+    real, mine = numbered(40), out / f"g{data.rank()}.pt"                # there is a g0.pt, but no g1.pt
+    attempts = dict(elsewhere=lambda: train_gen.train(real, GEN, mine),
+                    generator=lambda: train_gen.train(real, replace(GEN, lr=1e30, steps=3)),
+                    classifier=lambda: train_cls.fit(real, None, replace(CLS, share=0.0, lr=1e30)))
+    told = {}
+    for name, attempt in attempts.items():
+        with pytest.raises(Problem) as problem:
+            attempt()
+        told[name] = str(problem.value)
+    return told
+
+
+def main(cfg):
+    out = Path(cfg.out)
+    if data.rank():
+        data.replacing = None                                            # whatever writes fails here
+    made = work(out)
+    if data.rank() == 0:
+        (out / "g0.pt").write_bytes((out / "g.pt").read_bytes())
+    print("heard")
+    torch.save(dict(made=made, told=refused(out)), out / f"process{data.rank()}.pt")
+
+
+def start(rank, port, out):
+    here = Path(__file__).parent
+    new = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=port,
+               TORCHELASTIC_RUN_ID="test", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=1,
+               PYTHONPATH=f"{here}{os.pathsep}{here.parent}")
+    return subprocess.Popen([sys.executable, __file__, "--out", out], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, **{k: str(v) for k, v in new.items()}})
+
+
+def test_two_processes_make_what_one_makes_and_one_of_them_writes(tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "two").mkdir()
+    started = [start(rank, port, tmp_path / "two") for rank in (0, 1)]
+    monkeypatch.setattr(data, "pick_device", lambda: torch.device("cpu"))
+    try:
+        alone = work(tmp_path / "one")
+        ended = [process.communicate(timeout=60) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], ended
+    assert [out for out, _ in ended] == ["heard\n", ""]
+
+    a, b = (torch.load(tmp_path / "two" / f"process{rank}.pt") for rank in (0, 1))
+    for told in (a["told"], b["told"]):
+        assert "share" in told.pop("elsewhere") and all("--lr" in line for line in told.values())
+    a, b = a["made"], b["made"]
+    assert a.pop("maker") == b.pop("maker") == started[0].pid != alone.pop("maker")
+    for part in a:
+        assert_close(a[part], b[part], rtol=0, atol=0)
+        assert_close(a[part], alone[part], rtol=0, atol=1 if part in ("images", "one") else 1e-6)
+
+    written = [sorted(p.name for p in (tmp_path / folder).iterdir()) for folder in ("one", "two")]
+    assert [name for name in written[1] if name not in ("g0.pt", "process0.pt", "process1.pt")] == written[0]
+    one, two = ((tmp_path / folder / "g.csv").read_text().split()[1:] for folder in ("one", "two"))
+    assert len(one) == 2
+    assert_close(*([[float(v) for v in row.split(",")] for row in rows] for rows in (one, two)))
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 128])
+def test_the_shares_are_even_and_make_up_the_whole(monkeypatch, n):
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(data.dist, "get_world_size", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(data.dist, "get_rank", lambda rank=rank: rank)
+        parts.append(list(range(n))[data.share(n)])
+    assert sum(parts, []) == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_what_runs_in_one_process_refuses_torchrun_in_a_line(monkeypatch, launch):
+    for name, value in (("TORCHELASTIC_RUN_ID", "test"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    refused = launch(data, "somewhere")
+    assert refused.returncode == 2 and "torchrun" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+if __name__ == "__main__":
+    data.launch(main, train_gen.Script, several=True)
