@@ -297,7 +297,9 @@ class Scenes:
         return len(self.labels)
 
     def __getitem__(self, index):
-        """The scenes at these places, index (M,) int64."""
+        """The scenes at these places, index (M,) int64, or where a mask (N,) bool is true."""
+        if index.dtype == torch.bool:
+            index = index.nonzero().flatten()
         names = [self.names[i] for i in index.tolist()]
         return Scenes(self.images[index], self.labels[index], self.classes, names, self.groups[index])
 

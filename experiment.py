@@ -148,7 +148,7 @@ _FULL = Scale(
 SCALES = {
     "scenes": dict(smoke=_SMOKE, small=_SMALL, full=_FULL),
     "buildings": dict(
-        smoke=replace(_SMOKE, counts=(12,), drawn=64, curve=(8, 16)),
+        smoke=replace(_SMOKE, counts=(12,), drawn=48, curve=(8, 16)),
         small=replace(_SMALL, counts=(40,), drawn=256, curve=(20, 40, 80),
                       gen=replace(_SMALL.gen, steps=800)),
         full=replace(_FULL, counts=(0,), made=5000, drawn=1000, subsets=1, curve=(100, 400, 1600))),
@@ -394,7 +394,7 @@ def source(case, arm, real, fresh, draw, seed, what):
     path = case.out / "teachers" / f"{digest(cfg, real.digest)}.pt"
     teacher, _ = train_cls.fit(real, None, cfg, path, title=f"teacher, {what}")
     p = train_cls.outputs(teacher, pool.images).softmax(1)
-    kept = (p.gather(1, pool.labels[:, None])[:, 0] > arm.keep / p.shape[1]).nonzero().flatten()
+    kept = p.gather(1, pool.labels[:, None])[:, 0] > arm.keep / p.shape[1]
     return pool[kept], p[kept] if arm.soft else None
 
 
@@ -680,7 +680,8 @@ def main_rows(case):
         rows.append([str(count or "all"), arm])
         for name in leg.scores:
             found = values(case, arm, count, name)
-            rows[-1].append(f"{np.mean(found):.1f}" + f" ± {np.std(found, ddof=1):.1f}" * (len(found) > 1))
+            spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 else ""
+            rows[-1].append(f"{np.mean(found):.1f}{spread}")
         for base in leg.bases:
             g = difference(case, arm, base, count, SCORES[score])
             rows[-1].append(points(g) if g else "")
@@ -790,7 +791,7 @@ def judge(case, real, synthetic, fresh, what):
         part = torch.empty(int(tiles.max()) + 1, dtype=torch.int64)
         part[tiles] = torch.randperm(len(tiles), generator=data.rng(0)) % 4     # a group is in one part
         part = part[unseen.groups]
-        teach, a, b = (unseen[keep.nonzero().flatten()] for keep in (part < 2, part == 2, part == 3))
+        teach, a, b = (unseen[which] for which in (part < 2, part == 2, part == 3))
         cfg = replace(case.s.cls, augment=OVERHEAD, balance=case.leg.rare)
         eye = train_cls.fit(teach, None, cfg, title=f"features, {what}")[0].features
         held, _ = alike(val[torch.isin(val.labels, synthetic.labels)], synthetic)
@@ -814,7 +815,9 @@ def alike(*several, most=4000):
 
 
 def compare(eye, a, b, synthetic):
-    """Frechet distance, precision, recall, density and coverage of synthetic and of other real images b."""
+    """Fréchet distance, precision, recall, density and coverage of synthetic and of other real images b."""
+    if len(a) < 10:                                                      # nothing to be learned from so few
+        return dict(judged_by=len(a))
     reference, *others = (train_cls.outputs(eye, s.images) for s in (a, b, synthetic))
     found = dict(judged_by=len(a))
     for who, features in zip(("real", "synthetic"), others, strict=True):
@@ -854,8 +857,8 @@ def suspects(eye, real, synthetic, held, sheet, most=400):
 def judged_rows(found):
     """Synthetic beside real images: header and rows."""
     names = "frechet", "precision", "recall", "density", "coverage"
-    rows = [[who, *(f"{found[f'{who} {name}']:.2f}" for name in names)] for who in ("synthetic", "real")]
-    rows[1][0] = "other real (floor)"
+    rows = [[title, *(f"{found.get(f'{who} {name}', math.nan):.2f}" for name in names)]
+            for who, title in (("synthetic", "synthetic"), ("real", "other real (floor)"))]
     return ["images", "Fréchet distance", *names[1:]], rows
 
 
@@ -865,8 +868,8 @@ def copying(found):
     caught = any(share > 0.75 and p < 0.01 for _, share, p in spaces)
     each = " and ".join(f"{100 * share:.0f} % by {name} (p {p:.1g})" for name, share, p in spaces)
     return (f"{'Many are copies' if caught else 'No sign of copies'}. Of a synthetic and a held-out real "
-            f"image, the synthetic one is nearer to one of the {found['trained_on']} training images in {each} "
-            "of pairs, p by Mann and Whitney. Copies come near 100 %; 50 % or less is no sign of any.")
+            f"image, the synthetic one is nearer to one of {found['trained_on']} training images in "
+            f"{each} of pairs, p by Mann and Whitney. Copies come near 100 %, no copies to 50 % or less.")
 
 
 # ---- the pictures and the page

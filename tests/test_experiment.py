@@ -1,5 +1,7 @@
 """experiment.py: fair arms, intervals that cover, a page that stands alone, runs that can go on."""
 import csv
+import html
+import json
 import re
 import subprocess
 import sys
@@ -12,8 +14,7 @@ from PIL import Image
 
 import data
 import experiment
-from data import Scenes
-from experiment import ARMS, Config, interval, nearest, symmetries, t_quantile
+from experiment import LEGS, STUDIES, Arm, Config
 
 
 def run(*argv):
@@ -36,32 +37,48 @@ def results(out):
 
 # ---- the whole
 
-def test_the_smoke_run_prints_plan_table_verdict_and_page(smoke):
+def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
     out, done = smoke
-    assert "20 classifiers of 10 steps" in done.stdout and "minutes on" in done.stdout
-    assert len(re.findall(r"^ +[48]  (?:real|synthetic)", done.stdout, re.M)) == 10
-    assert done.stdout.count("synthetic images ") >= 4 and "they say nothing about the world" in done.stdout
-    assert "Are they copies? Distance to the nearest of 64 training images" in done.stdout
+    assert "28 classifiers of 10 steps, 4 generators" in done.stdout and "minutes on" in done.stdout
+    assert len(re.findall(r"^[48] +(?:real|synthetic)[a-z+ ]+[0-9]+.[0-9] ±", done.stdout, re.M)) == 14
+    assert len(re.findall(r"^12 +(?:real|balanced)[a-z+ -]+[0-9]+.[0-9] ±", done.stdout, re.M)) == 6
+    assert "always no-damage" in done.stdout and "macro-F1 in drawn-flood" in done.stdout
+    assert done.stdout.count("say nothing about the world") == 2 and "make no difference" in done.stdout
+    assert done.stdout.count("Of a synthetic and a held-out real image") == 3
     assert str(out / "report.html") in done.stdout
     assert done.stderr == ""                                        # no progress bars where nobody watches
 
 
 def test_every_run_is_a_row_and_all_arms_have_the_same_budget(smoke):
     rows = results(smoke[0])
-    assert len(rows) == 20 and len({(r["arm"], r["count"], r["seed"]) for r in rows}) == 20
+    assert len(rows) == 28 + 12 and len({(r["leg"], r["arm"], r["count"], r["seed"]) for r in rows}) == 40
     assert {(r["steps"], r["images"]) for r in rows} == {("10", "320")}
     for r in rows:
-        share = int(r["synthetic"]) / int(r["images"])
-        assert abs(share - ARMS[r["arm"]]["share"]) < (0.15 if 0 < share < 1 else 1e-9)
-        recalls = [float(v) for k, v in r.items() if k.startswith("recall ")]
-        assert np.mean(recalls) == pytest.approx(float(r["accuracy"]))  # the test split is balanced
+        arm, share = LEGS[r["leg"]].arms[r["arm"]], int(r["synthetic"]) / int(r["images"])
+        expected = arm.share * (0.75 if arm.balance else 1)             # three of four classes are rare
+        assert abs(share - expected) < (0.15 if 0 < share < 1 else 1e-9)
+
+
+def test_the_rows_are_the_scores_of_the_answers(smoke):
+    scenes = data.read_xbd(smoke[0] / "drawn-buildings-48", 16, mask=True, cache=smoke[0] / "cache")
+    test = scenes[data.split(scenes, smoke[0] / "drawn-buildings-48")["test"]]
+    row = next(r for r in results(smoke[0]) if r["arm"] == "balanced")
+    answers = np.load(smoke[0] / "predicted" / row["run"])
+    flood = np.array(["flood" in name for name in test.names])
+    for mine, prefix in ((flood, "macro_f1 drawn-flood"), (flood | True, "macro_f1")):
+        f1 = []
+        for c in range(4):
+            truth, called = test.labels.numpy()[mine] == c, answers[mine] == c
+            if truth.any():
+                f1.append(2 * (truth & called).sum() / (truth.sum() + called.sum()))
+        assert float(row[prefix]) == pytest.approx(np.mean(f1))
 
 
 def test_a_second_start_runs_nothing_and_says_the_same(smoke, capsys):
     out, done = smoke
     before = {p: p.stat().st_mtime_ns for p in [*out.rglob("*.pt"), *(out / "predicted").iterdir()]}
     experiment.main(Config(smoke=True, out=str(out)))
-    assert capsys.readouterr().out.split("per class  arm")[1] == done.stdout.split("per class  arm")[1]
+    assert capsys.readouterr().out.split("\nSCENES")[1] == done.stdout.split("\nSCENES")[1]
     assert before == {p: p.stat().st_mtime_ns for p in [*out.rglob("*.pt"), *(out / "predicted").iterdir()]}
 
 
@@ -70,48 +87,244 @@ def test_a_lost_run_is_run_again_with_the_same_result(smoke):
     kept = [r for r in rows if not (r["arm"] == "real + synthetic" and r["count"] == "8")]
     data.save_csv(out / "results.csv", list(rows[0]), [list(r.values()) for r in kept])
     experiment.main(Config(smoke=True, out=str(out)))
-    score = {r["run"]: r["accuracy"] for r in rows}
-    assert {r["run"]: r["accuracy"] for r in results(out)} == score
+    score = {r["run"]: r["macro_f1"] for r in rows}
+    assert {r["run"]: r["macro_f1"] for r in results(out)} == score
+
+
+def trees(out):
+    """What the smoke run read: (scenes, parts, choose, counts) of each leg."""
+    scenes = data.read_folder(out / "drawn-scenes-20", 16, cache=out / "cache")
+    buildings = data.read_xbd(out / "drawn-buildings-48", 16, mask=True, cache=out / "cache")
+    return ((scenes, data.split(scenes), data.subset, (4, 8)),
+            (buildings, data.split(buildings, out / "drawn-buildings-48"), data.some_tiles, (12,)))
 
 
 def test_generators_saw_the_training_images_of_their_arm_and_nothing_else(smoke):
-    out = smoke[0]
-    scenes = data.read_folder(out / "drawn-20", 16, cache=out / "cache")
-    parts = data.split(scenes, out / "drawn-20")
-    saved = [data.load_checkpoint(p, "generator") for p in (out / "generators").glob("*.pt")]
-    trained = {tuple(sorted(generator["names"])) for generator in saved}
-    subsets = {tuple(sorted(scenes[data.subset(scenes, parts["train"], count, draw)].names))
-               for count in (4, 8) for draw in (0, 1)}
-    assert trained == subsets and len(trained) == 4
-    assert not {name for names in trained for name in names} & set(scenes[parts["test"]].names)
+    saved = [data.load_checkpoint(p, "generator") for p in (smoke[0] / "generators").glob("*.pt")]
+    trained, expected = {tuple(sorted(generator["names"])) for generator in saved}, set()
+    for scenes, parts, choose, counts in trees(smoke[0]):
+        for count in counts:
+            for draw in (0, 1):
+                real = scenes[choose(scenes, parts["train"], count, draw)]
+                rare = experiment.rare(real) if choose is data.some_tiles else range(8)
+                names = zip(real.names, real.labels.tolist(), strict=True)
+                expected.add(tuple(sorted(name for name, c in names if c in rare)))
+        assert not {name for names in trained for name in names} & set(scenes[parts["test"]].names)
+    assert trained == expected and len(trained) == 6
 
 
 def test_without_git_the_commit_is_left_empty(monkeypatch):
     monkeypatch.setenv("PATH", "")
+    experiment.commit.cache_clear()
     assert experiment.commit() == ""
 
 
 def test_the_page_needs_nothing_but_itself(smoke):
     page = (smoke[0] / "report.html").read_text()
-    assert "http" not in page and "<script" not in page
-    assert page.count("data:image/png;base64,") == 2 == page.count("<img alt=\"") and "<svg" in page
-    assert "python experiment.py --smoke --out" in page and page.count("<tr>") == 11
-    assert Image.open(smoke[0] / "grid.png").width > Image.open(smoke[0] / "grid.png").height
+    assert "http" not in page and "<script" not in page and page.count("<h2>") == 3
+    # per leg a grid and confusions, per count suspects; a chart per leg, a curve if there are two counts
+    assert page.count("data:image/png;base64,") == page.count('<img alt="') == 7
+    assert page.count("<svg") == page.count("aria-label") == 3
+    assert re.search("python experiment.py --out [^ ]+ --smoke", page)
+    for name in (*LEGS["scenes"].arms, *LEGS["buildings"].arms):
+        assert f"<td>{html.escape(name)}<td>" in page
+    for leg in LEGS:
+        assert Image.open(smoke[0] / f"grid-{leg}.png").width > Image.open(smoke[0] / f"grid-{leg}.png").height
 
 
-def test_sharing_a_subset_trains_one_generator_per_count_and_the_verdict_says_so(tmp_path, capsys):
-    cfg = Config(smoke=True, out=str(tmp_path), subsets=1, arms="real,real + synthetic", counts="4")
+def test_sharing_a_subset_trains_one_generator_per_count_and_the_conditions_say_so(smoke, tmp_path, capsys):
+    cfg = Config(smoke=True, data=str(smoke[0] / "drawn-scenes-20"), out=str(tmp_path), subsets=1, counts="4",
+                 arms="real,real + synthetic")
     experiment.main(cfg)
     said = capsys.readouterr().out
     assert "1 draw of the training images" in said and "do not cover another draw" in said
     assert len(list((tmp_path / "generators").glob("*.pt"))) == 1 and len(results(tmp_path)) == 4
 
 
+def test_an_xbd_tree_is_compared_with_and_without_an_event_held_out(tmp_path, capsys):
+    root = data.draw_xbd(tmp_path / "xbd", 32, side=160)
+    flags = dict(smoke=True, data=str(root), out=str(tmp_path / "x"), counts="12", seeds=1)
+    experiment.main(Config(**flags, arms="real,balanced + copy-paste", label="type"))
+    assert "always" in (said := capsys.readouterr().out) and "F1 flooding" in said
+    held = dict(hold_out="drawn-wildfire", arms="balanced,balanced + synthetic")
+    experiment.main(Config(**flags, **held))                        # so few images are judged by no distance
+    said = capsys.readouterr().out
+    assert "drawn-wildfire held out" in said and "macro-F1 in" not in said and len(results(tmp_path / "x")) == 4
+    with pytest.raises(data.Problem, match="no such event"):
+        experiment.main(Config(**flags, hold_out="joplin"))
+    with pytest.raises(data.Problem, match="no building is fire"):        # the only event of its type
+        experiment.main(Config(**flags, **held, label="type"))
+
+
+def test_a_dry_run_prints_the_plan_and_runs_nothing(smoke, tmp_path, capsys):
+    root = smoke[0] / "drawn-buildings-48"
+    experiment.main(Config(smoke=True, dry_run=True, data=str(root), out=str(tmp_path)))
+    said = capsys.readouterr().out
+    assert "2 generators of 10 steps" in said and "minutes on" in said and "MB" in said
+    assert not (tmp_path / "results.csv").exists() and not (tmp_path / "generators").exists()
+
+
+def test_studies_vary_the_mix_and_share_what_is_there(smoke, tmp_path, capsys):
+    cfg = Config(smoke=True, data=str(smoke[0] / "drawn-scenes-20"), out=str(tmp_path), counts="4", seeds=1,
+                 arms="real + synthetic", study="share,filter,soft,counts")
+    experiment.main(cfg)
+    rows = results(tmp_path)
+    said = capsys.readouterr().out
+    # 1 + 4 + 3 + 2 arms, of which three are the mix again, x 4 and the curve's 2 images per class
+    assert len(rows) == 2 * (1 + 3 + 2 + 1) and "share: share 0.25" in said and "soft: soft True" in said
+    page = (tmp_path / "report.html").read_text()
+    assert "Study: share" in page and "Study: filter" in page
+    assert len(list((tmp_path / "teachers").glob("*"))) == 2
+    assert len(list((tmp_path / "generators").glob("*.pt"))) == 2
+
+
+def test_every_study_changes_what_an_arm_is(tmp_path):
+    for study, changes in STUDIES.items():
+        arms = [Arm(**{"source": "generator", "share": 0.5, **change}) for change in changes]
+        assert len(set(arms)) == len(arms)
+        named = Config(study=study, leg="scenes").wanted(LEGS["scenes"])
+        pasting = study == "augment"                                    # scenes have no masks to paste by
+        assert len(named) - len(LEGS["scenes"].arms) == len(arms) - pasting
+
+
+# ---- the pieces
+
+def case_of(tmp_path, leg="scenes", **flags):
+    """A case of the smallest kind, nothing run yet."""
+    return experiment.prepare(Config(smoke=True, out=str(tmp_path), leg=leg, **flags), leg, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def scenes_case(smoke):
+    return case_of(smoke[0])
+
+
+def test_a_source_gives_what_its_arm_says(scenes_case, smoke):
+    case = replace(scenes_case, s=replace(scenes_case.s, made=3))
+    real, fresh = case.choose(4, 0)
+    assert not set(real.names) & set(fresh.names)
+    train = {case.scenes.names[i] for i in case.parts["train"].tolist()}
+    assert set(real.names) | set(fresh.names) == train
+    for name, pool in (("copies", real), ("fresh", fresh)):
+        got, soft = experiment.source(case, Arm(name, 0.5), real, fresh, 0, 0, "")
+        assert soft is None and set(got.names) <= set(pool.names)
+        assert got.labels.bincount().tolist() == [3] * 8
+    got, _ = experiment.source(case, Arm("copies", 0.5, ratio=0.5), real, fresh, 0, 0, "")
+    assert got.labels.bincount().tolist() == [2] * 8
+    assert experiment.source(case, Arm(), real, fresh, 0, 0, "") == (None, None)
+
+
+def test_a_teacher_filters_and_teaches(scenes_case):
+    real, fresh = scenes_case.choose(4, 0)
+    kept = [experiment.source(scenes_case, Arm("fresh", 0.5, keep=k, soft=True), real, fresh, 0, 0, "")
+            for k in (0.0, 1.0, 8.0)]
+    counts = [len(pool) for pool, _ in kept]
+    assert counts[0] > counts[1] > counts[2] == 0
+    for pool, soft in kept[:2]:
+        assert soft.shape == (len(pool), 8) and torch.allclose(soft.sum(1), torch.ones(len(pool)))
+    pool, soft = kept[1]
+    assert (soft.gather(1, pool.labels[:, None]) > 1 / 8).all()
+
+
+def test_rare_classes_are_those_below_the_mean_and_only_they_are_replaced(smoke):
+    case = case_of(smoke[0], "buildings")
+    real, fresh = case.choose(12, 0)
+    assert experiment.rare(real) == [1, 2, 3]
+    for name in ("copies", "fresh"):
+        got, _ = experiment.source(case, Arm(name, 0.5), real, fresh, 0, 0, "")
+        assert set(got.labels.tolist()) == {1, 2, 3}
+    assert experiment.recipe(case, Arm("generator", 0.5), real, 0)["classes"] == [1, 2, 3]
+
+
+def test_leaks_are_caught(smoke, scenes_case):
+    with pytest.raises(AssertionError, match="in the test split"):
+        experiment.check_leaks(scenes_case, scenes_case.test)
+    case = case_of(smoke[0], "buildings", hold_out="drawn-flood")
+    real, _ = case.choose(12, 0)
+    experiment.check_leaks(case, real)
+    smuggled = replace(real, names=[case.test.names[0], *real.names[1:]])
+    with pytest.raises(AssertionError, match="held out is trained on"):
+        experiment.check_leaks(case, smuggled)
+
+
+def test_the_answer_follows_gain_and_p_in_the_words_of_the_claims(monkeypatch, scenes_case):
+    gains = {"+": 0.1, "-": -0.1, "0": 0.001}
+
+    def said(signs, p=0.001):
+        """The answer if the claims' gains have these signs, count by count."""
+        g = [experiment.Gain(gains[c], 0.01, 10, p if c != "0" else 0.9, 0.25, []) for c in signs]
+        found = [(count, *claim) for count in (4, 8) for claim in LEGS["scenes"].claims]
+        both = [(*f, x, x.p) for f, x in zip(found, g, strict=True)]
+        monkeypatch.setattr(experiment, "claims", lambda case: both)
+        return experiment.answer(scenes_case)
+
+    assert said("++++++++").startswith("Synthetic images help. Fresh real images help.")
+    assert said("--0+--0+").startswith("Synthetic images hurt. Fresh real images make no difference")
+    assert "Copies of the real images help (real + copies against real with 8 real images per class)" not in (
+        said("00000000"))
+    mixed = said("+0000000")
+    assert "help (real + synthetic against real with 4 real images per class); they make no" in mixed
+
+
+def test_more_test_images_or_a_clearer_gain_narrow_the_claims(smoke, scenes_case, tmp_path):
+    """Answers written by hand go all the way to the claim."""
+    case = replace(scenes_case, out=tmp_path, rows=[], memory={}, s=replace(scenes_case.s, counts=(4,)))
+    (tmp_path / "predicted").mkdir()
+    truth, rng = case.test.labels.numpy(), np.random.default_rng(0)
+    for arm, right in (("real", 0.3), ("real + fresh real", 0.9), ("real + copies", 0.3)):
+        for seed in range(4):
+            answer = np.where(rng.random(len(truth)) < right, truth, (truth + 1) % 8)
+            np.save(tmp_path / "predicted" / f"{arm} {seed}.npy", answer)
+            (tmp_path / "predicted" / f"{arm} {seed}.npy").rename(tmp_path / "predicted" / f"{arm} {seed}")
+            case.rows.append(dict(run=f"{arm} {seed}", arm=arm, count=4, seed=seed,
+                                  accuracy=(answer == truth).mean()))
+    said = experiment.answer(case)
+    assert said == ("Fresh real images help. Copies of the real images make no difference that so few runs "
+                    "could show.")
+    (_, arm, base, _, g, p), _ = experiment.claims(case)
+    per_seed = [np.mean(experiment.values(case, who, 4, "accuracy")) for who in (arm, base)]
+    assert 100 * g.mean == pytest.approx(per_seed[0] - per_seed[1]) and p == pytest.approx(2 * g.p)
+    assert experiment.points(g) in experiment.as_text(*experiment.claim_rows(case))
+
+
+def test_a_generator_that_memorised_is_caught_and_one_that_did_not_is_not(scenes_case, tmp_path):
+    """Copies that are turned and a little noisy, and fresh drawings in their place."""
+    case = replace(scenes_case, out=tmp_path, parts=data.split(scenes_case.scenes))
+    real, fresh = case.choose(4, 0)
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randint(-8, 9, real.images.shape, generator=g)
+    copied = replace(real, images=(real.images.rot90(1, (2, 3)).int() + noise).clamp(0, 255).to(torch.uint8))
+    odd = torch.arange(len(fresh)) % 2 == 1
+    for synthetic, answer in ((copied, "Many are copies"), (fresh[~odd], "No sign of copies")):
+        found = experiment.judge(case, real, synthetic, fresh[odd], "")
+        assert experiment.copying(found).startswith(answer) and Image.open(found["sheet"]).width > 16 * 16
+        assert json.loads(json.dumps(found)) == found
+
+
+def test_the_floor_of_every_distance_is_measured_on_as_many_images_of_the_same_classes(scenes_case):
+    s = scenes_case.scenes
+    a, b = experiment.alike(s[s.labels < 5], s[torch.arange(0, len(s), 3)])
+    assert a.labels.bincount().tolist() == b.labels.bincount().tolist()
+    assert set(a.labels.tolist()) == {0, 1, 2, 3, 4}
+    found = experiment.compare(lambda x: x.flatten(1)[:, :8], a, a, b)
+    assert found["real frechet"] == pytest.approx(0, abs=1e-6) and found["synthetic frechet"] > 0.001
+
+
+SCENES, BUILDINGS = ["--smoke", "--data", "drawn-scenes-20"], ["--smoke", "--data", "drawn-buildings-48"]
+
+
 @pytest.mark.parametrize("argv, message", [
-    (["--arms", "real,fake"], "unknown arm fake"), (["--seed", "3"], "--seed"), (["--counts", "ten"], "ten"),
-    (["--scale", "huge"], "--scale huge"), (["--data", "/nowhere"], "no folder /nowhere"),
-    (["--smoke", "--size", "18"], "--size 18"), (["--smoke", "--counts", "4,99"], "fewer than the 99")])
-def test_a_mistake_is_one_line_and_exit_code_2(argv, message, tmp_path, capsys):
+    (["--arms", "real,fake"], "unknown arm fake"), (["--seed", "3"], "--seed"),
+    (["--leg", "scenes", "--counts", "ten"], "ten"), (["--counts", "3"], "of which --leg"),
+    (["--study", "size"], "unknown study size"), (["--scale", "huge"], "unknown scale huge"),
+    (["--data", "/nowhere"], "no folder /nowhere"), ([*SCENES, "--leg", "scenes"], "--leg scenes"),
+    (["--smoke", "--size", "18"], "--size 18"), (["--label", "colour"], "unknown label colour"),
+    ([*SCENES, "--arms", "balanced"], "no arm for scenes"),
+    ([*SCENES, "--counts", "4,99"], "fewer than the 99"),
+    ([*SCENES, "--hold-out", "flood"], "only an xBD tree has events"),
+    ([*BUILDINGS, "--counts", "99"], "99 training tiles")])
+def test_a_mistake_is_one_line_and_exit_code_2(argv, message, smoke, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(smoke[0])
     with pytest.raises(SystemExit) as error:
         data.launch(experiment.main, Config, [*argv, "--out", str(tmp_path)])
     err = capsys.readouterr().err
@@ -119,93 +332,21 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, tmp_path, capsys):
     assert not (tmp_path / "results.csv").exists() and not (tmp_path / "generators").exists()
 
 
-def test_an_xbd_tree_is_not_compared_by_accuracy(tmp_path):
-    root = data.draw_xbd(tmp_path / "xbd", 4, side=64)
-    with pytest.raises(data.Problem, match="xBD tree"):
-        experiment.main(Config(smoke=True, data=str(root), out=str(tmp_path / "x")))
-
-
 def test_drawn_scenes_stay_small_and_data_on_a_gpu_are_compared_in_full(monkeypatch):
     for gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        assert Config().resolved() == experiment.SCALES["small"]
-        assert Config(data="x").resolved() == experiment.SCALES["full" if gpu else "small"]
+        for leg, scales in experiment.SCALES.items():
+            assert Config().resolved(leg) == scales["small"]
+            assert Config(data="x").resolved(leg) == scales["full" if gpu else "small"]
 
 
 def test_flags_change_what_they_name_and_nothing_else():
-    base = Config(scale="small").resolved()
-    s = Config(scale="small", counts="5", seeds=7, subsets=2, made=9, w=3.0).resolved()
+    base = Config(scale="small").resolved("scenes")
+    s = Config(scale="small", data="x", counts="5", seeds=7, subsets=2, made=9, w=3.0).resolved("scenes")
     assert s == replace(base, counts=(5,), seeds=7, subsets=2, made=9, w=3.0)
-    assert Config(counts="8,4,8").resolved().counts == (4, 8)
-    s = Config(scale="full", size=32, gen_steps=11, cls_steps=12).resolved()
+    assert Config(leg="buildings", counts="8,0,4,8").resolved("buildings").counts == (4, 8, 0)
+    assert Config(study="counts").resolved("scenes").counts == (3, 5, 10, 20, 40)
+    s = Config(scale="full", size=32, gen_steps=11, cls_steps=12).resolved("scenes")
     assert (s.gen.size, s.cls.size, s.cls.patch, s.gen.steps, s.cls.steps) == (32, 32, 4, 11, 12)
-    assert experiment.command(Config(counts="5", w=3.0)) == "python experiment.py --counts 5 --w 3.0"
-
-
-# ---- statistics
-
-@pytest.mark.parametrize("dof, q", [(1, 12.7062), (2, 4.3027), (4, 2.7764), (10, 2.2281), (1000, 1.9623)])
-def test_t_quantile_is_the_tables(dof, q):
-    assert t_quantile(0.975, dof) == pytest.approx(q, rel=2e-3)
-
-
-def test_the_interval_is_students_where_only_seeds_differ_and_where_only_images_do():
-    seeds = np.array([0.1, 0.3, 0.2, 0.5])
-    mean, half = interval(np.repeat(seeds[:, None], 50, axis=1))
-    assert mean == pytest.approx(0.275) and half == pytest.approx(3.1824 * seeds.std(ddof=1) / 2, rel=1e-3)
-    images = np.tile([1.0, 0.0, 0.0, -1.0, 1.0], 20)
-    mean, half = interval(np.repeat(images[None], 3, axis=0))
-    assert mean == pytest.approx(0.2) and half == pytest.approx(1.9842 * images.std(ddof=1) / 10, rel=1e-3)
-
-
-def test_the_interval_covers_a_known_difference_in_95_of_100_cases():
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(600):
-        seed, image = 0.02 * rng.standard_normal((5, 1)), 0.2 * rng.standard_normal((1, 150))
-        mean, half = interval(0.03 + seed + image + 0.3 * rng.standard_normal((5, 150)))
-        covered += abs(mean - 0.03) <= half
-    assert 0.93 <= covered / 600 <= 0.975
-
-
-def test_no_difference_at_all_is_no_difference():
-    assert interval(np.zeros((3, 20))) == (0.0, 0.0) and "no difference" in experiment.in_words((0.0, 0.0))
-
-
-def test_words_follow_the_interval():
-    said = [experiment.in_words(gain).split()[0] for gain in ((0.03, 0.02), (-0.03, 0.02), (0.01, 0.02))]
-    assert said == ["help", "hurt", "make"] and experiment.points((0.031, 0.027)) == "+3.1 [+0.4, +5.8]"
-
-
-# ---- copies
-
-def test_the_8_symmetries_are_all_there_and_differ():
-    x = torch.arange(2 * 3 * 16, dtype=torch.uint8).view(2, 3, 4, 4)
-    eight = symmetries(x)
-    assert eight.shape == (8, 2, 3, 4, 4) and len({s.numpy().tobytes() for s in eight}) == 8
-    again = symmetries(x.rot90(1, (2, 3)).flip(2))
-    assert {s.numpy().tobytes() for s in again} == {s.numpy().tobytes() for s in eight}
-
-
-def test_a_turned_copy_is_found_and_turned_back():
-    g = torch.Generator().manual_seed(0)
-    pool = torch.randint(256, (20, 3, 8, 8), generator=g, dtype=torch.uint8)
-    distance, which, turned = nearest(torch.stack([pool[7].rot90(3, (1, 2)).flip(2), pool[3]]), pool)
-    assert which.tolist() == [7, 3] and distance.max() < 0.1 and (turned == pool[which]).all()
-    brighter = (pool[:1] // 2 + 10)
-    expected = (brighter.float() - pool[0].float()).square().mean().sqrt()
-    assert nearest(brighter, pool[:1])[0].item() == pytest.approx(expected.item(), rel=1e-3)
-
-
-def test_copies_are_told_from_new_images():
-    g = torch.Generator().manual_seed(0)
-
-    def scenes(images):
-        n = len(images)
-        return Scenes(images, torch.zeros(n, dtype=torch.long), ["a"], [""] * n, torch.arange(n))
-
-    drawn = (torch.randint(256, (40, 3, 8, 8), generator=g, dtype=torch.uint8) for _ in range(3))
-    real, held, new = map(scenes, drawn)
-    copied = scenes((real.images.int() + 3).clamp(0, 255).to(torch.uint8))
-    said = [experiment.copies(real, s, held)[1] for s in (copied, new)]
-    share = [int(re.search(r"in (\d+) % of pairs", sentence)[1]) for sentence in said]
-    assert share[0] == 100 and 35 < share[1] < 65
+    line = experiment.command(Config(data="my data", counts="5", w=3.0, dry_run=True))
+    assert line == "python experiment.py --data 'my data' --dry-run --counts 5 --w 3.0"
