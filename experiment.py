@@ -217,8 +217,8 @@ class Config:
         for study in filter(None, self.study.split(",")):
             for change in STUDIES[study]:
                 if leg.rare or change.get("augment") != "copypaste":            # scenes have no masks
-                    told = next(f"{k} {v}" for k, v in reversed(change.items()))
-                    arms[f"{study}: {told}"] = replace(leg.arms[leg.mix], **change)
+                    *_, value = change.values()
+                    arms[f"{study}: {value}"] = replace(leg.arms[leg.mix], **change)
         return arms
 
 
@@ -258,14 +258,14 @@ class Case:
 # ---- the runs
 
 def main(cfg):
-    """The script: run what is missing, renew the page on the way, print tables and verdicts."""
+    """The script: run what is missing, renew the page on the way, print tables and answers. -> [Case]."""
     out = Path(cfg.out)
     cases = [prepare(cfg, name, out) for name in cfg.legs()]
     stored = read_results(out)                           # all runs; those of this comparison: case.rows
     for case in cases:
         plan(case, stored)
     if cfg.dry_run:
-        return
+        return cases
     for case in cases:
         for seed in range(case.s.seeds):
             for count in case.s.counts:
@@ -276,6 +276,7 @@ def main(cfg):
         assert len(budgets) == 1, f"arms of unequal budget: {budgets}"
         print("", told(case), sep="\n")
     print(f"\nThe page: {out / 'report.html'}   Every run: {out / 'results.csv'}")
+    return cases
 
 
 def prepare(cfg, name, out):
@@ -721,7 +722,7 @@ def claims(case):
 
 def claim_rows(case):
     """The claims as a table: header and rows."""
-    header = [case.leg.per, "claim", "gain", "p after Holm", "p by sign flips", "found in 4 of 5 cases"]
+    header = [case.leg.per, "claim", "gain", "p after Holm", "p by sign flips", "detectable gain"]
     return header, [[str(count or "all"), f"{arm} against {base}", points(g), f"{p:.3f}", f"{g.flip:.2f}",
                      f"{100 * g.detectable:.1f}"] for count, arm, base, _, g, p in claims(case)]
 
@@ -970,8 +971,8 @@ def svg(parts, foot, legend, title):
         parts.append(f'<text x="60" y="{foot + 38 + 18 * k}"><tspan class="c{k % 4}">●</tspan> '
                      f'{html.escape(name)}</text>')
     title = html.escape(title)
-    return (f'<figure><svg viewBox="0 0 700 {foot + 30 + 18 * len(legend)}" role="img" aria-label="{title}">'
-            f'{"".join(parts)}</svg><figcaption>{title}</figcaption></figure>')
+    return (f'<figure><div class="scroll"><svg viewBox="0 0 700 {foot + 30 + 18 * len(legend)}" role="img" aria-label="{title}">'
+            f'{"".join(parts)}</svg></div><figcaption>{title}</figcaption></figure>')
 
 
 STYLE = """
@@ -987,7 +988,7 @@ table { border-collapse: collapse; white-space: nowrap; font-variant-numeric: ta
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line) }
 th { white-space: normal; vertical-align: bottom } .lead { font-size: 1.2rem }
 figure { margin: 1.5rem 0 } img { max-width: 100% } figcaption { opacity: .8 }
-svg { width: 100%; max-width: 44rem; font-size: 13px } text { fill: var(--ink) } .tick { stroke: var(--line) }
+svg { width: 100%; min-width: 34rem; max-width: 44rem; font-size: 13px } text { fill: var(--ink) } .tick { stroke: var(--line) }
 .c0 { fill: var(--c0); stroke: var(--c0) } .c1 { fill: var(--c1); stroke: var(--c1) }
 .c2 { fill: var(--c2); stroke: var(--c2) } .c3 { fill: var(--c3); stroke: var(--c3) }
 circle { fill-opacity: .5; stroke: none } .mean { stroke-width: 3 } tspan { stroke: none }
@@ -1020,7 +1021,9 @@ def section(case):
     score, most = TITLES[case.leg.scores[0]], case.s.counts[-1]
     arm, base, _ = case.leg.claims[0]
     parts = [f"<h2>{html.escape(case.title)}</h2><p class=lead>{html.escape(answer(case))}",
-             as_html(*claim_rows(case)), f"<p>{html.escape(conditions(case))}", "<h3>All arms</h3>",
+             as_html(*claim_rows(case)), "<p>Gains in percentage points; detectable: a gain that would have been "
+             "found in 4 of 5 such comparisons. With fewer than 6 seeds sign flips cannot reach 5 %.",
+             f"<p>{html.escape(conditions(case))}", "<h3>All arms</h3>",
              as_html(*main_rows(case)),
              chart(case, [name for name in run if name in case.leg.arms],
                    f"{score} on the test split: a dot per seed, a bar at the mean")]

@@ -173,7 +173,7 @@ def test_studies_vary_the_mix_and_share_what_is_there(smoke, tmp_path, capsys):
     rows = results(tmp_path)
     said = capsys.readouterr().out
     # 1 + 4 + 3 + 2 arms, of which three are the mix again, x 4 and the curve's 2 images per class
-    assert len(rows) == 2 * (1 + 3 + 2 + 1) and "share: share 0.25" in said and "soft: soft True" in said
+    assert len(rows) == 2 * (1 + 3 + 2 + 1) and "share: 0.25" in said and "soft: True" in said
     page = (tmp_path / "report.html").read_text()
     assert "Study: share" in page and "Study: filter" in page
     assert len(list((tmp_path / "teachers").glob("*"))) == 2
