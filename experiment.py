@@ -570,9 +570,12 @@ def gain(a, b, groups):
         seed + group - rest:    what varies over the seeds / S, what the mean varies over the resampled test
                                 sets, and the share that both contain: what varies over seed and group at once
 
-    with the degrees of freedom of Satterthwaite 1946, at least those of the scarcer sample. For the mean of
-    an answer's score, like accuracy, this is the classical estimate up to the noise of the bootstrap; for any
-    other statistic, the same to first order. Against b = 0 it is the interval of an arm's own score.
+    with the degrees of freedom of Satterthwaite 1946, at least those of the scarcer sample. For a mean over
+    answers, like accuracy, this is the classical estimate up to the noise of the bootstrap; for any other
+    statistic, the same to first order. With 5 seeds or more the 95 % interval covers the truth in 94 to 95 %
+    of cases, whichever of the three variances is the largest; with 3 seeds in 93 % and with 2 in 88 % where
+    the seeds' is, because so few often agree by chance. Against b = 0 it is the interval of an arm's own
+    score.
     """
     d = np.asarray(a) - b
     S = len(d)
@@ -970,8 +973,8 @@ def svg(parts, foot, legend, title):
     for k, name in enumerate(legend):
         parts.append(f'<text x="60" y="{foot + 38 + 18 * k}"><tspan class="c{k % 4}">●</tspan> '
                      f'{html.escape(name)}</text>')
-    title = html.escape(title)
-    return (f'<figure><div class="scroll"><svg viewBox="0 0 700 {foot + 30 + 18 * len(legend)}" role="img" aria-label="{title}">'
+    title, height = html.escape(title), foot + 30 + 18 * len(legend)
+    return (f'<figure><div class="scroll"><svg viewBox="0 0 700 {height}" role="img" aria-label="{title}">'
             f'{"".join(parts)}</svg></div><figcaption>{title}</figcaption></figure>')
 
 
@@ -988,7 +991,8 @@ table { border-collapse: collapse; white-space: nowrap; font-variant-numeric: ta
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line) }
 th { white-space: normal; vertical-align: bottom } .lead { font-size: 1.2rem }
 figure { margin: 1.5rem 0 } img { max-width: 100% } figcaption { opacity: .8 }
-svg { width: 100%; min-width: 34rem; max-width: 44rem; font-size: 13px } text { fill: var(--ink) } .tick { stroke: var(--line) }
+svg { width: 100%; min-width: 34rem; max-width: 44rem; font-size: 13px }
+text { fill: var(--ink) } .tick { stroke: var(--line) }
 .c0 { fill: var(--c0); stroke: var(--c0) } .c1 { fill: var(--c1); stroke: var(--c1) }
 .c2 { fill: var(--c2); stroke: var(--c2) } .c3 { fill: var(--c3); stroke: var(--c3) }
 circle { fill-opacity: .5; stroke: none } .mean { stroke-width: 3 } tspan { stroke: none }
@@ -1021,7 +1025,7 @@ def section(case):
     score, most = TITLES[case.leg.scores[0]], case.s.counts[-1]
     arm, base, _ = case.leg.claims[0]
     parts = [f"<h2>{html.escape(case.title)}</h2><p class=lead>{html.escape(answer(case))}",
-             as_html(*claim_rows(case)), "<p>Gains in percentage points; detectable: a gain that would have been "
+             as_html(*claim_rows(case)), "<p>Gains in percentage points; detectable: what would have been "
              "found in 4 of 5 such comparisons. With fewer than 6 seeds sign flips cannot reach 5 %.",
              f"<p>{html.escape(conditions(case))}", "<h3>All arms</h3>",
              as_html(*main_rows(case)),

@@ -182,7 +182,7 @@ def tally(labels, predicted, groups, K):
 
 
 def f1(counts):
-    """F1 of each class, (..., 3, K) -> (..., K): 2 P R / (P + R), 0 where it neither is nor is called."""
+    """F1 of each class, 2 P R / (P + R), (..., 3, K) -> (..., K); 0 for one that nothing is or is called."""
     hits, truth, called = np.moveaxis(counts, -2, 0)
     return 2 * hits / np.maximum(truth + called, 1)
 

@@ -208,7 +208,7 @@ def generate(generator, y, seed, calls=20, w=1.5, batch=256, title="images"):
 def frechet(a, b):
     """Fréchet distance of Gaussians fitted to features a (N, D) and b (M, D): Heusel et al. 2017, Eq. 6.
 
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), a squared distance, 0 if they are the same.
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): a squared distance, 0 if both moments are equal.
     With C_a = A'A and C_b = B'B the trace of the root is the sum of the singular values of A B', which needs
     no root of a matrix and is exact where N < D leaves C_a without full rank. A is the triangle of the QR
     decomposition of the centred features. Fewer images read as a larger distance: compare at equal N only.
@@ -216,7 +216,8 @@ def frechet(a, b):
     a, b = a.double(), b.double()
     A, B = (torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R for x in (a, b))
     root = torch.linalg.svdvals(A @ B.mT).sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2 * root).item()
+    shift = (a.mean(0) - b.mean(0)).square().sum()
+    return max(0.0, (shift + A.square().sum() + B.square().sum() - 2 * root).item())
 
 
 def radii(x, k):
@@ -230,13 +231,14 @@ def prdc(real, fake, k=5):
     A ball around each image reaches to its k-th nearest neighbour among its own kind.
 
         precision   share of the fakes inside the ball of any real image     Kynkäänniemi et al. 2019, Eq. 2
-        recall      share of the real images inside the ball of any fake     (as written by Naeem et al. 2020)
-        density     in how many real balls a fake is, over k; an outlier's ball adds little  Naeem et al.
-        coverage    share of the real balls with a fake inside               2020, section 3
+        recall      share of the real images inside the ball of any fake     the same
+        density     in how many real balls a fake is, over k                 Naeem et al. 2020, section 3
+        coverage    share of the real balls with a fake inside               the same
 
-    For two samples of one distribution density is 1 on average and coverage 1 - 2^-k at N = M (their Lemmas),
-    while precision and recall depend on D: .48 for Gaussians in 1,000 dimensions. So print the same of
-    held-out real images beside it, at equal N and M.
+    One outlier with a large ball lifts precision to 1, but density by no more than 1 / k. For two samples of
+    one distribution density is 1 on average and coverage 1 - 2^-k at N = M (their Lemmas 1 and 2), while
+    precision and recall depend on it: .48 for Gaussians in 1,000 dimensions. So print the same of held-out
+    real images beside it, at equal N and M.
     """
     real, fake = real.double(), fake.double()
     around_real, around_fake = radii(real, k), radii(fake, k)
@@ -263,8 +265,8 @@ def nearest(turned, pool, chunk=256):
 
     turned (8, N, D): pixels or features of symmetries(images); pool (M, D): of the images as they are, both
     uint8 or float. The distance (N,) is the root mean square difference of the D numbers, in their unit;
-    which (N,) counts in the pool, turn (N,) in the 8. So many images and four times as many of the pool are
-    floats at once: neither is copied as a whole.
+    which (N,) counts in the pool, turn (N,) in the 8. Only `chunk` images and four times as many of the pool
+    are floats at a time: neither is copied as a whole.
     """
     found = []
     for part in turned.split(chunk, dim=1):
@@ -289,8 +291,9 @@ def mann_whitney(a, b):
     The share U / (n m) of pairs, .5 if neither is smaller, and the one-sided p-value of so large a share
     (Mann and Whitney 1947), in the normal approximation with corrections for ties and for continuity: good
     from 8 or so values each. With a the distances of synthetic images to their nearest training image and b
-    those of held-out real images, a share near 1 says copies and .5 or less does not (Meehan et al. 2020).
-    Distances, not images, are compared: blurred pictures are near to everything, so look at the pairs too.
+    those of held-out real images of the same classes, a share near 1 says copies and .5 or less does not
+    (Meehan et al. 2020). Only distances are compared, and flat pictures are near to everything: look at the
+    nearest pairs too.
     """
     a, b = a.double(), b.double().sort().values
     n, m = len(a), len(b)

@@ -12,7 +12,7 @@ import data
 import train_cls
 from augment import AUGMENTATIONS
 from data import Problem, Scenes
-from train_cls import Config, confusion, fit, load_classifier, predict, scores
+from train_cls import Config, confusion, fit, load_classifier, predict
 
 TINY = Config(size=8, patch=4, dim=16, depth=1, heads=2, steps=6, batch=16, warmup=2, augment="none")
 
@@ -152,26 +152,6 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 def test_confusion_counts_truth_by_row_and_answer_by_column():
     matrix = confusion(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 1]), 3)
     assert matrix.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
-
-
-def test_scores_are_the_textbooks():
-    truth, answer = torch.randint(4, (500,)), torch.randint(4, (500,))
-    s, f1 = scores(confusion(truth, answer, 4)), []
-    for c in range(4):
-        tp = ((truth == c) & (answer == c)).sum().item()
-        precision, recall = tp / (answer == c).sum().item(), tp / (truth == c).sum().item()
-        assert s["recall"][c] == pytest.approx(recall)
-        f1.append(2 * precision * recall / (precision + recall))
-    assert s["accuracy"] == pytest.approx((truth == answer).float().mean().item())
-    assert s["macro_f1"] == pytest.approx(sum(f1) / 4)
-
-
-def test_an_oracle_scores_1_and_a_constant_the_share_of_its_class():
-    truth, constant = torch.tensor([0, 0, 0, 1]), torch.zeros(4, dtype=torch.long)
-    assert scores(confusion(truth, truth, 2)) == dict(accuracy=1.0, macro_f1=1.0, recall=[1.0, 1.0])
-    assert scores(confusion(truth, constant, 2))["accuracy"] == 0.75
-    absent = scores(confusion(truth, constant, 3))                       # class 2 never occurs
-    assert absent["macro_f1"] == pytest.approx(6 / 7 / 3)
 
 
 @pytest.mark.parametrize("kw, message", [
