@@ -436,3 +436,77 @@ def test_a_real_tile_gives_a_crop_of_its_pixels(tmp_path):
         with Image.open(tree / f"train/images/{name}_{time}_disaster.png") as pil:
             expected = torch.from_numpy(np.array(pil)[284:348, 484:548]).permute(2, 0, 1)
         assert_close(images[k:k + 3], expected)
+
+
+# ---- splits
+
+@pytest.fixture(scope="module")
+def sixty_four(tmp_path_factory):
+    """64 drawn tiles, 16 of them in test: (root, its buildings)."""
+    root = data.draw_xbd(tmp_path_factory.mktemp("drawn") / "xbd", 64, side=128)
+    return root, data.read_xbd(root, 8, cache=root.parent / "cache")
+
+
+def folders(scenes, index):
+    return {scenes.names[i].split("/")[0] for i in index.tolist()}
+
+
+def events(scenes, index):
+    return {data.event_of(scenes.names[i]) for i in index.tolist()}
+
+
+@pytest.mark.parametrize("hold_out", ["", "drawn-flood"])
+def test_no_tile_is_cut_and_every_building_is_in_one_part(sixty_four, hold_out):
+    root, scenes = sixty_four
+    parts = data.split(scenes, root, hold_out=hold_out)
+    assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(len(scenes)))
+    tiles = [set(scenes.groups[index].tolist()) for index in parts.values()]
+    assert not (tiles[0] & tiles[1] or tiles[0] & tiles[2] or tiles[1] & tiles[2])
+    assert 0.7 < len(tiles[0]) / (len(tiles[0]) + len(tiles[1])) < 0.8
+    if hold_out:
+        assert events(scenes, parts["test"]) == {hold_out}
+        assert hold_out not in events(scenes, parts["train"]) | events(scenes, parts["val"])
+    else:
+        assert folders(scenes, parts["test"]) == {"test"} and folders(scenes, parts["train"]) == {"train"}
+
+
+def test_without_an_official_test_split_some_tiles_are_it(sixty_four):
+    root, scenes = sixty_four
+    mine = scenes[torch.tensor([name.startswith("train/") for name in scenes.names])]
+    parts = data.split(mine, root)
+    tiles = [len(mine.groups[parts[part]].unique()) for part in ("train", "val", "test")]
+    total = len(mine.groups.unique())
+    assert sum(tiles) == total and np.allclose(np.array(tiles) / total, [0.6, 0.2, 0.2], atol=0.03)
+
+
+@pytest.mark.parametrize("tiles", range(2, 14))
+def test_however_few_the_other_tiles_none_goes_to_the_test_split_of_the_event_held_out(tiles):
+    names = [f"train/a_{k:08d}/u" for k in range(tiles)] + ["train/b_00000000/u"]
+    n = len(names)
+    scenes = data.Scenes(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), ["x"],
+                         names, torch.arange(n))
+    parts = data.split_tiles(scenes, "b", 0, (0.6, 0.2, 0.2))
+    assert parts["test"].tolist() == [tiles] and len(parts["train"]) + len(parts["val"]) == tiles
+
+
+def test_a_subset_of_tiles_is_whole_nested_and_tells_what_is_missing(sixty_four):
+    root, scenes = sixty_four
+    train = data.split(scenes, root)["train"]
+    few, more, every = (set(data.some_tiles(scenes, train, n, 0).tolist()) for n in (12, 24, 0))
+    assert few < more < every == set(train.tolist())
+    few = torch.tensor(sorted(few))
+    assert len(scenes.groups[few].unique()) == 12
+    assert torch.isin(scenes.groups[train], scenes.groups[few]).sum() == len(few)
+    assert data.some_tiles(scenes, train, 12, 1).tolist() != few.tolist()
+    with pytest.raises(Problem, match="99 training tiles asked for, of"):
+        data.some_tiles(scenes, train, 99, 0)
+    with pytest.raises(Problem, match="no building is .* in 1 training tiles"):
+        data.some_tiles(scenes, train, 1, 0)
+
+
+def test_only_xbd_has_events_and_only_its_own(sixty_four, tmp_path):
+    root, scenes = sixty_four
+    with pytest.raises(Problem, match="no such event; there are drawn-earthquake, drawn-flood"):
+        data.split(scenes, root, hold_out="joplin-tornado")
+    with pytest.raises(Problem, match="only an xBD tree"):
+        data.split(scenes, tmp_path, hold_out="drawn-flood")
