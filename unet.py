@@ -48,6 +48,21 @@ def zero(layer):
     return layer
 
 
+class Norm(nn.GroupNorm):
+    """GroupNorm of 8 groups in the precision of its input; inside, sums are float32 in any case.
+
+    autocast would turn it into float32 on a GPU: twice the bytes to move, and 77 MB instead of 47 to keep for
+    the backward pass, per image of 64 px at the default width.
+    """
+
+    def __init__(self, channels):
+        super().__init__(8, channels)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, 8, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """Two convolutions around a residual; between them the embedding scales and shifts (AdaGN).
 
@@ -57,13 +72,13 @@ class Block(nn.Module):
 
     def __init__(self, c_in, c_out, emb, attention=False):
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, c_in)
+        self.norm1 = Norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.scale_shift = nn.Linear(emb, 2 * c_out)
-        self.norm2 = nn.GroupNorm(8, c_out)
+        self.norm2 = Norm(c_out)
         self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.norm3 = nn.GroupNorm(8, c_out) if attention else None
+        self.norm3 = Norm(c_out) if attention else None
         self.attention = Attention(c_out, heads=max(1, c_out // 64)) if attention else None
         if attention:
             zero(self.attention.out)
@@ -125,7 +140,7 @@ class UNet(nn.Module):
             self.up.append(Level(level, double if i < last else nn.Identity()))
         assert not skips
         out = zero(nn.Conv2d(c, channels * patch**2, 3, padding=1))
-        self.head = nn.Sequential(nn.GroupNorm(8, c), nn.SiLU(), out)
+        self.head = nn.Sequential(Norm(c), nn.SiLU(), out)
 
     def forward(self, x, t, cond):
         factor = self.patch * 2 ** (len(self.down) - 1)

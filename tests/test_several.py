@@ -10,10 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import test_train_cls
-import test_train_gen
 import torch
-from test_train_cls import numbered
 from torch.testing import assert_close
 
 import data
@@ -21,8 +18,17 @@ import train_cls
 import train_gen
 from data import Problem
 
-GEN = replace(test_train_gen.TINY, batch=7, augment="hflip,rot90")      # 7 is 3 images for one, 4 for another
-CLS = replace(test_train_cls.TINY, batch=7, share=0.5, augment="hflip,cutmix")
+GEN = train_gen.Config(size=8, width=16, mults=(1, 2), blocks=1, timesteps=100, steps=6, batch=7, warmup=2,
+                       augment="hflip,rot90")               # of 7 images, one process has 3 and one has 4
+CLS = train_cls.Config(size=8, patch=4, dim=16, depth=1, heads=2, steps=6, batch=7, warmup=2, share=0.5,
+                       augment="hflip,cutmix")
+
+
+def numbered(n, start=0):
+    """n images that are one grey level each, of two classes."""
+    level = torch.arange(start, start + n, dtype=torch.uint8).view(-1, 1, 1, 1)
+    return data.Scenes(level.expand(-1, 3, 8, 8).contiguous(), torch.arange(n) % 2, ["a", "b"],
+                       [f"{k}.png" for k in range(start, start + n)], torch.arange(n))
 
 
 def work(out):

@@ -3,8 +3,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+import data
 import unet
 from unet import Condition, UNet, timestep_embedding
 
@@ -102,3 +104,14 @@ def test_the_demo_prints_the_shapes_on_the_way_through(capsys):
     said = capsys.readouterr().out
     assert "mid              (2, 256, 16, 16) -> (2, 256, 16, 16)" in said
     assert said.endswith("UNet             (2, 3, 64, 64) -> (2, 3, 64, 64)\n")
+
+
+def test_norms_keep_the_precision_of_their_input_and_are_group_norm():
+    device = data.pick_device()
+    norm, x = unet.Norm(16).to(device), torch.randn(2, 16, 4, 4, device=device) + 3
+    with torch.autocast(device.type, torch.bfloat16):
+        half = norm(x.bfloat16())                       # on a GPU, autocast would make this float32
+    plain = nn.functional.group_norm(x, 8, norm.weight, norm.bias)
+    assert half.dtype == torch.bfloat16
+    assert_close(half.float(), plain, rtol=0, atol=0.05)
+    assert_close(norm(x), plain)
