@@ -270,11 +270,10 @@ def main(cfg):
         for seed in range(case.s.seeds):
             for count in case.s.counts:
                 cell(case, count, seed, stored)
-                report(cases, cfg, out)
-    for case in cases:
+                report(cases, cfg, out)                  # a comparison half done has its page already
         budgets = {(row["steps"], row["images"]) for row in case.rows}
         assert len(budgets) == 1, f"arms of unequal budget: {budgets}"
-        print("", told(case), sep="\n")
+    print("", *map(told, cases), sep="\n\n")
     print(f"\nThe page: {out / 'report.html'}   Every run: {out / 'results.csv'}")
     return cases
 
@@ -290,7 +289,7 @@ def prepare(cfg, name, out):
     else:
         scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache)
     parts = data.split(scenes, root, hold_out=cfg.hold_out)
-    title = root.resolve().name if cfg.data else f"drawn {name}"
+    title = "/".join(root.resolve().parts[-2:]) if cfg.data else f"drawn {name}"
     title += f" with {cfg.hold_out} held out" if cfg.hold_out else ""
     case = Case(name, leg, cfg.wanted(leg), s, cfg, title, scenes, parts, scenes[parts["test"]], out)
     if not case.arms:
@@ -305,6 +304,7 @@ def cell(case, count, seed, stored):
     s, draw = case.s, seed % case.s.subsets
     real, fresh = case.choose(count, draw)
     check_leaks(case, real)
+    check_leaks(case, fresh)
     what, scored = f"{case.name}, {amount(case, count)}, seed {seed + 1} of {s.seeds}", []
     if any(arm.source == "generator" for arm in case.arms.values()):
         synthetic = synthesize(case, recipe(case, case.leg.arms[case.leg.mix], real, draw), real, what)

@@ -99,6 +99,25 @@ def trees(out):
             (buildings, data.split(buildings, out / "drawn-buildings-48"), data.some_tiles, (12,)))
 
 
+def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, monkeypatch, capsys):
+    cfg = Config(smoke=True, data=str(smoke[0] / "drawn-scenes-20"), out=str(tmp_path), counts="4",
+                 arms="real,real + augmentation")
+    fit, calls = experiment.train_cls.fit, []
+
+    def fit_thrice(real, synthetic, cfg, *args, **kw):
+        if cfg.steps == 10 and calls.append(kw.get("title")) is None and len(calls) == 4:
+            raise KeyboardInterrupt
+        return fit(real, synthetic, cfg, *args, **kw)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(experiment.train_cls, "fit", fit_thrice)
+        m.setattr(experiment, "step_times", lambda case: (0, 0))
+        experiment.main(cfg)
+    assert len(results(tmp_path)) == 3 and "No answer yet" in (tmp_path / "report.html").read_text()
+    experiment.main(cfg)
+    assert len(results(tmp_path)) == 4 and "1 classifiers of 10 steps" in capsys.readouterr().out
+
+
 def test_generators_saw_the_training_images_of_their_arm_and_nothing_else(smoke):
     saved = [data.load_checkpoint(p, "generator") for p in (smoke[0] / "generators").glob("*.pt")]
     trained, expected = {tuple(sorted(generator["names"])) for generator in saved}, set()
