@@ -527,7 +527,7 @@ def student(dof):
 
     With x = sinh(u) and u evenly spaced, the grid is dense at 0 and reaches as far as the heaviest tails.
     """
-    u = np.linspace(0, 40, 40_001)
+    u = np.linspace(0, 20, 20_001)
     x = np.sinh(u)
     density = np.exp(-(dof + 1) / 2 * np.log1p(x**2 / dof)) * np.cosh(u)   # of u, but for a constant
     tail = np.append((density[1:] + density[:-1])[::-1].cumsum()[::-1], 0)

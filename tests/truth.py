@@ -23,9 +23,9 @@ def main(out, repeats=20):
     """Run the comparisons, or take what is there; print each gain, then how often it was called a help."""
     helped = {}
     for k in range(repeats):
-        root = data.draw_tree(out / f"drawn-{k}", 100, seed=100 + k)
+        root = data.draw_tree(out / f"drawn-{k}", 160, seed=100 + k)
         cfg = experiment.Config(data=str(root), out=str(out / str(k)), scale="small", arms=ARMS, counts="5",
-                                seeds=4, subsets=4, cls_steps=150)
+                                seeds=6, subsets=6, cls_steps=200)
         with contextlib.redirect_stdout(io.StringIO()):
             case, = experiment.main(cfg)
         for _, arm, _, _, gain, p in experiment.claims(case):
