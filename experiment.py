@@ -750,16 +750,18 @@ def conditions(case):
     unit = "tiles" if case.leg.rare else "images"
     tiles = f" of {len(test.groups.unique())} tiles" * case.leg.rare
     told = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, {len(test)} test "
-            f"images{tiles}, {s.seeds} seeds; {n} draw{'s' * (n > 1)} of the training images, each with a "
-            f"generator of {s.gen.steps} steps and {s.made} synthetic images per class; classifiers of "
-            f"{s.cls.steps} steps. In brackets: 95 % intervals over seeds and test {unit}")
+            f"images{tiles}; seeds: {s.seeds}; draws of the training images: {n}, each with a generator of "
+            f"{s.gen.steps} steps and {s.made} synthetic images per class; classifiers of {s.cls.steps} steps. "
+            f"In brackets: 95 % intervals over seeds and test {unit}")
     told += ", which do not cover another draw of the training images" * (n == 1) + "."
     return told + f" Drawn {case.name} show that the method works; they say nothing about the world." * (
         not case.cfg.data)
 
 
 def as_text(header, rows):
-    """Cells below each other."""
+    """Cells below each other; nothing if there are no rows."""
+    if not rows:
+        return ""
     rows = [row + [""] * (len(header) - len(row)) for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -771,9 +773,10 @@ def told(case):
     if case.leg.rare:
         blocks.append(as_text(*detail_rows(case)))
     for count, found in case.judged.items():
-        blocks.append(f"Synthetic images with {amount(case, count)}:\n{as_text(*judged_rows(found))}\n"
-                      f"{copying(found)}")
-    return "\n\n".join([*blocks, as_text(*claim_rows(case)), answer(case), conditions(case)])
+        blocks += [f"Synthetic images with {amount(case, count)}:\n{as_text(*judged_rows(found))}".rstrip(),
+                   copying(found)]
+    blocks += [as_text(*claim_rows(case)), answer(case), conditions(case)]
+    return "\n\n".join(filter(None, blocks))
 
 
 # ---- what the synthetic images are like
@@ -838,13 +841,14 @@ def suspects(eye, real, synthetic, held, sheet, most=400):
     """
     real = real[torch.isin(real.labels, synthetic.labels)]
     some = synthetic[torch.linspace(0, len(synthetic) - 1, min(len(synthetic), most)).long()]
-    found = dict(trained_on=len(real))
+    found, device = dict(trained_on=len(real)), data.pick_device()
     for space, embed in (("pixels", lambda x: x.flatten(1)),
                          ("features", lambda x: train_cls.outputs(eye, x))):
         near, (distance, which, turn) = [], (None, None, None)
         for s in (held, some):
             turned = torch.stack([embed(x) for x in train_gen.symmetries(s.images[:most])])
-            distance, which, turn = train_gen.nearest(turned, embed(real.images))
+            closest = train_gen.nearest(turned.to(device), embed(real.images).to(device))
+            distance, which, turn = (values.cpu() for values in closest)
             near.append(distance)
         share, p = train_gen.mann_whitney(near[1], near[0])
         found |= {f"{space} share": share, f"{space} p": p, f"{space} held": float(near[0].median()),
@@ -859,10 +863,10 @@ def suspects(eye, real, synthetic, held, sheet, most=400):
 
 
 def judged_rows(found):
-    """Synthetic beside real images: header and rows."""
+    """Synthetic beside real images: header and rows; none if too few were left to compare."""
     names = "frechet", "precision", "recall", "density", "coverage"
-    rows = [[title, *(f"{found.get(f'{who} {name}', math.nan):.2f}" for name in names)]
-            for who, title in (("synthetic", "synthetic"), ("real", "other real (floor)"))]
+    rows = [[title, *(f"{found[f'{who} {name}']:.2f}" for name in names)] for who, title in
+            (("synthetic", "synthetic"), ("real", "other real (floor)")) if f"{who} frechet" in found]
     return ["images", "Fréchet distance", *names[1:]], rows
 
 
@@ -1013,7 +1017,9 @@ def figure(picture, text):
 
 
 def as_html(header, rows):
-    """A table of the page."""
+    """A table of the page; nothing if there are no rows."""
+    if not rows:
+        return ""
     lines = [f"<tr><th>{'<th>'.join(map(html.escape, header))}"]
     lines += [f"<tr><td>{'<td>'.join(map(html.escape, row))}" for row in rows]
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'

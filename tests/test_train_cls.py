@@ -53,6 +53,14 @@ def test_a_synthetic_image_takes_the_place_of_a_real_one_and_nothing_else_change
         assert seen == dict(steps=40, images=40 * 64, synthetic=n)
 
 
+def test_copies_of_the_real_images_are_other_draws_of_them(monkeypatch):
+    real, copies, cfg = numbered(50), numbered(50, start=200), replace(TINY, steps=20)
+    alone, _ = batches(monkeypatch, real, None, cfg)
+    mixed, _ = batches(monkeypatch, real, copies, replace(cfg, share=1.0))
+    assert (mixed - 200 == alone).float().mean() < 0.15                  # 1 in 25 by chance
+    assert ((mixed - 200) % 2 == alone % 2).all()                        # of the same class
+
+
 def rare():
     """90 images of class 0, 9 of class 1, 1 of class 3: grey levels 0 to 89, 90 to 98, 99. No class 2."""
     labels = torch.tensor([0] * 90 + [1] * 9 + [3])
