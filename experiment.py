@@ -751,8 +751,8 @@ def conditions(case):
     tiles = f" of {len(test.groups.unique())} tiles" * case.leg.rare
     told = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, {len(test)} test "
             f"images{tiles}; seeds: {s.seeds}; draws of the training images: {n}, each with a generator of "
-            f"{s.gen.steps} steps and {s.made} synthetic images per class; classifiers of {s.cls.steps} steps. "
-            f"In brackets: 95 % intervals over seeds and test {unit}")
+            f"{s.gen.steps} steps and {s.made} synthetic images per class; classifiers of {s.cls.steps} "
+            f"steps. In brackets: 95 % intervals over seeds and test {unit}")
     told += ", which do not cover another draw of the training images" * (n == 1) + "."
     return told + f" Drawn {case.name} show that the method works; they say nothing about the world." * (
         not case.cfg.data)
