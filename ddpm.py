@@ -94,6 +94,7 @@ class Replay:
     the call before. What `step` takes from elsewhere (weights, and their bfloat16 copies, which autocast
     keeps to the end of its block) must stay where it is: so a Replay lives as long as one call of `sample`.
     Each call then pays one recording, about what Python takes for one step, and keeps no memory afterwards.
+    (Written without a GPU at hand, its logic tested on the CPU: on one, run tests/test_ddpm.py first.)
     """
 
     def __init__(self, step):
