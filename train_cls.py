@@ -83,34 +83,52 @@ class Urn:
         return self.order[place.clamp(max=len(self.order) - 1)]
 
 
+class Mixture:
+    """Real and synthetic images on a device, and how a batch is drawn from them."""
+
+    def __init__(self, real, synthetic, cfg, soft, device):
+        self.pools = [pool for pool, used in ((real, cfg.share < 1), (synthetic, cfg.share > 0)) if used]
+        first, last, K = self.pools[0], self.pools[-1], len(self.pools[0].classes)
+        self.share, self.K = cfg.share, K
+        self.images = torch.cat([pool.images for pool in self.pools]).to(device)         # (N, C, H, W) uint8
+        targets = [F.one_hot(pool.labels, K).float() for pool in self.pools]
+        if soft is not None:
+            targets[-1] = soft
+        self.targets = torch.cat(targets).to(device)                                     # (N, K)
+        self.real, self.synthetic = (Urn(pool.labels.to(device), K) for pool in (first, last))
+        self.offset = len(self.images) - len(last)                       # where the synthetic images start
+        labels = first.labels.sort().values.to(device)
+        self.classes = labels.unique() if cfg.balance else labels        # a class is drawn from these
+
+    def draw(self, n, generator):
+        """Where n images are, and which of them are synthetic, both (n,).
+
+        First a class, as often as it occurs or all equally often, then an image of this class: a synthetic
+        one with probability `share`, if there is any. A place has the same draws whatever the share.
+        """
+        which, kind, u, v = torch.rand(4, n, device=self.classes.device, generator=generator)
+        c = self.classes[(which * len(self.classes)).long()]
+        fake = (kind < self.share) & (self.synthetic.count[c] > 0)
+        return torch.where(fake, self.offset + self.synthetic.draw(c, v), self.real.draw(c, u)), fake
+
+
 def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier"):
     """Train a ViT from scratch on real and synthetic (Scenes; the one that is not used may be None).
 
-    For cfg.steps steps, each place of a batch gets a class, as often as it occurs or all equally often, then
-    an image of this class: with probability cfg.share from `synthetic`, if that has the class. soft (N, K):
-    what to teach of each synthetic image instead of its class, probabilities. All draws follow from
-    (seed, step) in the same order whatever the share, so that two runs of a seed differ only in what they are
-    meant to. With a path, a checkpoint is kept there every so many steps, and a run that was killed goes on
-    from it. Returns the model in eval mode and what it has seen: {steps, images, synthetic}.
+    soft (N, K): what to teach of each synthetic image instead of its class, probabilities. All randomness
+    follows from (seed, step), so that two runs of a seed differ only in what they are meant to. With a path,
+    a checkpoint is kept there every so many steps, and a run that was killed goes on from it. Returns the
+    model in eval mode and what it has seen: {steps, images, synthetic}.
     """
-    pools = [pool for pool, used in ((real, cfg.share < 1), (synthetic, cfg.share > 0)) if used]
-    device, K = data.pick_device(), len(pools[0].classes)
-    images = torch.cat([pool.images for pool in pools]).to(device)
-    targets = [F.one_hot(pool.labels, K).float() for pool in pools]
-    if soft is not None:
-        targets[-1] = soft
-    targets = torch.cat(targets).to(device)
-    first, last = (Urn(pool.labels.to(device), K) for pool in (pools[0], pools[-1]))
-    offset = len(images) - len(pools[-1])                                # where the synthetic images start
-    labels = pools[0].labels.sort().values.to(device)
-    classes = labels.unique() if cfg.balance else labels                 # a class is drawn from these
-
+    device = data.pick_device()
+    mixture = Mixture(real, synthetic, cfg, soft, device)
+    classes, channels = mixture.pools[0].classes, mixture.images.shape[1]
     torch.manual_seed(cfg.seed)
-    model = ViT(K, cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, images.shape[1]).to(device)
+    model = ViT(mixture.K, cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, channels).to(device)
     optimizer = adamw(model, cfg.decay)
     parts = dict(model=model, optimizer=optimizer)
-    identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=pools[0].classes,
-                    channels=images.shape[1], images=[pool.digest for pool in pools],
+    identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=classes,
+                    channels=channels, images=[pool.digest for pool in mixture.pools],
                     soft=soft is not None and soft.tolist())
     saved = data.resume(path, "classifier", identity, parts)
     start, synthetic_seen = 0, torch.zeros((), device=device)
@@ -121,12 +139,9 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
     for step in data.progress(range(start, cfg.steps), title, cfg.steps, initial=start):
         g = data.rng(cfg.seed, step, device=device)
-        which, kind, u, v = torch.rand(4, cfg.batch, device=device, generator=g)
-        c = classes[(which * len(classes)).long()]
-        fake = (kind < cfg.share) & (last.count[c] > 0)
-        index = torch.where(fake, offset + last.draw(c, v), first.draw(c, u))
+        index, fake = mixture.draw(cfg.batch, g)
         synthetic_seen += fake.sum()
-        x, y = augment(data.to_float(images[index]), targets[index], g)
+        x, y = augment(data.to_float(mixture.images[index]), mixture.targets[index], g)
         with data.autocast(device):
             loss = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
         (loss / cfg.batch).backward()
