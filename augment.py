@@ -16,6 +16,7 @@ Geometry moves all channels together; colour, noise and Cutout change the pictur
 """
 
 import argparse
+import functools
 import math
 import sys
 from pathlib import Path
@@ -43,14 +44,15 @@ def warp(x, column, row):
     Outside, the image goes on as its own reflection: black corners would tell which images were augmented.
     """
     H, W = x.shape[-2:]
-    u = torch.arange(W, device=x.device, dtype=x.dtype) - (W - 1) / 2                  # (W,)
-    v = torch.arange(H, device=x.device, dtype=x.dtype)[:, None] - (H - 1) / 2         # (H, 1)
-    a, b, c, d, e, f = (per_image(p, x[:, 0]) if torch.is_tensor(p) else p for p in (*column, *row))
-    right, below = (a * u + c) + b * v, (d * u + f) + e * v                            # (B, H, W)
+    u = torch.arange(W, device=x.device, dtype=x.dtype)[:, None] - (W - 1) / 2         # (W, 1)
+    v = torch.arange(H, device=x.device, dtype=x.dtype)[:, None, None] - (H - 1) / 2   # (H, 1, 1)
 
-    # grid_sample counts from edge to edge as -1 .. 1 (align_corners=False). As we go over to that only here,
-    # after the map in pixels, angles are right on images that are not square.
-    grid = torch.stack((right * (2 / W), below * (2 / H)), dim=-1)
+    # grid_sample counts from edge to edge as -1 .. 1 (align_corners=False). As we go over to that only behind
+    # the map in pixels, angles are right on images that are not square.
+    zero = x.new_zeros(len(x))
+    by_u, by_v, shift = (torch.stack((p * (2 / W) + zero, q * (2 / H) + zero), dim=-1).to(x)[:, None, None]
+                         for p, q in zip(column, row, strict=True))                    # each (B, 1, 1, 2)
+    grid = (by_u * u + shift) + by_v * v                                               # (B, H, W, 2)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
@@ -90,16 +92,19 @@ def rot90(x, turns):
     """Quarter turns counter-clockwise, integers (B,). Raises ValueError unless the images are square."""
     if x.shape[-2] != x.shape[-1]:
         raise ValueError(f"rot90 needs square images, not {x.shape[-2]} x {x.shape[-1]}")
-    turns = per_image(turns, x)
-    x = torch.where(turns & 2 > 0, x.rot90(2, (-2, -1)), x)         # turns as a binary number: the half turn,
-    return torch.where(turns & 1 > 0, x.rot90(1, (-2, -1)), x)      # then the quarter turn
+    pixel = torch.arange(x.shape[-1] ** 2, device=x.device).view(x.shape[-2:])
+    views = torch.stack([pixel.rot90(k).flatten() for k in range(4)])                  # which goes where
+    index = views[turns % 4][:, None].expand(-1, x.shape[1], -1)                       # (B, C, H W)
+    return x.flatten(-2).gather(-1, index).view(x.shape)
 
 
-# ---- colour: the formulas of torchvision's ColorJitter ----
-# They are made for values from 0 to 1. But black and the cut-off apart, nothing in them depends on where 0
-# lies and how long 1 is: with -1 for black they give the same on our -1 to 1, without the way there and back.
+# ---- colour: a 3 x 3 matrix on each pixel's red, green and blue ----
+# Seen from black each change is linear, so several are one matrix, the product, and one pass over the pixels.
+# Only contrast looks at the rest of the picture too: take a pixel as its picture's mean colour and a detail
+# on top of it. Contrast f is brightness f on the detail, and on the mean saturation f, which keeps its grey.
 
 BLACK = -1
+GREY = 0.299, 0.587, 0.114      # red, green and blue in the brightness that the eye sees (ITU-R BT.601)
 
 
 def split(x):
@@ -119,88 +124,73 @@ def join(rgb, mask):
     return torch.cat((x, mask), dim=1) if mask.shape[1] else x
 
 
-def blend(other, rgb, factor):
-    """From `other` (factor 0) to `rgb` (factor 1) and beyond, cut off at black and at full."""
-    return torch.lerp(other, rgb, per_image(factor, rgb)).clamp_(BLACK, 1)
+def brightness_matrix(factor):
+    """f I, (B, 3, 3)."""
+    return factor.view(-1, 1, 1) * torch.eye(3, dtype=factor.dtype, device=factor.device)
 
 
-def grey(rgb):
-    """The brightness that the eye sees (ITU-R BT.601), (B, P, 1, H, W)."""
-    red, green, blue = rgb.split(1, dim=2)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
+def saturation_matrix(factor):
+    """f I + (1 - f) times the matrix whose three rows are GREY, (B, 3, 3)."""
+    row = torch.stack([(1 - factor) * weight for weight in GREY], dim=-1)              # (B, 3)
+    return brightness_matrix(factor) + row[:, None]
 
 
-def mean_grey(rgb):
-    """One grey for each picture, (B, P, 1, 1, 1): neither 0.5 nor a mean per channel."""
-    return grey(rgb.mean((-2, -1), keepdim=True))    # grey is linear, so the mean may come first
+def contrast_matrices(factor):
+    """One for the detail, one for the mean colour, (2, B, 3, 3)."""
+    return torch.stack((brightness_matrix(factor), saturation_matrix(factor)))
 
 
-def turn_hue(rgb, shift):
-    """RGB -> hue, + shift turns, -> RGB. A pixel's largest and smallest value stay (V and S of HSV)."""
-    red, green, blue = rgb.unbind(2)                                                   # (B, P, H, W)
-    high, low = rgb.amax(2), rgb.amin(2)
-    chroma = high - low
-    chroma = chroma + (chroma == 0)      # grey has no hue: divide its zeros by 1, not by 0
+def hue_matrix(shift):
+    """The rotation about the grey axis (1, 1, 1), from red towards green, by `shift` turns, (B, 3, 3)."""
+    k = torch.arange(3, dtype=shift.dtype, device=shift.device)
+    return (1 + 2 * torch.cos(2 * math.pi * (shift.view(-1, 1, 1) - (k[:, None] - k) / 3))) / 3
 
-    # The hue runs round a hexagon: red 0, yellow 1, green 2, cyan 3, blue 4, magenta 5, and red again.
-    hue = torch.where(high == red, (green - blue) / chroma,
-                      torch.where(high == green, (blue - red) / chroma + 2, (red - green) / chroma + 4))
-    hue = (hue + 6 * per_image(shift, hue)) % 6
 
-    # A channel is at the top for a third of the round, at the bottom for a third, and on a ramp in between.
-    ramps = torch.stack(((hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()), dim=2).clamp(0, 1)
-    return torch.lerp(low[:, :, None], high[:, :, None], ramps)
+def recolour(x, *matrices):
+    """Multiply each pixel by the product of the matrices, the last one first; cut off at black and at full.
+
+    Each is (B, 3, 3), or (2, B, 3, 3) with one for the detail and one for the mean colour of the picture.
+    """
+    rgb, mask = split(x)
+    with torch.autocast(x.device.type, enabled=False):    # bfloat16 is coarser than 8-bit colour
+        product = functools.reduce(torch.matmul, matrices).to(x.dtype)
+        on_detail, on_mean = product.expand(2, -1, -1, -1)[:, :, None]                 # each (B, 1, 3, 3)
+        mean = rgb.mean((-2, -1))[..., None]                                           # (B, P, 3, 1)
+        offset = on_mean @ (mean - BLACK) + BLACK - on_detail @ mean
+        out = (on_detail @ rgb.flatten(-2)).add_(offset).clamp_(BLACK, 1)
+    return join(out.view(rgb.shape), mask)
 
 
 def adjust_brightness(x, factor):
     """0 gives black, 1 the image itself."""
-    rgb, mask = split(x)
-    return join(blend(torch.full_like(rgb, BLACK), rgb, factor), mask)
+    return recolour(x, brightness_matrix(factor))
 
 
 def adjust_contrast(x, factor):
     """0 gives the picture's mean grey all over, 1 the image itself."""
-    rgb, mask = split(x)
-    return join(blend(mean_grey(rgb), rgb, factor), mask)
+    return recolour(x, contrast_matrices(factor))
 
 
 def adjust_saturation(x, factor):
     """0 gives the grey picture, 1 the image itself."""
-    rgb, mask = split(x)
-    return join(blend(grey(rgb), rgb, factor), mask)
+    return recolour(x, saturation_matrix(factor))
 
 
 def adjust_hue(x, shift):
-    """Turn every hue by `shift` turns: 1/3 makes red green, green blue, and blue red."""
-    rgb, mask = split(x)
-    return join(turn_hue(rgb, shift), mask)
+    """Turn every hue by `shift` turns: 1/3 makes red green, green blue, and blue red.
 
-
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)    # in the rows of `order`
-
-
-def color_jitter(x, brightness, contrast, saturation, shift, order):
-    """The four in turn, each image in its own order (torchvision: one per call). It matters: each cuts off.
-
-    order: integers (B, 4), each row a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE. Hue costs most,
-    so it is done once for all: the first loop does what comes before an image's hue, the second what follows.
+    A pixel keeps the mean of its R, G and B; with torchvision it keeps the largest and the smallest (HSV).
     """
-    rgb, mask = split(x)
-    factors = torch.stack((brightness, contrast, saturation, torch.ones_like(shift)), dim=1).gather(1, order)
-    hue_at = (order == HUE).int().argmax(1)
+    return recolour(x, hue_matrix(shift))
 
-    def step(rgb, k, wanted):
-        kind = per_image(order[:, k], rgb)
-        other = torch.where(kind == CONTRAST, mean_grey(rgb), BLACK)
-        other = torch.where(kind == SATURATION, grey(rgb), other)
-        return blend(other, rgb, torch.where(wanted, factors[:, k], 1.0))              # 1 changes nothing
 
-    for k in (0, 1, 2):
-        rgb = step(rgb, k, k < hue_at)
-    rgb = turn_hue(rgb, shift)
-    for k in (1, 2, 3):
-        rgb = step(rgb, k, k > hue_at)
-    return join(rgb, mask)
+def adjust_color(x, brightness, contrast, saturation, shift):
+    """All four at once. The first three commute, and a small turn of the hue nearly does.
+
+    So there is no order to draw. torchvision shuffles the four, and cuts off after each.
+    """
+    return recolour(x, brightness_matrix(brightness), contrast_matrices(contrast),
+                    saturation_matrix(saturation), hue_matrix(shift))
 
 
 # ---- noise, holes, and mixing two images ----
@@ -275,7 +265,8 @@ def partners(x, generator):
 def sometimes(flip):
     """The draw that flips half of the images."""
     def draw(x, y, generator):
-        return torch.where(per_image(uniform(x, 0, 1, generator) < 0.5, x), flip(x), x), y
+        flipped = flip(x)           # the result goes there too: on a CPU new memory costs more than the work
+        return torch.where(per_image(uniform(x, 0, 1, generator) < 0.5, x), flipped, x, out=flipped), y
     return draw
 
 
@@ -319,8 +310,7 @@ def random_crop(x, y, generator):
 def random_color(x, y, generator):
     """Colour jitter, as strong as its four parts below."""
     factors = (uniform(x, 0.7, 1.3, generator) for _ in range(3))
-    order = torch.rand(len(x), 4, generator=generator, device=x.device).argsort(1)
-    return color_jitter(x, *factors, uniform(x, -0.05, 0.05, generator), order), y
+    return adjust_color(x, *factors, uniform(x, -0.05, 0.05, generator)), y
 
 
 def random_noise(x, y, generator):

@@ -121,7 +121,7 @@ def lr_at(step, steps, lr, warmup):
 
 def to_float(images):
     """uint8 -> float in [-1, 1]. With to_uint8 the only crossing, for real and synthetic images alike."""
-    return images.float() / 127.5 - 1
+    return (images / 127.5).sub_(1)
 
 
 def to_uint8(x):

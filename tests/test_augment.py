@@ -1,6 +1,5 @@
 """What augment.py promises, checked against textbook formulas, loops over pixels, and exact identities."""
 
-import colorsys
 import math
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import augment
-from augment import AUGMENTATIONS, BRIGHTNESS, CONTRAST, HUE, SATURATION, compose
+from augment import AUGMENTATIONS, compose
 
 
 def images(B=3, C=3, H=8, W=8, seed=0):
@@ -143,68 +142,91 @@ def test_the_mask_moves_with_the_picture():
 
 # ---- colour
 
-def rgb_of(x):
-    return (x + 1) / 2
-
-
 def textbook(x, kind, amount):
-    """One of the four on one picture (3, H, W) in [-1, 1], as torchvision's documentation has it."""
-    rgb = rgb_of(x)
+    """One of the four on one picture (3, H, W) in [-1, 1], pixel by pixel; cut off only by the caller."""
+    rgb = (x + 1) / 2
     shade = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
-    if kind == HUE:
-        out = torch.empty_like(rgb)
-        for r in range(rgb.shape[1]):
-            for c in range(rgb.shape[2]):
-                h, s, v = colorsys.rgb_to_hsv(*rgb[:, r, c].tolist())
-                out[:, r, c] = torch.tensor(colorsys.hsv_to_rgb((h + amount) % 1, s, v), dtype=x.dtype)
-        return out * 2 - 1
-    other = {BRIGHTNESS: torch.zeros_like(shade), CONTRAST: shade.mean(), SATURATION: shade}[kind]
-    return (amount * rgb + (1 - amount) * other).clamp(0, 1) * 2 - 1
+    if kind == "hue":                                                        # Rodrigues' formula
+        axis, angle = torch.full((3, 1), 3**-0.5, dtype=x.dtype), 2 * math.pi * amount
+        v = rgb.flatten(1)
+        turned = (v * math.cos(angle) + torch.cross(axis.expand_as(v), v, dim=0) * math.sin(angle)
+                  + axis * (axis * v).sum(0) * (1 - math.cos(angle)))
+        return turned.view_as(rgb) * 2 - 1
+    other = {"brightness": torch.zeros_like(shade), "contrast": shade.mean(), "saturation": shade}[kind]
+    return (amount * rgb + (1 - amount) * other) * 2 - 1
 
 
-@pytest.mark.parametrize("change, kind, amounts", [
-    (augment.adjust_brightness, BRIGHTNESS, (0.4, 1.0, 1.7)),
-    (augment.adjust_contrast, CONTRAST, (0.0, 0.6, 1.9)),
-    (augment.adjust_saturation, SATURATION, (0.0, 0.5, 1.8)),
-    (augment.adjust_hue, HUE, (0.2, -0.45, 0.8))])
-def test_colours_are_the_textbook_formulas_on_every_picture_of_a_stack(change, kind, amounts):
-    x = images(3, C=7)
-    x[:, :3, :2] = 0.3                                                       # some grey pixels
-    out = change(x, each(*amounts))
+@pytest.mark.parametrize("kind, amounts", [
+    ("brightness", (0.4, 1.0, 1.7)), ("contrast", (0.0, 0.6, 1.9)), ("saturation", (0.0, 0.5, 1.8)),
+    ("hue", (0.2, -0.45, 0.8))])
+@pytest.mark.parametrize("C", (3, 4, 6, 7))
+def test_colours_are_the_textbook_formulas_on_every_picture_of_a_stack(kind, amounts, C):
+    x = images(3, C, H=6, W=10)
+    x[:, :3, :2] = 0.3                                                       # the pictures have other means
+    before, out = x.clone(), getattr(augment, f"adjust_{kind}")(x, each(*amounts))
     for i, amount in enumerate(amounts):
-        assert_close(out[i, :3], textbook(x[i, :3], kind, amount))
-        assert_close(out[i, 3:6], textbook(x[i, 3:6], kind, amount))
+        for rgb in (slice(0, 3), slice(3, 6))[:C // 3]:
+            assert_close(out[i, rgb], textbook(x[i, rgb], kind, amount).clamp(-1, 1))
+    assert torch.equal(out[:, C - C % 3:], x[:, C - C % 3:]) and torch.equal(x, before)
+
+
+def test_a_third_of_a_turn_makes_red_green_green_blue_and_blue_red():
+    x = images(2)
+    assert_close(augment.adjust_hue(x, each(1 / 3, -2 / 3)), x[:, [2, 0, 1]])
+    assert_close(augment.adjust_hue(x, each(2 / 3, -1 / 3)), x[:, [1, 2, 0]])
+
+
+def test_hue_keeps_the_mean_and_the_distance_to_grey_and_leaves_grey_alone():
+    x = images() * 0.4                                                       # nothing is cut off
+    turned = augment.adjust_hue(x, each(0.1, -0.3, 0.5))
+    for some in (lambda x: x.mean(1), lambda x: (x - x.mean(1, keepdim=True)).norm(dim=1)):
+        assert_close(some(turned), some(x))
+    assert (turned - x).norm(dim=1).mean() > 0.1
+    grey = x[:, :1].expand(-1, 3, -1, -1)
+    assert_close(augment.adjust_hue(grey, each(0.1, -0.3, 0.5)), grey)
+
+
+def test_the_colour_of_all_four_is_hue_saturation_contrast_brightness_in_turn():
+    x = images(3, C=7) * 0.3 - 0.2
+    amounts = dict(brightness=each(1.2, 0.7, 1.1), contrast=each(0.8, 1.3, 0.6),
+                   saturation=each(1.3, 0.5, 1.1), shift=each(0.04, -0.05, 0.3))
+    out, kinds = augment.adjust_color(x, **amounts), ("hue", "saturation", "contrast", "brightness")
+    for i in range(3):
+        for rgb in (slice(0, 3), slice(3, 6)):
+            for order in (kinds, ("hue", *kinds[:0:-1]), ("hue", "contrast", "saturation", "brightness")):
+                step = x[i, rgb]
+                for kind in order:
+                    step = textbook(step, kind, amounts["shift" if kind == "hue" else kind][i].item())
+                assert step.abs().max() < 1                                  # so no clamp takes part
+                assert_close(out[i, rgb], step)
     assert torch.equal(out[:, 6], x[:, 6])
 
 
-def test_grey_pixels_have_no_hue_to_turn():
-    x = torch.tensor([-1.0, -0.3, 0.0, 1.0]).view(1, 1, 2, 2).repeat(1, 3, 1, 1)
-    assert torch.equal(augment.adjust_hue(x, torch.tensor([0.3])), x)
+def test_the_colour_of_all_four_is_cut_off_once_at_the_end():
+    x, one = images(1), each(1)
+    out = augment.adjust_color(x, 3 * one, 0.3 * one, one, 0 * one)          # times 3 and back would lose
+    expected = textbook(textbook(x[0], "contrast", 0.3), "brightness", 3)
+    assert expected.max() > 1 and (textbook(x[0], "brightness", 3) > 1).float().mean() > 0.5
+    assert_close(out[0], expected.clamp(-1, 1))
 
 
-def test_a_third_of_a_turn_makes_red_green():
-    red, green = torch.full((2, 1, 3, 2, 2), -1.0).double()
-    red[:, 0], green[:, 1] = 1, 1
-    assert_close(augment.adjust_hue(red, each(1 / 3)), green)
+def test_random_colour_draws_each_parameter_from_its_range(monkeypatch):
+    *factors, shift = parameters_of("color", monkeypatch, "adjust_color", torch.zeros(2000, 3, 2, 2))
+    for low, high, values in (*((0.7, 1.3, f) for f in factors), (-0.05, 0.05, shift)):
+        edge = 0.01 * (high - low)
+        assert low <= values.min() < low + edge and high - edge < values.max() <= high
+    assert len({values[0].item() for values in (*factors, shift)}) == 4
 
 
-def test_colour_jitter_does_the_four_steps_in_the_order_of_each_image():
-    orders = torch.cartesian_prod(*[torch.arange(4)] * 4)
-    orders = orders[[len(set(row)) == 4 for row in orders.tolist()]]         # all 24
-    x = images(1, C=4, H=4, W=4).repeat(24, 1, 1, 1)
-    amounts = (1.4, 1.6, 0.3, 0.1)
-    out = augment.color_jitter(x, *(torch.full((24,), a, dtype=torch.float64) for a in amounts), orders)
-    for i, order in enumerate(orders.tolist()):
-        step = x[i, :3]
-        for kind in order:
-            step = textbook(step, kind, amounts[kind])
-        assert_close(out[i, :3], step)
-    assert len(torch.unique(out.round(decimals=6), dim=0)) > 12              # the order matters
-
-
-def test_colour_jitter_draws_an_order_per_image(monkeypatch):
-    order = parameters_of("color", monkeypatch, "color_jitter", images(200))[-1]
-    assert len(order.unique(dim=0)) == 24
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+def test_colour_keeps_its_precision_whatever_autocast_says(dtype):
+    x, amounts = images(4, 6).to(dtype), torch.tensor([[0.7], [1.2], [1.1], [0.04]]).expand(4, 4)
+    plain = augment.adjust_color(x, *amounts)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(augment.adjust_color(x, *amounts), plain)
+    assert plain.dtype == dtype
+    exact = augment.adjust_color(x.double(), *(a.double() for a in amounts))
+    assert_close(plain.double(), exact, rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-6)
 
 
 # ---- noise, holes, mixtures
