@@ -307,7 +307,9 @@ class Scenes:
     def digest(self):
         """A short name for exactly these names, labels and pixels, in this order (read once)."""
         what = repr((self.names, self.labels.tolist(), self.classes, self.images.shape)).encode()
-        return hashlib.sha256(what + self.images.contiguous().numpy().tobytes()).hexdigest()[:12]
+        told = hashlib.sha256(what)
+        told.update(self.images.contiguous().numpy())                    # gigabytes, perhaps: no copy of them
+        return told.hexdigest()[:12]
 
 
 def decode(path, size):
@@ -505,14 +507,14 @@ def official_lists(scenes, root):
 
 
 def subset(scenes, index, count, seed):
-    """`count` images of each class out of index, by seed. Nested: those for 10 are among those for 40."""
+    """`count` images of each class (0: all) out of index, by seed; those for 10 are among those for 40."""
     chosen = []
     for c, name in enumerate(scenes.classes):
         mine = index[scenes.labels[index] == c]
         if len(mine) < count:
             raise Problem(f"class {name} has {len(mine)} training images, fewer than the {count} asked for: "
                           "ask for fewer")
-        chosen.append(mine[torch.randperm(len(mine), generator=rng(seed, c))[:count]])
+        chosen.append(mine[torch.randperm(len(mine), generator=rng(seed, c))[:count or None]])
     return torch.cat(chosen)
 
 

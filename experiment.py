@@ -134,25 +134,35 @@ class Scale:
 
 
 _SMOKE = Scale(
-    counts=(4, 8), seeds=2, subsets=2, made=8, calls=4, w=1.5, drawn=20, curve=(2, 4),
-    gen=train_gen.Config(size=16, width=16, mults=(1, 2), blocks=1, steps=10, batch=16, warmup=5),
+    counts=(4, 8), seeds=2, subsets=2, made=8, calls=4, w=1.5, drawn=30, curve=(2, 4),
+    gen=train_gen.Config(size=16, width=16, mults=(1, 2), blocks=1, steps=10, batch=16, warmup=5,
+                         augment="none"),
     cls=train_cls.Config(size=16, patch=4, dim=32, depth=2, heads=2, steps=10, batch=32, warmup=5))
 _SMALL = Scale(
     counts=(5, 20), seeds=3, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
     gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1200, batch=32,
                          lr=2e-3, warmup=50, ema=0.99, augment="none"),
     cls=train_cls.Config(size=24, patch=6, dim=64, depth=3, heads=2, steps=250, batch=64, warmup=50))
+# A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
     counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700, curve=(5, 20, 40, 150),
-    gen=train_gen.Config(), cls=train_cls.Config())
+    gen=train_gen.Config(augment="none"), cls=train_cls.Config())
 SCALES = {
     "scenes": dict(smoke=_SMOKE, small=_SMALL, full=_FULL),
     "buildings": dict(
-        smoke=replace(_SMOKE, counts=(12,), drawn=48, curve=(8, 16)),
+        smoke=replace(_SMOKE, counts=(12,), drawn=64, curve=(8, 16)),
         small=replace(_SMALL, counts=(20,), drawn=256, curve=(10, 20, 40, 80),
                       gen=replace(_SMALL.gen, steps=600)),
         full=replace(_FULL, counts=(0,), made=5000, drawn=1000, subsets=1, curve=(100, 400, 1600))),
 }
+
+
+LABELS = "damage", "type"
+
+
+def listed(text):
+    """"a, b" -> ["a", "b"]; "" -> []."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @dataclass
@@ -180,14 +190,20 @@ class Config:
 
     def __post_init__(self):
         known = list(dict.fromkeys(name for leg in LEGS.values() for name in leg.arms))
-        for what, value, allowed in (("arm", self.arms, known), ("study", self.study, STUDIES),
-                                     ("scale", self.scale, SCALES["scenes"]), ("leg", self.leg, LEGS),
-                                     ("label", self.label, ("damage", "type"))):
-            if unknown := set(filter(None, value.split(","))) - set(allowed):
-                raise ValueError(f"unknown {what} {', '.join(sorted(unknown))}; known: {', '.join(allowed)}")
+        for what, asked, allowed in (("arm", listed(self.arms), known),
+                                     ("study", listed(self.study), STUDIES),
+                                     ("scale", [self.scale], ["", *SCALES["scenes"]]),
+                                     ("leg", [self.leg], ["", *LEGS]), ("label", [self.label], LABELS)):
+            if unknown := set(asked) - set(allowed):
+                unknown, allowed = (", ".join(filter(None, some)) for some in (sorted(unknown), allowed))
+                raise ValueError(f"unknown {what} {unknown}; known: {allowed}")
         if self.counts and not (self.data or self.leg):
             raise ValueError(f"--counts {self.counts}: of which --leg, scenes or buildings?")
-        self.resolved("scenes")               # a bad size or count is told before anything is done
+        s = self.resolved("scenes")           # a bad size or count is told before anything is done
+        if min(s.counts) < 0:
+            raise ValueError(f"--counts {self.counts}: below 0")
+        if 1 < s.subsets < s.seeds:           # neither one draw nor independent ones: no interval fits
+            raise ValueError(f"--subsets {s.subsets}: 1, or one for each of the {s.seeds} seeds")
 
     def legs(self):
         """The names of the legs to run."""
@@ -202,9 +218,12 @@ class Config:
         s = SCALES[leg]["smoke" if self.smoke else self.scale or usual]
         given = {k: getattr(self, k) for k in ("seeds", "subsets", "made", "w") if getattr(self, k)}
         counts = data.numbers(self.counts) if self.counts else s.counts
-        if "counts" in self.study.split(","):
+        if "counts" in listed(self.study):
             counts += s.curve
         given["counts"] = tuple(sorted(set(counts), key=lambda n: n or math.inf))       # 0, all, is the most
+        seeds = given.get("seeds", s.seeds)
+        given.setdefault("subsets", s.subsets if s.subsets == 1 else seeds)
+        given["subsets"] = min(given["subsets"], seeds)
         size = self.size or s.gen.size
         patch = s.cls.patch * size // s.gen.size                              # as many tokens at any size
         return replace(s, **given, gen=replace(s.gen, size=size, steps=self.gen_steps or s.gen.steps),
@@ -212,9 +231,8 @@ class Config:
 
     def wanted(self, leg):
         """The arms of a leg that are asked for, {name: Arm}, those of the studies last."""
-        named = [name.strip() for name in self.arms.split(",") if name.strip()]
-        arms = {name: arm for name, arm in leg.arms.items() if not named or name in named}
-        for study in filter(None, self.study.split(",")):
+        arms = {name: arm for name, arm in leg.arms.items() if not self.arms or name in listed(self.arms)}
+        for study in listed(self.study):
             for change in STUDIES[study]:
                 if leg.rare or change.get("augment") != "copypaste":            # scenes have no masks
                     *_, value = change.values()
@@ -267,10 +285,9 @@ def main(cfg):
     if cfg.dry_run:
         return cases
     for case in cases:
-        for seed in range(case.s.seeds):
-            for count in case.s.counts:
-                cell(case, count, seed, stored)
-                report(cases, cfg, out)                  # a comparison half done has its page already
+        for each in cells(case):
+            cell(case, stored, *each)
+            report(cases, cfg, out)                      # a comparison half done has its page already
         budgets = {(row["steps"], row["images"]) for row in case.rows}
         assert len(budgets) == 1, f"arms of unequal budget: {budgets}"
     print("", *map(told, cases), sep="\n\n")
@@ -294,28 +311,42 @@ def prepare(cfg, name, out):
     case = Case(name, leg, cfg.wanted(leg), s, cfg, title, scenes, parts, scenes[parts["test"]], out)
     if not case.arms:
         raise Problem(f"--arms {cfg.arms}: no arm for {name} among them; these are: {', '.join(leg.arms)}")
+    if not cfg.counts and not leg.rare:                  # a scale's own counts give way to smaller data sets
+        least = int(scenes.labels[parts["train"]].bincount().min())
+        s.counts = tuple(n for n in s.counts if n <= least) or (least,)
     for count in s.counts:
         case.choose(count, 0)
     return case
 
 
-def cell(case, count, seed, stored):
-    """All arms for a number of real images and a seed."""
-    s, draw = case.s, seed % case.s.subsets
-    real, fresh = case.choose(count, draw)
+def cells(case):
+    """What there is to run, seed by seed and count by count: (count, seed, draw, real, fresh, runs).
+
+    runs: {name: (Arm, run id)}. Without as many fresh images as real ones there is no ceiling: few of them,
+    drawn again and again, would rather hurt.
+    """
+    for seed in range(case.s.seeds):
+        for count in case.s.counts:
+            draw = seed % case.s.subsets
+            real, fresh = case.choose(count, draw)
+            have, need = (x.labels.bincount(minlength=len(real.classes)) for x in (fresh, real))
+            runs = {name: (arm, run_id(case, arm, real, fresh, draw, seed)) for name, arm in case.arms.items()
+                    if arm.source != "fresh" or (have >= need)[wanted(case, real)].all()}
+            yield count, seed, draw, real, fresh, runs
+
+
+def cell(case, stored, count, seed, draw, real, fresh, runs):
+    """Run what is missing of a cell."""
     check_leaks(case, real)
     check_leaks(case, fresh)
-    what, scored = f"{case.name}, {amount(case, count)}, seed {seed + 1} of {s.seeds}", []
+    what, scored = f"{case.name}, {amount(case, count)}, seed {seed + 1} of {case.s.seeds}", []
     if any(arm.source == "generator" for arm in case.arms.values()):
         synthetic = synthesize(case, recipe(case, case.leg.arms[case.leg.mix], real, draw), real, what)
         case.shown = real, synthetic
         if count not in case.judged:
             case.judged[count] = judge(case, real, synthetic, fresh, what)
-    for name, arm in case.arms.items():
-        if arm.source == "fresh" and not len(fresh):
-            continue                                         # all real images are in use: there is no ceiling
-        run = run_id(case, arm, real, fresh, draw, seed)
-        if run not in stored:
+    for name, (arm, run) in runs.items():
+        if run not in stored or not (case.out / "predicted" / run).exists():
             row = dict(run=run, leg=case.name, arm=name, count=count, seed=seed, data=case.title)
             pool, soft = source(case, arm, real, fresh, draw, seed, what)
             stored[run] = row | score(case, run, arm, real, pool, soft, seed, f"{name}, {what}")
@@ -326,18 +357,20 @@ def cell(case, count, seed, stored):
 
 
 def check_leaks(case, real):
-    """AssertionError if training and test images have a group in common, or the event that is held out."""
+    """RuntimeError if training and test images have a group in common, or the event that is held out."""
     seen, tested = ({*scenes.groups.tolist()} for scenes in (real, case.test))
-    assert not seen & tested, "a training image, its double or its neighbour is in the test split"
+    if seen & tested:
+        raise RuntimeError("a training image, its double or its neighbour is in the test split")
     if event := case.cfg.hold_out:
-        assert {*map(data.event_of, case.test.names)} == {event}, "another event in the test split"
-        assert event not in {*map(data.event_of, real.names)}, "the event held out is trained on"
+        if {*map(data.event_of, case.test.names)} != {event} or event in map(data.event_of, real.names):
+            raise RuntimeError(f"{event} is to be held out, but is trained on, or is not what is tested on")
 
 
 def run_id(case, arm, real, fresh, draw, seed):
-    """A name for everything that decides a run's result: what bears it need not be run again."""
+    """A name for all that decides a run's result, but this code: what bears it need not be run again."""
     how = recipe(case, arm, real, draw)
-    made = {"": (), "generator": (how,), "copies": (how["made"],), "fresh": (how["made"], fresh.digest)}
+    made = {"": (), "generator": (how,), "copies": (), "fresh": (how["made"], fresh.digest)}
+    arm = replace(arm, w=0.0, calls=0, ratio=0.0, generator=0)                       # the recipe tells these
     return digest(arm, case.s.cls, made[arm.source], real.digest, case.test.digest, seed)
 
 
@@ -348,10 +381,15 @@ def digest(*what):
 
 def recipe(case, arm, real, draw):
     """How the synthetic images of an arm are made: settings of the generator, then of the images."""
-    s, K = case.s, len(real.classes)
-    wanted = rare(real) if case.leg.rare else list(range(K))
-    return dict(gen=replace(s.gen, seed=draw + 1000 * arm.generator), classes=wanted, w=arm.w or s.w,
-                calls=arm.calls or s.calls, made=round(arm.ratio * len(real) / K) or s.made)
+    s, classes = case.s, wanted(case, real)
+    each = torch.isin(real.labels, torch.tensor(classes)).sum().item() / len(classes)
+    return dict(gen=replace(s.gen, seed=draw + 1000 * arm.generator), classes=classes, w=arm.w or s.w,
+                calls=arm.calls or s.calls, made=max(1, round(arm.ratio * each)) if arm.ratio else s.made)
+
+
+def wanted(case, real):
+    """The classes in which images of a source take the place of real ones."""
+    return rare(real) if case.leg.rare else list(range(len(real.classes)))
 
 
 def rare(scenes):
@@ -387,8 +425,8 @@ def source(case, arm, real, fresh, draw, seed, what):
     if arm.source == "generator":
         pool = synthesize(case, how, real, what)
     else:
-        pool = real if arm.source == "copies" else fresh
-        pool = pool[torch.cat([(pool.labels == c).nonzero().flatten()[:how["made"]] for c in how["classes"]])]
+        pool, most = (real, None) if arm.source == "copies" else (fresh, how["made"])
+        pool = pool[torch.cat([(pool.labels == c).nonzero().flatten()[:most] for c in how["classes"]])]
     if not (arm.keep or arm.soft):
         return pool, None
     cfg = replace(case.s.cls, seed=seed, augment=OVERHEAD, balance=arm.balance)
@@ -408,15 +446,16 @@ def score(case, run, arm, real, pool, soft, seed, title):
     predicted = train_cls.predict(model, test.images)
     with data.replacing(case.out / "predicted" / run) as temporary, open(temporary, "wb") as file:
         np.save(file, predicted.numpy().astype(np.int16))
-    counts = tally(test.labels, predicted, test.groups, len(test.classes))
-    row = {name: float(SCORES[name](counts.sum(0))) for name in SCORES}
-    row |= {f"f1 {name}": float(v) for name, v in zip(test.classes, f1(counts.sum(0)), strict=True)}
+    K, one = len(test.classes), torch.zeros_like(test.labels)                        # all images as one group
+    counts = tally(test.labels, predicted, one, K)[0]
+    row = {name: float(SCORES[name](counts)) for name in SCORES}
+    row |= {f"f1 {name}": float(v) for name, v in zip(test.classes, f1(counts), strict=True)}
     for event, mine in case.events.items():
-        counts = tally(test.labels[mine], predicted[mine], test.groups[mine], len(test.classes))
-        row[f"macro_f1 {event}"] = float(macro_f1(counts.sum(0)))
-    seconds = round(time.perf_counter() - start, 1)
-    return dict(**row, **seen, seconds=seconds, device=str(data.pick_device()), commit=commit(),
-                settings=json.dumps(asdict(replace(case.s, cls=cfg)) | asdict(arm)))
+        counts = tally(test.labels[mine], predicted[mine], one[mine], K)[0]
+        row[f"macro_f1 {event}"] = float(macro_f1(counts))
+    settings = dict(scale=asdict(case.s), arm=asdict(arm), label=case.cfg.label, hold_out=case.cfg.hold_out)
+    return dict(**row, **seen, added=len(pool or []), seconds=round(time.perf_counter() - start, 1),
+                device=str(data.pick_device()), commit=commit(), settings=json.dumps(settings))
 
 
 @functools.cache
@@ -436,7 +475,7 @@ def read_results(out):
     with open(out / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     kinds = dict.fromkeys(("run", "leg", "arm", "data", "device", "commit", "settings"), str)
-    kinds |= dict.fromkeys(("count", "seed", "steps", "images", "synthetic"), int)
+    kinds |= dict.fromkeys(("count", "seed", "steps", "images", "synthetic", "added"), int)
     return {row["run"]: {k: kinds.get(k, float)(v) for k, v in row.items() if v != ""} for row in rows}
 
 
@@ -453,31 +492,29 @@ def amount(case, count):
 
 def plan(case, stored):
     """Say what is to be run, and from a few steps of each kind how long it takes here."""
-    s, runs, made = case.s, 0, {}
-    for seed in range(s.seeds):
-        for count in s.counts:
-            real, fresh = case.choose(count, seed % s.subsets)
-            for arm in case.arms.values():
-                if run_id(case, arm, real, fresh, seed % s.subsets, seed) not in stored:
-                    runs += 1
-                    if arm.source == "generator":
-                        how = recipe(case, arm, real, seed % s.subsets)
-                        made[digest(how, real.digest)] = how, digest(how["gen"], real.digest)
+    s, missing, made = case.s, 0, {}
+    for _, _, draw, real, _, runs in cells(case):
+        for arm, run in runs.values():
+            if run not in stored:
+                missing += 1
+                if arm.source == "generator":
+                    how = recipe(case, arm, real, draw)
+                    made[digest(how, real.digest)] = how, digest(how["gen"], real.digest)
     images = [how["made"] * len(how["classes"]) for how, _ in made.values()]
     generators = len({name for _, name in made.values()})
     sizes = ", ".join(f"{len(index)} {part}" for part, index in case.parts.items())
     print(f"{case.title}: {len(case.scenes)} images of {len(case.scenes.classes)} classes at {s.cls.size} px "
           f"({sizes})\n  {' and '.join(str(n or 'all') for n in s.counts)} {case.leg.per} x {s.seeds} seeds "
-          f"x {len(case.arms)} arms; to be run: {runs} classifiers of {s.cls.steps} steps, {generators} "
+          f"x {len(case.arms)} arms; to be run: {missing} classifiers of {s.cls.steps} steps, {generators} "
           f"generators of {s.gen.steps} steps, {sum(images)} synthetic images")
-    if not runs:
+    if not missing:
         return
     gen, cls = step_times(case)
     calls = sum(n * how["calls"] * (1 if how["w"] == 1 else 2)
                 for n, (how, _) in zip(images, made.values(), strict=True))
     minutes = {"generators": generators * s.gen.steps * gen / 60,
                "sampling": calls * gen / 3 / s.gen.batch / 60,           # a forward pass is a third of a step
-               "classifiers": runs * s.cls.steps * cls / 60}
+               "classifiers": (missing + len(s.counts)) * s.cls.steps * cls / 60}      # one for the features
     _, model = train_gen.networks(s.gen, len(case.scenes.classes), case.scenes.images.shape[1])
     disk = generators * 16 * sum(p.numel() for p in model.parameters())       # weights, average, two moments
     disk += (sum(images) + len(case.scenes)) * case.scenes.images[0].numel()
@@ -555,10 +592,12 @@ class Gain:
         """Half width of the 95 % interval."""
         return t_quantile(0.975, self.dof) * self.se
 
-    @property
-    def detectable(self):
-        """The smallest difference that such a comparison would have found in 4 of 5 cases."""
-        return (t_quantile(0.975, self.dof) + t_quantile(0.8, self.dof)) * self.se
+    def detectable(self, family=1):
+        """The smallest difference that such a comparison would have found in 4 of 5 cases.
+
+        As one claim of a family: Holm's first step divides the 5 % by their number.
+        """
+        return (t_quantile(1 - 0.025 / family, self.dof) + t_quantile(0.8, self.dof)) * self.se
 
 
 def gain(a, b, groups):
@@ -647,13 +686,14 @@ def sampled(case, arm, count, statistic):
 def difference(case, arm, base, count, statistic):
     """What arm gains over base, a list with a Gain per class if the statistic is of classes, else one Gain.
 
-    None unless both ran the same seeds, at least two.
+    None unless both ran the same seeds, at least two, and there are two groups of test images.
     """
     a, b = (sampled(case, name, count, statistic) for name in (arm, base))
-    if arm == base or a is None or b is None or len(a) != len(b) or len(a) < 2:
+    groups = len(case.test.groups.unique())
+    if arm == base or a is None or b is None or len(a) != len(b) or len(a) < 2 or groups < 2:
         return None
     a, b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
-    gains = [gain(a[..., k], b[..., k], len(case.test.groups.unique())) for k in range(a.shape[2])]
+    gains = [gain(a[..., k], b[..., k], groups) for k in range(a.shape[2])]
     return gains if statistic is f1 else gains[0]
 
 
@@ -695,7 +735,8 @@ def main_rows(case):
 
 def detail_rows(case):
     """F1 of each class, and macro-F1 of each event, per cent: header and rows."""
-    columns = {f"f1 {name}": f"F1 {name}" for name in case.test.classes}
+    tested = [name for c, name in enumerate(case.test.classes) if (case.test.labels == c).any()]
+    columns = {f"f1 {name}": f"F1 {name}" for name in tested}
     columns |= {f"macro_f1 {event}": f"macro-F1 in {event}" for event in case.events}
     return [case.leg.per, "arm", *columns.values()], [
         [str(count or "all"), arm, *(f"{np.mean(values(case, arm, count, name)):.1f}" for name in columns)]
@@ -706,7 +747,8 @@ def class_rows(case):
     """What the first claim's arm gains in each class at the largest count, the largest gain first."""
     (arm, base, _), count = case.leg.claims[0], case.s.counts[-1]
     gains = difference(case, arm, base, count, f1) or []
-    order = sorted(range(len(gains)), key=lambda k: -gains[k].mean)
+    there = [k for k in range(len(gains)) if (case.test.labels == k).any()]
+    order = sorted(there, key=lambda k: -gains[k].mean)
     rows = []
     for k in order:
         name = case.test.classes[k]
@@ -725,9 +767,10 @@ def claims(case):
 
 def claim_rows(case):
     """The claims as a table: header and rows."""
+    found = claims(case)
     header = [case.leg.per, "claim", "gain", "p after Holm", "p by sign flips", "detectable gain"]
     return header, [[str(count or "all"), f"{arm} against {base}", points(g), f"{p:.3f}", f"{g.flip:.2f}",
-                     f"{100 * g.detectable:.1f}"] for count, arm, base, _, g, p in claims(case)]
+                     f"{100 * g.detectable(len(found)):.1f}"] for count, arm, base, _, g, p in found]
 
 
 def answer(case):
@@ -741,7 +784,11 @@ def answer(case):
     sentences = [f"{what[0].upper()}{what[1:]} " + "; they ".join(
         word if len(words) == 1 else f"{word} ({', '.join(where)})" for word, where in words.items()) + "."
         for what, words in said.items()]
-    return " ".join(sentences) or "No answer yet: it takes two seeds, and real arms beside those to compare."
+    done = len({r["seed"] for r in case.rows})
+    so_far = f"So far, with {done} of {case.s.seeds} seeds: " * (done < case.s.seeds)
+    if not sentences:
+        return "No answer yet: it takes two seeds, and arms to compare."
+    return so_far + " ".join(sentences)
 
 
 def conditions(case):
@@ -749,10 +796,11 @@ def conditions(case):
     s, test, n = case.s, case.test, min(case.s.subsets, case.s.seeds)
     unit = "tiles" if case.leg.rare else "images"
     tiles = f" of {len(test.groups.unique())} tiles" * case.leg.rare
-    told = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, {len(test)} test "
-            f"images{tiles}; seeds: {s.seeds}; draws of the training images: {n}, each with a generator of "
-            f"{s.gen.steps} steps and {s.made} synthetic images per class; classifiers of {s.cls.steps} "
-            f"steps. In brackets: 95 % intervals over seeds and test {unit}")
+    counts = " and ".join(str(n or "all") for n in s.counts)
+    told = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, {counts} "
+            f"{case.leg.per}, {len(test)} test images{tiles}; seeds: {s.seeds}; draws of the training images: {n}"
+            f", each with a generator of {s.gen.steps} steps and {s.made} synthetic images per class; "
+            f"classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over seeds and test {unit}")
     told += ", which do not cover another draw of the training images" * (n == 1) + "."
     return told + f" Drawn {case.name} show that the method works; they say nothing about the world." * (
         not case.cfg.data)
@@ -772,7 +820,7 @@ def told(case):
     blocks = [case.name.upper() + "\n" + as_text(*main_rows(case))]
     if case.leg.rare:
         blocks.append(as_text(*detail_rows(case)))
-    for count, found in case.judged.items():
+    for count, found in ((count, found) for count, found in case.judged.items() if found):
         blocks += [f"Synthetic images with {amount(case, count)}:\n{as_text(*judged_rows(found))}".rstrip(),
                    copying(found)]
     blocks += [as_text(*claim_rows(case)), answer(case), conditions(case)]
@@ -782,30 +830,37 @@ def told(case):
 # ---- what the synthetic images are like
 
 def judge(case, real, synthetic, fresh, what):
-    """How synthetic images differ from real ones, and whether they are copies: {name: number}.
+    """How synthetic images differ from real ones, and if they are copies: {name: number}, or {}.
 
-    The features are those of a classifier trained on real images that the generator never saw, one half of
-    what training leaves over and of val; the other half is what synthetic images are compared to. Half of
+    The features are those of a classifier trained on real images that the generator never saw: one half of
+    what training leaves over and of val. The other half is what synthetic images are compared to, and half of
     that stands in for them once more: what another real sample would score is the floor of every number.
+    {} if fewer than ten images would be compared.
     """
-    name = digest("judge", case.s.cls, real.digest, synthetic.digest, fresh.digest)
+    unseen = join(fresh, case.scenes[case.parts["val"]])
+    unseen = unseen[torch.isin(unseen.labels, synthetic.labels)]
+    unseen = unseen[torch.randperm(len(unseen), generator=data.rng(0))]
+    heads, group = unseen.groups.unique(return_inverse=True)
+    part = (torch.randperm(len(heads), generator=data.rng(1)) % 4)[group]             # a group is in one part
+    teach, a, b = (unseen[which] for which in (part < 2, part == 2, part == 3))
+    sets = alike(a, b, synthetic)
+    if len(sets[0]) < 10:
+        return {}
+    name = digest("judge", case.s.cls, real.digest, synthetic.digest, unseen.digest)
     path, sheet = (case.out / "judged" / f"{name}.{kind}" for kind in ("json", "png"))
-    if not path.exists():
-        val = case.scenes[case.parts["val"]]
-        unseen = join(fresh, val)
-        unseen = unseen[torch.isin(unseen.labels, synthetic.labels)]
-        tiles = unseen.groups.unique()
-        part = torch.empty(int(tiles.max()) + 1, dtype=torch.int64)
-        part[tiles] = torch.randperm(len(tiles), generator=data.rng(0)) % 4     # a group is in one part
-        part = part[unseen.groups]
-        teach, a, b = (unseen[which] for which in (part < 2, part == 2, part == 3))
+    if not (path.exists() and sheet.exists()):
         cfg = replace(case.s.cls, augment=OVERHEAD, balance=case.leg.rare)
         eye = train_cls.fit(teach, None, cfg, title=f"features, {what}")[0].features
-        held, _ = alike(val[torch.isin(val.labels, synthetic.labels)], synthetic)
-        found = compare(eye, *alike(a, b, synthetic)) | suspects(eye, real, synthetic, held, sheet)
+        held, some = (spread(x) for x in alike(unseen[part >= 2], synthetic))
+        found = compare(eye, *sets) | suspects(eye, real, some, held, sheet)
         with data.replacing(path) as temporary:
             temporary.write_text(json.dumps(found))
     return json.loads(path.read_text()) | dict(sheet=str(sheet))
+
+
+def spread(scenes, most=400):
+    """At most so many of the scenes, from all over them."""
+    return scenes[torch.linspace(0, len(scenes) - 1, min(len(scenes), most)).long()]
 
 
 def join(a, b):
@@ -823,8 +878,6 @@ def alike(*several, most=4000):
 
 def compare(eye, a, b, synthetic):
     """Fréchet distance, precision, recall, density and coverage of synthetic and of other real images b."""
-    if len(a) < 10:                                                      # nothing to be learned from so few
-        return dict(judged_by=len(a))
     reference, *others = (train_cls.outputs(eye, s.images) for s in (a, b, synthetic))
     found = dict(judged_by=len(a))
     for who, features in zip(("real", "synthetic"), others, strict=True):
@@ -833,22 +886,21 @@ def compare(eye, a, b, synthetic):
     return found
 
 
-def suspects(eye, real, synthetic, held, sheet, most=400):
-    """Are they copies? Distances to the nearest training image, synthetic against held-out real images.
+def suspects(eye, real, some, held, sheet):
+    """Are they copies? Distances to the nearest training image, some synthetic against held-out real images.
 
     By pixels (rms, grey levels) and by features, over turns and flips. The 16 most suspicious are drawn
     above their nearest real images.
     """
-    real = real[torch.isin(real.labels, synthetic.labels)]
-    some = synthetic[torch.linspace(0, len(synthetic) - 1, min(len(synthetic), most)).long()]
+    real = real[torch.isin(real.labels, some.labels)]
     found, device = dict(trained_on=len(real)), data.pick_device()
     for space, embed in (("pixels", lambda x: x.flatten(1)),
                          ("features", lambda x: train_cls.outputs(eye, x))):
         near, (distance, which, turn) = [], (None, None, None)
-        for s in (held, some):
-            turned = torch.stack([embed(x) for x in train_gen.symmetries(s.images[:most])])
+        for scenes in (held, some):
+            turned = torch.stack([embed(x) for x in train_gen.symmetries(scenes.images)])
             closest = train_gen.nearest(turned.to(device), embed(real.images).to(device))
-            distance, which, turn = (values.cpu() for values in closest)
+            distance, which, turn = (part.cpu() for part in closest)
             near.append(distance)
         share, p = train_gen.mann_whitney(near[1], near[0])
         found |= {f"{space} share": share, f"{space} p": p, f"{space} held": float(near[0].median()),
@@ -863,10 +915,10 @@ def suspects(eye, real, synthetic, held, sheet, most=400):
 
 
 def judged_rows(found):
-    """Synthetic beside real images: header and rows; none if too few were left to compare."""
+    """Synthetic beside real images: header and rows."""
     names = "frechet", "precision", "recall", "density", "coverage"
-    rows = [[title, *(f"{found[f'{who} {name}']:.2f}" for name in names)] for who, title in
-            (("synthetic", "synthetic"), ("real", "other real (floor)")) if f"{who} frechet" in found]
+    rows = [[title, *(f"{found[f'{who} {name}']:.2f}" for name in names)]
+            for who, title in (("synthetic", "synthetic"), ("real", "other real (floor)"))]
     return ["images", "Fréchet distance", *names[1:]], rows
 
 
@@ -875,9 +927,10 @@ def copying(found):
     spaces = [(name, found[f"{name} share"], found[f"{name} p"]) for name in ("pixels", "features")]
     caught = any(share > 0.75 and p < 0.01 for _, share, p in spaces)
     each = " and ".join(f"{100 * share:.0f} % by {name} (p {p:.1g})" for name, share, p in spaces)
-    return (f"{'Many are copies' if caught else 'No sign of copies'}. Of a synthetic and a held-out real "
-            f"image, the synthetic one is nearer to one of {found['trained_on']} training images in "
-            f"{each} of pairs, p by Mann and Whitney. Copies come near 100 %, no copies to 50 % or less.")
+    return (f"{'Many may be copies' if caught else 'No sign of copies'}. Of a synthetic and a held-out real "
+            f"image, the synthetic one is nearer to one of {found['trained_on']} training images in {each} "
+            "of pairs, p by Mann and Whitney: near 100 % if they are copies, about 50 % if they are as new as "
+            "real ones. Smooth or dull images are near to everything: look at the pairs.")
 
 
 # ---- the pictures and the page
@@ -936,7 +989,7 @@ def chart(case, names, title):
         parts.append(f'<text x="242" y="{34 * i + 32}" text-anchor="end">{html.escape(arm)}</text>')
         for k, count in enumerate(counts):
             scores = [v / 100 for v in values(case, arm, count, score)]
-            y, color = 34 * i + 28 + 24 * ((k + 0.5) / len(counts) - 0.5), f"c{k % 4}"
+            y, color = 34 * i + 28 + 24 * ((k + 0.5) / len(counts) - 0.5), f"c{k % 6}"
             parts += [f'<circle cx="{x(v)}" cy="{y}" r="3" class="{color}"/>' for v in scores]
             if scores:
                 mean = x(float(np.mean(scores)))
@@ -967,15 +1020,15 @@ def curve(case, names, title):
                 half = t_quantile(0.975, dof) * np.std(found, ddof=1) / len(found) ** 0.5 if dof else 0
                 for corners, value in ((line, mean), (upper, mean + half), (lower, mean - half)):
                     corners.append(place(n, min(max(value, 0), 100)))
-        parts.append(f'<polygon points="{" ".join(upper + lower[::-1])}" class="band c{k % 4}"/>'
-                     f'<polyline points="{" ".join(line)}" class="curve c{k % 4}"/>')
+        parts.append(f'<polygon points="{" ".join(upper + lower[::-1])}" class="band c{k % 6}"/>'
+                     f'<polyline points="{" ".join(line)}" class="curve c{k % 6}"/>')
     return svg(parts, 264, names, title)
 
 
 def svg(parts, foot, legend, title):
     """A picture of the page: its parts, below them a legend in the colours c0, c1 ..., and a text."""
     for k, name in enumerate(legend):
-        parts.append(f'<text x="60" y="{foot + 38 + 18 * k}"><tspan class="c{k % 4}">●</tspan> '
+        parts.append(f'<text x="60" y="{foot + 38 + 18 * k}"><tspan class="c{k % 6}">●</tspan> '
                      f'{html.escape(name)}</text>')
     title, height = html.escape(title), foot + 30 + 18 * len(legend)
     return (f'<figure><div class="scroll"><svg viewBox="0 0 700 {height}" role="img" aria-label="{title}">'
@@ -984,10 +1037,10 @@ def svg(parts, foot, legend, title):
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #d5dae1;
-        --c0: #0b6bcb; --c1: #c2410c; --c2: #0f7b4f; --c3: #7c3aed }
+        --c0: #0b6bcb; --c1: #c2410c; --c2: #0f7b4f; --c3: #7c3aed; --c4: #a16207; --c5: #be185d }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ee; --paper: #14181f; --line: #3a424e;
-          --c0: #6cb2ff; --c1: #ff9d66; --c2: #5fd3a0; --c3: #b79bff } }
+          --c0: #6cb2ff; --c1: #ff9d66; --c2: #5fd3a0; --c3: #b79bff; --c4: #e3b341; --c5: #f78fb3 } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 .scroll { overflow-x: auto } pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line) }
@@ -999,6 +1052,7 @@ svg { width: 100%; min-width: 34rem; max-width: 44rem; font-size: 13px }
 text { fill: var(--ink) } .tick { stroke: var(--line) }
 .c0 { fill: var(--c0); stroke: var(--c0) } .c1 { fill: var(--c1); stroke: var(--c1) }
 .c2 { fill: var(--c2); stroke: var(--c2) } .c3 { fill: var(--c3); stroke: var(--c3) }
+.c4 { fill: var(--c4); stroke: var(--c4) } .c5 { fill: var(--c5); stroke: var(--c5) }
 circle { fill-opacity: .5; stroke: none } .mean { stroke-width: 3 } tspan { stroke: none }
 .band { fill-opacity: .15; stroke: none } .curve { fill: none; stroke-width: 2 }
 """
@@ -1037,7 +1091,7 @@ def section(case):
              as_html(*main_rows(case)),
              chart(case, [name for name in run if name in case.leg.arms],
                    f"{score} on the test split: a dot per seed, a bar at the mean")]
-    for study in filter(None, case.cfg.study.split(",")):
+    for study in listed(case.cfg.study):
         if mine := [name for name in run if name.startswith(f"{study}:")]:
             parts += [f"<h3>Study: {study}</h3>", chart(case, mine, f"{score}: what {study} does")]
     if len([n for n in case.s.counts if n]) > 1:
@@ -1056,7 +1110,7 @@ def section(case):
         parts += ["<h3>What the synthetic images are like</h3>", figure(side_by_side(*case.shown), (
             "Left: real training images. Right: synthetic images of the same class, by a generator that saw "
             "nothing but such training images."))]
-    for count, found in case.judged.items():
+    for count, found in ((count, found) for count, found in case.judged.items() if found):
         parts += [f"<h4>With {amount(case, count)}</h4>", as_html(*judged_rows(found)),
                   f"<p>Each compared to {found['judged_by']} real images, by the features of a classifier "
                   "trained on real images that the generator never saw.",
@@ -1071,12 +1125,14 @@ def report(cases, cfg, out):
         if case.shown:
             data.save_picture(side_by_side(*case.shown), out / f"grid-{case.name}.png")
     body = "\n".join(section(case) for case in cases if case.rows)
+    rows = [row for case in cases for row in case.rows]
+    made_by = sorted({f"{row.get('commit', 'unknown')} on {row['device']}" for row in rows})
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>
 <h1>{title}</h1>{body}
 <h2>Again</h2><pre>{html.escape(command(cfg))}</pre>
-<p>Commit {commit() or "unknown"}, torch {torch.__version__} on {data.pick_device()}. Every run, with all its
-settings, is a row of results.csv.</html>"""
+<p>Classifiers trained by commit {", ".join(made_by)}; page by commit {commit() or "unknown"}, torch
+{torch.__version__}. Every run, with all its settings, is a row of results.csv.</html>"""
     with data.replacing(out / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
 

@@ -87,7 +87,10 @@ class Mixture:
     """Real and synthetic images on a device, and how a batch is drawn from them."""
 
     def __init__(self, real, synthetic, cfg, soft, device):
-        self.pools = [pool for pool, used in ((real, cfg.share < 1), (synthetic, cfg.share > 0)) if used]
+        without = real and synthetic and set(real.labels.tolist()) - set(synthetic.labels.tolist())
+        real_too = cfg.share < 1 or without             # a class without synthetic images keeps the real ones
+        used = (real, real_too), (synthetic, cfg.share > 0)
+        self.pools = [pool for pool, is_used in used if is_used]
         first, last, K = self.pools[0], self.pools[-1], len(self.pools[0].classes)
         self.share, self.K = cfg.share, K
         self.images = torch.cat([pool.images for pool in self.pools]).to(device)         # (N, C, H, W) uint8

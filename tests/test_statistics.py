@@ -132,7 +132,7 @@ def test_only_seeds_or_only_groups():
     seeds = np.array([0.1, 0.3, 0.2, 0.5])
     g = stats.gain(np.repeat(seeds[:, None], 9, 1), 0, groups=50)          # alike in all test sets
     assert (g.mean, g.dof) == pytest.approx((0.275, 3)) and g.se == pytest.approx(seeds.std(ddof=1) / 2)
-    assert (g.half, g.detectable) == pytest.approx((3.18245 * g.se, (3.18245 + 0.97847) * g.se))
+    assert (g.half, g.detectable()) == pytest.approx((3.18245 * g.se, (3.18245 + 0.97847) * g.se))
     tiles = np.array([0.3, 0.9, 0.5, 0.1])
     alike = stats.replicates(worlds(np.tile(tiles, (3, 1))), accuracy, 20_000)        # in all seeds
     g = stats.gain(alike, 0, groups=4)
@@ -141,7 +141,7 @@ def test_only_seeds_or_only_groups():
 
 def test_no_difference_is_no_difference_and_one_without_any_spread_is_certain():
     none, sure = (stats.gain(np.full((3, 20), value), 0, groups=10) for value in (0.0, 0.1))
-    assert (none.mean, none.half, none.p, none.flip, none.detectable) == (0, 0, 1, 1, 0)
+    assert (none.mean, none.half, none.p, none.flip, none.detectable()) == (0, 0, 1, 1, 0)
     assert sure.half == pytest.approx(0, abs=1e-12) and sure.p < 1e-9 and sure.flip == 0.25
     with pytest.raises(ValueError, match="two seeds"):
         stats.gain(np.zeros((1, 20)), 0, groups=10)
