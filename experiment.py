@@ -140,9 +140,9 @@ _SMOKE = Scale(
     cls=train_cls.Config(size=16, patch=4, dim=32, depth=2, heads=2, steps=10, batch=32, warmup=5))
 _SMALL = Scale(
     counts=(5, 20), seeds=3, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
-    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1200, batch=32,
+    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1000, batch=32,
                          lr=2e-3, warmup=50, ema=0.99, augment="none"),
-    cls=train_cls.Config(size=24, patch=6, dim=64, depth=3, heads=2, steps=250, batch=64, warmup=50))
+    cls=train_cls.Config(size=24, patch=6, dim=64, depth=3, heads=2, steps=200, batch=64, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
     counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700, curve=(5, 20, 40, 150),
@@ -152,7 +152,7 @@ SCALES = {
     "buildings": dict(
         smoke=replace(_SMOKE, counts=(12,), drawn=64, curve=(8, 16)),
         small=replace(_SMALL, counts=(20,), drawn=256, curve=(10, 20, 40, 80),
-                      gen=replace(_SMALL.gen, steps=600)),
+                      gen=replace(_SMALL.gen, steps=500)),
         full=replace(_FULL, counts=(0,), made=5000, drawn=1000, subsets=1, curve=(100, 400, 1600))),
 }
 
@@ -798,8 +798,8 @@ def conditions(case):
     tiles = f" of {len(test.groups.unique())} tiles" * case.leg.rare
     counts = " and ".join(str(n or "all") for n in s.counts)
     told = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, {counts} "
-            f"{case.leg.per}, {len(test)} test images{tiles}; seeds: {s.seeds}; draws of the training images: {n}"
-            f", each with a generator of {s.gen.steps} steps and {s.made} synthetic images per class; "
+            f"{case.leg.per}, {len(test)} test images{tiles}; seeds: {s.seeds}; draws of training images: "
+            f"{n}, each with a generator of {s.gen.steps} steps and {s.made} synthetic images per class; "
             f"classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over seeds and test {unit}")
     told += ", which do not cover another draw of the training images" * (n == 1) + "."
     return told + f" Drawn {case.name} show that the method works; they say nothing about the world." * (
@@ -929,8 +929,8 @@ def copying(found):
     each = " and ".join(f"{100 * share:.0f} % by {name} (p {p:.1g})" for name, share, p in spaces)
     return (f"{'Many may be copies' if caught else 'No sign of copies'}. Of a synthetic and a held-out real "
             f"image, the synthetic one is nearer to one of {found['trained_on']} training images in {each} "
-            "of pairs, p by Mann and Whitney: near 100 % if they are copies, about 50 % if they are as new as "
-            "real ones. Smooth or dull images are near to everything: look at the pairs.")
+            "of pairs, p by Mann and Whitney: near 100 % if they are copies, about 50 % if they are as new "
+            "as real ones. Smooth or dull images are near to everything: look at the pairs.")
 
 
 # ---- the pictures and the page

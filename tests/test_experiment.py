@@ -157,7 +157,7 @@ def test_sharing_a_subset_trains_one_generator_per_count_and_the_conditions_say_
                  arms="real,real + synthetic")
     experiment.main(cfg)
     said = capsys.readouterr().out
-    assert "draws of the training images: 1" in said and "do not cover another draw" in said
+    assert "draws of training images: 1" in said and "do not cover another draw" in said
     assert len(list((tmp_path / "generators").glob("*.pt"))) == 1 and len(results(tmp_path)) == 4
 
 
