@@ -139,8 +139,8 @@ _SMOKE = Scale(
                          augment="none"),
     cls=train_cls.Config(size=16, patch=4, dim=32, depth=2, heads=2, steps=10, batch=32, warmup=5))
 _SMALL = Scale(
-    counts=(5, 20), seeds=3, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
-    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=800, batch=32,
+    counts=(10,), seeds=3, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
+    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1500, batch=32,
                          lr=2e-3, warmup=50, ema=0.99, augment="none"),
     cls=train_cls.Config(size=24, patch=6, dim=64, depth=3, heads=2, steps=200, batch=64, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
@@ -152,7 +152,7 @@ SCALES = {
     "buildings": dict(
         smoke=replace(_SMOKE, counts=(12,), drawn=64, curve=(8, 16)),
         small=replace(_SMALL, counts=(20,), drawn=256, curve=(10, 20, 40, 80),
-                      gen=replace(_SMALL.gen, steps=400)),
+                      gen=replace(_SMALL.gen, steps=900)),
         full=replace(_FULL, counts=(0,), made=5000, drawn=1000, subsets=1, curve=(100, 400, 1600))),
 }
 
