@@ -802,6 +802,9 @@ def conditions(case):
             f"{n}, each with a generator of {s.gen.steps} steps and {s.made} synthetic images per class; "
             f"classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over seeds and test {unit}")
     told += ", which do not cover another draw of the training images" * (n == 1) + "."
+    done = {row["arm"] for row in case.rows}
+    if any(arm.source == "fresh" and name not in done for name, arm in case.arms.items()):
+        told += " No ceiling: fewer real images are left over than are trained on."
     return told + f" Drawn {case.name} show that the method works; they say nothing about the world." * (
         not case.cfg.data)
 

@@ -287,6 +287,22 @@ def test_the_answer_follows_gain_and_p_in_the_words_of_the_claims(monkeypatch, s
     assert "help (real + synthetic against real with 4 real images per class); they make no" in mixed
 
 
+def test_the_conditions_say_that_there_is_no_ceiling(scenes_case):
+    rows = [dict(arm=arm) for arm in scenes_case.arms]
+    fewer = [row for row in rows if "fresh" not in row["arm"]]
+    for there, said in ((rows, False), (fewer, True)):
+        assert ("No ceiling" in experiment.conditions(replace(scenes_case, rows=there))) is said
+
+
+def test_a_class_without_synthetic_images_keeps_its_real_ones_at_share_1(smoke):
+    case = case_of(smoke[0], "buildings")
+    real, _ = case.choose(12, 0)
+    rare = real[real.labels > 0]
+    cfg = replace(case.s.cls, share=1.0, balance=True, batch=64)
+    _, seen = experiment.train_cls.fit(real, rare, cfg)
+    assert 0.6 < seen["synthetic"] / seen["images"] < 0.9
+
+
 def test_more_test_images_or_a_clearer_gain_narrow_the_claims(smoke, scenes_case, tmp_path):
     """Answers written by hand go all the way to the claim."""
     s = replace(scenes_case.s, counts=(4,), seeds=4)
