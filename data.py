@@ -399,7 +399,7 @@ def decode_all(files, size, title):
             broken[i] = error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:              # Pillow lets go of the GIL while it decodes
-        list(tqdm(pool.map(read, range(len(files))), title, len(files), disable=None, leave=False))
+        list(progress(pool.map(read, range(len(files))), title, len(files)))
     return images, broken
 
 
@@ -688,7 +688,7 @@ def read_tree(tiles, size, label, min_area, **how):
     tile at a time: the memory is that of the crops.
     """
     names, answers, groups, ends, dropped, places = [], [], [], [], Counter(), {}
-    for tile, files in tqdm(tiles.items(), "counting buildings", disable=None, leave=False):
+    for tile, files in progress(tiles.items(), "counting buildings"):
         polygons, kind, _ = read_label(files["post.json"])
         found = usable(polygons, min_area)
         names += [f"{tile}/{uid}" for uid, _, _ in found]
@@ -705,7 +705,7 @@ def read_tree(tiles, size, label, min_area, **how):
     jobs = list(zip(tiles.values(), images.tensor_split(ends[:-1]), strict=True))
     with ThreadPoolExecutor(os.cpu_count()) as pool:              # Pillow lets go of the GIL while it decodes
         cutting = pool.map(lambda job: cut_tile(*job, min_area=min_area, **how), jobs)
-        list(tqdm(cutting, "cutting buildings", len(jobs), disable=None, leave=False))
+        list(progress(cutting, "cutting buildings", len(jobs)))
     classes = DAMAGE if label == "damage" else sorted(set(answers))
     return dict(images=images, labels=torch.tensor([classes.index(a) for a in answers]), classes=classes,
                 names=names, groups=torch.tensor(groups)), left_out
@@ -744,7 +744,7 @@ def read_xbd(root, size, label="damage", pre=False, mask=False, pad=0.5, min_sid
 def survey_xbd(root):
     """What there is in an xBD tree, readable or not: counts {...}, and the lines that tell them."""
     tiles, polygons, events = find_tiles(root), {}, {}
-    for tile, files in tqdm(tiles.items(), "reading labels", disable=None, leave=False):
+    for tile, files in progress(tiles.items(), "reading labels"):
         event = events.setdefault(tile.split("/")[1].rpartition("_")[0], Counter())
         event["tiles"] += 1
         for name in sorted({"pre.json", "post.json"} & files.keys()):
@@ -993,7 +993,7 @@ def draw_tree(root, per_class, seed=0, size=128):
     wanted = [(name, k, Path(root) / name / f"{name}_{k:03d}.jpg")
               for name in SCENES for k in range(1, per_class + 1)]
     missing = [(name, k, path) for name, k, path in wanted if not path.exists()]
-    for name, k, path in tqdm(missing, "drawing scenes", disable=None, leave=False):
+    for name, k, path in progress(missing, "drawing scenes"):
         rng = np.random.default_rng([seed, zlib.crc32(name.encode()), k])
         save_picture(draw_scene(name, rng, size), path, quality=90)
     return Path(root)
@@ -1117,7 +1117,7 @@ def draw_xbd(root, tiles=24, seed=0, side=256):
 
     Tile k follows from (seed, k); of sixteen, four are in test and the others in train.
     """
-    for k in tqdm(range(tiles), "drawing disasters", disable=None, leave=False):
+    for k in progress(range(tiles), "drawing disasters"):
         event = list(EVENTS)[k % len(EVENTS)]
         folder = Path(root) / ("test" if k // len(EVENTS) % 4 == 3 else "train")
         names = [f"{event}_{k:08d}_{time}_disaster" for time in ("pre", "post")]

@@ -37,7 +37,7 @@ import train_cls
 import train_gen
 from augment import AUGMENTATIONS, OVERHEAD
 from data import Problem, Scenes, flag
-from train_cls import accuracy, f1, harmonic_f1, macro_f1, tally
+from train_cls import accuracy, f1, harmonic_f1, macro_f1, tally, totals
 
 SCORES = dict(accuracy=accuracy, macro_f1=macro_f1, harmonic_f1=harmonic_f1)
 TITLES = dict(accuracy="accuracy", macro_f1="macro-F1", harmonic_f1="harmonic F1")
@@ -446,13 +446,12 @@ def score(case, run, arm, real, pool, soft, seed, title):
     predicted = train_cls.predict(model, test.images)
     with data.replacing(case.out / "predicted" / run) as temporary, open(temporary, "wb") as file:
         np.save(file, predicted.numpy().astype(np.int16))
-    K, one = len(test.classes), torch.zeros_like(test.labels)                        # all images as one group
-    counts = tally(test.labels, predicted, one, K)[0]
+    K = len(test.classes)
+    counts = totals(test.labels, predicted, K)
     row = {name: float(SCORES[name](counts)) for name in SCORES}
     row |= {f"f1 {name}": float(v) for name, v in zip(test.classes, f1(counts), strict=True)}
     for event, mine in case.events.items():
-        counts = tally(test.labels[mine], predicted[mine], one[mine], K)[0]
-        row[f"macro_f1 {event}"] = float(macro_f1(counts))
+        row[f"macro_f1 {event}"] = float(macro_f1(totals(test.labels[mine], predicted[mine], K)))
     settings = dict(scale=asdict(case.s), arm=asdict(arm), label=case.cfg.label, hold_out=case.cfg.hold_out)
     return dict(**row, **seen, added=len(pool or []), seconds=round(time.perf_counter() - start, 1),
                 device=str(data.pick_device()), commit=commit(), settings=json.dumps(settings))
@@ -485,9 +484,9 @@ def write_results(out, rows):
     data.save_csv(out / "results.csv", header, [[row.get(k, "") for k in header] for row in rows.values()])
 
 
-def amount(case, count):
-    """A number of real images in words: "20 real images per class", "all training tiles"."""
-    return f"{count or 'all'} {case.leg.per}"
+def amount(case, *counts):
+    """Numbers of real images in words: "5 and 20 real images per class", "all training tiles"."""
+    return f"{' and '.join(str(n or 'all') for n in counts)} {case.leg.per}"
 
 
 def plan(case, stored):
@@ -504,7 +503,7 @@ def plan(case, stored):
     generators = len({name for _, name in made.values()})
     sizes = ", ".join(f"{len(index)} {part}" for part, index in case.parts.items())
     print(f"{case.title}: {len(case.scenes)} images of {len(case.scenes.classes)} classes at {s.cls.size} px "
-          f"({sizes})\n  {' and '.join(str(n or 'all') for n in s.counts)} {case.leg.per} x {s.seeds} seeds "
+          f"({sizes})\n  {amount(case, *s.counts)} x {s.seeds} seeds "
           f"x {len(case.arms)} arms; to be run: {missing} classifiers of {s.cls.steps} steps, {generators} "
           f"generators of {s.gen.steps} steps, {sum(images)} synthetic images")
     if not missing:
@@ -671,14 +670,23 @@ def holm(ps):
 
 # ---- the answers
 
+def runs_of(case, arm, count):
+    """The rows of an arm, seed by seed; [] if it was not run."""
+    mine = [r for r in case.rows if r["arm"] == arm and r["count"] == count]
+    return sorted(mine, key=lambda r: r["seed"])
+
+
+def answers(case, run):
+    """What a run's classifier said of the test split, (N,) int64."""
+    return np.load(case.out / "predicted" / run).astype(np.int64)
+
+
 def sampled(case, arm, count, statistic):
     """Replicates of a statistic of an arm, (seeds, 1 + B, ...); None if it was not run."""
-    runs = sorted((r["seed"], r["run"]) for r in case.rows if r["arm"] == arm and r["count"] == count)
+    runs, test = [r["run"] for r in runs_of(case, arm, count)], case.test
     key = statistic, *runs
     if runs and key not in case.memory:
-        test = case.test
-        counts = [tally(test.labels, np.load(case.out / "predicted" / run).astype(np.int64), test.groups,
-                        len(test.classes)) for _, run in runs]
+        counts = [tally(test.labels, answers(case, run), test.groups, len(test.classes)) for run in runs]
         case.memory[key] = replicates(np.stack(counts), statistic)
     return case.memory.get(key)
 
@@ -705,7 +713,7 @@ def points(g):
 
 def values(case, arm, count, column):
     """A column of results.csv for each seed, per cent; [] if it was not run."""
-    return [100 * r[column] for r in case.rows if r["arm"] == arm and r["count"] == count]
+    return [100 * r[column] for r in runs_of(case, arm, count)]
 
 
 def present(case):
@@ -718,7 +726,7 @@ def main_rows(case):
     """The table: its header, and cells for each count and arm, after those of always the commonest class."""
     leg, test, score = case.leg, case.test, case.leg.scores[0]
     c = case.scenes.labels[case.parts["train"]].bincount().argmax()
-    counts = tally(test.labels, c.expand(len(test)), test.groups, len(test.classes)).sum(0)
+    counts = totals(test.labels, c.expand(len(test)), len(test.classes))
     rows = [["", f"always {test.classes[c]}", *(f"{100 * SCORES[name](counts):.1f}" for name in leg.scores)]]
     for count, arm in present(case):
         rows.append([str(count or "all"), arm])
@@ -793,14 +801,14 @@ def answer(case):
 
 def conditions(case):
     """What the answer holds for."""
-    s, test, n = case.s, case.test, min(case.s.subsets, case.s.seeds)
+    s, test, n = case.s, case.test, case.s.subsets
     unit = "tiles" if case.leg.rare else "images"
     tiles = f" of {len(test.groups.unique())} tiles" * case.leg.rare
-    counts = " and ".join(str(n or "all") for n in s.counts)
-    told = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, {counts} "
-            f"{case.leg.per}, {len(test)} test images{tiles}; seeds: {s.seeds}; draws of training images: "
-            f"{n}, each with a generator of {s.gen.steps} steps and {s.made} synthetic images per class; "
-            f"classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over seeds and test {unit}")
+    told = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, "
+            f"{amount(case, *s.counts)}, {len(test)} test images{tiles}; seeds: {s.seeds}; draws of training "
+            f"images: {n}, each with a generator of {s.gen.steps} steps and {s.made} synthetic images per "
+            f"class; classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over seeds and test "
+            f"{unit}")
     told += ", which do not cover another draw of the training images" * (n == 1) + "."
     done = {row["arm"] for row in case.rows}
     if any(arm.source == "fresh" and name not in done for name, arm in case.arms.items()):
@@ -823,7 +831,7 @@ def told(case):
     blocks = [case.name.upper() + "\n" + as_text(*main_rows(case))]
     if case.leg.rare:
         blocks.append(as_text(*detail_rows(case)))
-    for count, found in ((count, found) for count, found in case.judged.items() if found):
+    for count, found in likeness(case):
         blocks += [f"Synthetic images with {amount(case, count)}:\n{as_text(*judged_rows(found))}".rstrip(),
                    copying(found)]
     blocks += [as_text(*claim_rows(case)), answer(case), conditions(case)]
@@ -859,6 +867,11 @@ def judge(case, real, synthetic, fresh, what):
         with data.replacing(path) as temporary:
             temporary.write_text(json.dumps(found))
     return json.loads(path.read_text()) | dict(sheet=str(sheet))
+
+
+def likeness(case):
+    """(count, what judge() found) wherever it had enough images."""
+    return [(count, found) for count, found in case.judged.items() if found]
 
 
 def spread(scenes, most=400):
@@ -906,8 +919,7 @@ def suspects(eye, real, some, held, sheet):
             distance, which, turn = (part.cpu() for part in closest)
             near.append(distance)
         share, p = train_gen.mann_whitney(near[1], near[0])
-        found |= {f"{space} share": share, f"{space} p": p, f"{space} held": float(near[0].median()),
-                  f"{space} synthetic": float(near[1].median())}
+        found |= {f"{space} share": share, f"{space} p": p}
         if space == "pixels":
             worst = distance.argsort()[:16]
             copies = train_gen.symmetries(some.images)[turn[worst], worst]
@@ -965,11 +977,11 @@ def confusions(case):
     """What was taken for what, rows adding up to 1: the first claim's base left, its arm right; or None."""
     test, K, both = case.test, len(case.test.classes), []
     for who in reversed(case.leg.claims[0][:2]):
-        runs = [r["run"] for r in case.rows if r["arm"] == who and r["count"] == case.s.counts[-1]]
+        runs = runs_of(case, who, case.s.counts[-1])
         if not runs:
             return None
-        answers = np.concatenate([np.load(case.out / "predicted" / run) for run in runs]).astype(np.int64)
-        matrix = train_cls.confusion(test.labels.repeat(len(runs)), torch.from_numpy(answers), K).double()
+        said = torch.from_numpy(np.concatenate([answers(case, r["run"]) for r in runs]))
+        matrix = train_cls.confusion(test.labels.repeat(len(runs)), said, K).double()
         both.append(matrix / matrix.sum(1, keepdim=True).clamp(min=1))
     cells = 255 - (255 * torch.cat([both[0], torch.zeros(K, 1), both[1]], 1)).round().to(torch.uint8)
     strips = [Image.fromarray(row.numpy()[None]).convert("RGB") for row in cells]
@@ -998,7 +1010,7 @@ def chart(case, names, title):
                 mean = x(float(np.mean(scores)))
                 parts.append(f'<line x1="{mean}" x2="{mean}" y1="{y - 5}" y2="{y + 5}" '
                              f'class="mean {color}"/>')
-    return svg(parts, foot, [f"{n or 'all'} {case.leg.per}" for n in counts], title)
+    return svg(parts, foot, [amount(case, n) for n in counts], title)
 
 
 def curve(case, names, title):
@@ -1082,6 +1094,11 @@ def as_html(header, rows):
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
+def grid_of(case):
+    """Where the picture of real and synthetic images is."""
+    return case.out / f"grid-{case.name}.png"
+
+
 def section(case):
     """What the page says of a leg."""
     run = [arm for arm in case.arms if any(r["arm"] == arm for r in case.rows)]
@@ -1103,17 +1120,17 @@ def section(case):
                            f"{score} over {case.leg.per}; bands: 95 % intervals over seeds"))
     if case.leg.rare:
         parts += ["<h3>By class and event</h3>", as_html(*detail_rows(case))]
-    if class_rows(case)[1]:
+    if table := as_html(*class_rows(case)):
         parts += [f"<h3>Which classes gain</h3><p>With {amount(case, most)}. The intervals are of single "
-                  "classes, not corrected for their number.", as_html(*class_rows(case))]
+                  "classes, not corrected for their number.", table]
     if picture := confusions(case):
         parts.append(figure(picture, f"What was taken for what: {base} left, {arm} right. A row is the "
                                      "truth, a column the answer, in the same order; black is always."))
     if case.shown:
-        parts += ["<h3>What the synthetic images are like</h3>", figure(side_by_side(*case.shown), (
+        parts += ["<h3>What the synthetic images are like</h3>", figure(grid_of(case), (
             "Left: real training images. Right: synthetic images of the same class, by a generator that saw "
             "nothing but such training images."))]
-    for count, found in ((count, found) for count, found in case.judged.items() if found):
+    for count, found in likeness(case):
         parts += [f"<h4>With {amount(case, count)}</h4>", as_html(*judged_rows(found)),
                   f"<p>Each compared to {found['judged_by']} real images, by the features of a classifier "
                   "trained on real images that the generator never saw.",
@@ -1126,7 +1143,7 @@ def report(cases, cfg, out):
     title = "Does synthetic data help to recognise what is seen from above?"
     for case in cases:
         if case.shown:
-            data.save_picture(side_by_side(*case.shown), out / f"grid-{case.name}.png")
+            data.save_picture(side_by_side(*case.shown), grid_of(case))
     body = "\n".join(section(case) for case in cases if case.rows)
     rows = [row for case in cases for row in case.rows]
     made_by = sorted({f"{row.get('commit', 'unknown')} on {row['device']}" for row in rows})

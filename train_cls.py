@@ -199,6 +199,11 @@ def tally(labels, predicted, groups, K):
     return counts
 
 
+def totals(labels, predicted, K):
+    """The same of all images together, (3, K)."""
+    return tally(labels, predicted, np.zeros(len(labels), dtype=int), K)[0]
+
+
 def f1(counts):
     """F1 of each class, 2 P R / (P + R), (..., 3, K) -> (..., K); 0 for one that nothing is or is called."""
     hits, truth, called = np.moveaxis(counts, -2, 0)
@@ -274,7 +279,7 @@ def main(cfg):
     model, _ = fit(scenes[index], synthetic, cfg, Path(cfg.out) / "classifier.pt")
     for part in ("val", "test") if cfg.test else ("val",):
         held = scenes[parts[part]]
-        counts = tally(held.labels, predict(model, held.images), held.groups, len(scenes.classes)).sum(0)
+        counts = totals(held.labels, predict(model, held.images), len(scenes.classes))
         worst = recall(counts).argmin()
         print(f"{part}: accuracy {accuracy(counts):.3f}, macro-F1 {macro_f1(counts):.3f} on {len(held)} "
               f"images; weakest class {scenes.classes[worst]} ({recall(counts)[worst]:.2f})")
