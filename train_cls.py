@@ -18,14 +18,17 @@ from torch import nn
 import data
 from augment import OVERHEAD, compose
 from data import Problem, flag
-from vit import ViT
+from vit import Convolutions, Patches, ViT, zero
+
+MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
 
 
 @dataclass
 class Config:
     """What makes a classifier, the images aside."""
+    model: str = flag("vit", f"recogniser: {', '.join(MODELS)}")
     size: int = flag(64, "side of the images in pixels")
-    patch: int = flag(8, "side of the patches that become tokens")
+    patch: int = flag(8, "pixels a side of a token")
     dim: int = flag(192, "width of a token")
     depth: int = flag(6, "transformer blocks")
     heads: int = flag(3, "attention heads")
@@ -36,16 +39,21 @@ class Config:
     decay: float = flag(0.1, "weight decay, on matrices only")
     smoothing: float = flag(0.1, "label smoothing")
     share: float = flag(0.0, "probability that a synthetic image takes the place of a real one of its class")
+    pretrain: bool = flag(False, "synthetic images first, for this share of the steps, then real ones only")
     balance: bool = flag(False, "draw all classes equally often, however rare they are")
     augment: str = flag(OVERHEAD, "augmentations by name, in order; none is none")
     seed: int = flag(0, "fixes the choice of images, weights and batches")
 
     def __post_init__(self):
         compose(self.augment)
+        if self.model not in MODELS:
+            raise ValueError(f"--model {self.model}: known are {', '.join(MODELS)}")
         if self.size % self.patch:
             raise ValueError(f"--size {self.size} is not divisible by --patch {self.patch}")
-        if self.dim % self.heads or self.dim % 4:
-            raise ValueError(f"--dim {self.dim} must be divisible by 4 and by --heads {self.heads}")
+        if self.model == "vit" and self.patch not in (2, 4, 8, 16, 32):
+            raise ValueError(f"--patch {self.patch}: convolutions halve, so 2, 4, 8, 16 or 32")
+        if self.dim % self.heads or self.dim % 16:
+            raise ValueError(f"--dim {self.dim} must be divisible by 16 and by --heads {self.heads}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"--share {self.share}: a probability, 0 to 1")
 
@@ -61,8 +69,128 @@ class Script(Config):
     test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
 
 
+# ---- the recognisers beside the ViT
+
+class Residual(nn.Module):
+    """Two convolutions beside a skip: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride).
+
+    He et al. 2016, Eq. 2. The second norm starts at 0, the block as its skip (Goyal et al. 2017).
+    """
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(8, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.norm2 = zero(nn.GroupNorm(8, c_out))
+        self.skip = nn.Conv2d(c_in, c_out, 1, stride)
+
+    def forward(self, x):
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.skip(x) + self.norm2(self.conv2(h)))
+
+
+class ResNet(nn.Module):
+    """A small residual network: images (B, C, H, W) in [-1, 1] to class logits (B, K). No attention."""
+
+    def __init__(self, classes, width=32, channels=3):
+        super().__init__()
+        self.blocks = nn.Sequential(
+            nn.Conv2d(channels, width, 3, stride=2, padding=1),
+            Residual(width, width, stride=1),
+            Residual(width, 2 * width, stride=2),
+            Residual(2 * width, 4 * width, stride=2))
+        self.head = zero(nn.Linear(4 * width, classes))
+
+    def features(self, x):
+        """Return the mean over all places, (B, 4 width)."""
+        return self.blocks(x).mean((2, 3))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def histogram(index, weights, bins):
+    """Sum the weights (B, P) that fall into each bin, index (B, P) int64: (B, bins)."""
+    return weights.new_zeros(len(index), bins).scatter_add_(1, index, weights)
+
+
+def colours_and_edges(x):
+    """Describe images (B, C, H, W) in [-1, 1] without learning: (B, 160), or with a mask in C (B, 320).
+
+    Histograms of each of R, G, B in 8 bins, of all three together in 4 x 4 x 4, and of the directions of
+    edges (8 bins, weighted by strength) in each of 3 x 3 cells (Dalal & Triggs 2005); of all of them square
+    roots, whose distance is Hellinger's. With a mask all of it once more, of the building alone.
+    """
+    B, _, H, W = x.shape
+    rgb = data.to_uint8(x[:, :3]).long().flatten(2)                                         # (B, 3, H W)
+    level = rgb // 32 + 8 * torch.arange(3, device=x.device)[:, None]
+    colour = (rgb // 64 * torch.tensor([[16], [4], [1]], device=x.device)).sum(1)           # (B, H W)
+
+    grey = F.pad(x[:, :3].mean(1), (1, 1, 1, 1), "replicate")
+    dx = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
+    dy = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
+    strength = torch.hypot(dx, dy).flatten(1)                                               # (B, H W)
+    direction = (torch.atan2(dy, dx) / math.pi * 4).floor().long() % 8
+    row, column = torch.arange(H, device=x.device) * 3 // H, torch.arange(W, device=x.device) * 3 // W
+    cell = (8 * (3 * row[:, None] + column) + direction).flatten(1)
+
+    found = []
+    for region in [torch.ones_like(x[:, 0]), *(x[:, 3:] > 0).float().unbind(1)]:
+        w = (region / region.sum((1, 2), keepdim=True).clamp(min=1)).flatten(1)             # (B, H W)
+        found += [histogram(level.flatten(1), w.repeat(1, 3), 24), histogram(colour, w, 64),
+                  histogram(cell, w * strength, 72)]
+    return torch.cat(found, 1).sqrt()
+
+
+class Linear(nn.Module):
+    """Multinomial logistic regression on colours and edges: the floor, which learns no features."""
+
+    def __init__(self, mixture):
+        super().__init__()
+        f = torch.cat([colours_and_edges(data.to_float(images)) for images in mixture.images.split(512)])
+        chances = mixture.chances()[:, None]
+        mean = (chances * f).sum(0)
+        std = (chances * (f - mean) ** 2).sum(0).sqrt()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std.clamp(min=1e-3))                 # of features that never vary
+        self.head = zero(nn.Linear(f.shape[1], mixture.K, device=f.device))
+        self.solve((f - mean) / self.std, mixture.targets, chances)
+
+    def solve(self, f, targets, chances, penalty=0.01):
+        """Minimise what a batch of this mixture would lose on average, plus penalty / 2 |W|^2, by L-BFGS."""
+        optimizer = torch.optim.LBFGS(self.head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            each = F.cross_entropy(self.head(f), targets, reduction="none")
+            loss = (chances[:, 0] * each).sum() + penalty / 2 * self.head.weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    def features(self, x):
+        """Return the standardised histograms, (B, 160) or (B, 320)."""
+        return (colours_and_edges(x) - self.mean) / self.std
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def network(cfg, classes, channels):
+    """Make a fresh recogniser, weights fixed by the seed."""
+    torch.manual_seed(cfg.seed)
+    if cfg.model == "resnet":
+        return ResNet(classes, cfg.dim // 2, channels)
+    stem = Patches if cfg.model == "patches" else Convolutions
+    return ViT(classes, cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, channels, stem)
+
+
+# ---- training
+
 def adamw(model, decay):
-    """AdamW that lets matrices decay, biases and norms not; the learning rate is set at every step."""
+    """AdamW with weight decay on matrices but not on biases and norms; the rate is set at every step."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0)]
@@ -98,13 +226,24 @@ class Mixture:
         if soft is not None:
             targets[-1] = soft
         self.targets = torch.cat(targets).to(device)                                     # (N, K)
-        self.real, self.synthetic = (Urn(pool.labels.to(device), K) for pool in (first, last))
+        self.labels = [pool.labels.to(device) for pool in (first, last)]
+        self.real, self.synthetic = (Urn(labels, K) for labels in self.labels)
         self.offset = len(self.images) - len(last)                       # where the synthetic images start
         labels = first.labels.sort().values.to(device)
         self.classes = labels.unique() if cfg.balance else labels        # a class is drawn from these
 
+    def chances(self):
+        """Return the probability of each image to be the next one drawn, (N,): it sums to 1."""
+        class_p = self.classes.bincount(minlength=self.K) / len(self.classes)                # (K,)
+        share = self.share * (self.synthetic.count > 0)
+        chances = torch.zeros(len(self.images), device=self.classes.device)
+        real, synthetic = self.labels
+        chances[:len(real)] += (class_p * (1 - share) / self.real.count.clamp(min=1))[real]
+        chances[self.offset:] += (class_p * share / self.synthetic.count.clamp(min=1))[synthetic]
+        return chances
+
     def draw(self, n, generator):
-        """Where n images are, and which of them are synthetic, both (n,).
+        """Draw n images: where they are, and which of them are synthetic, both (n,).
 
         First a class, as often as it occurs or all equally often, then an image of this class: a synthetic
         one with probability `share`, if there is any. A place has the same draws whatever the share.
@@ -116,18 +255,20 @@ class Mixture:
 
 
 def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier"):
-    """Train a ViT from scratch on real and synthetic (Scenes; the one that is not used may be None).
+    """Train a recogniser from scratch on real and synthetic (Scenes; the one that is not used may be None).
 
     soft (N, K): what to teach of each synthetic image instead of its class, probabilities. All randomness
     follows from (seed, step), so that two runs of a seed differ only in what they are meant to. With a path,
     a checkpoint is kept there every so many steps, and a run that was killed goes on from it. Returns the
-    model in eval mode and what it has seen: {steps, images, synthetic}.
+    model in eval mode and what it has seen: {steps, images, synthetic}. The linear one takes no steps: it is
+    solved for the average over all batches that it could have seen, without augmentation.
     """
     device = data.pick_device()
     mixture = Mixture(real, synthetic, cfg, soft, device)
+    if cfg.model == "linear":
+        return Linear(mixture).eval(), dict(steps=0, images=0, synthetic=0)
     classes, channels = mixture.pools[0].classes, mixture.images.shape[1]
-    torch.manual_seed(cfg.seed)
-    model = ViT(mixture.K, cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, channels).to(device)
+    model = network(cfg, mixture.K, channels).to(device)
     optimizer = adamw(model, cfg.decay)
     parts = dict(model=model, optimizer=optimizer)
     identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=classes,
@@ -142,6 +283,8 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
     for step in data.progress(range(start, cfg.steps), title, cfg.steps, initial=start):
         g = data.rng(cfg.seed, step, device=device)
+        if cfg.pretrain:                                           # all steps of one kind, then the other
+            mixture.share = float(step < cfg.share * cfg.steps)
         index, fake = mixture.draw(cfg.batch, g)
         synthetic_seen += fake.sum()
         x, y = augment(data.to_float(mixture.images[index]), mixture.targets[index], g)
@@ -245,15 +388,6 @@ def harmonic_f1(counts):
     each = f1(occurring(counts))
     with np.errstate(divide="ignore"):
         return each.shape[-1] / (1 / each).sum(-1)                       # 1 / 0 = inf, and K / inf = 0
-
-
-def load_classifier(path):
-    """The model of a checkpoint in eval mode, and its class names. Raises Problem if the file is none."""
-    saved = data.load_checkpoint(path, "classifier")
-    cfg = Config(**saved["config"])
-    model = ViT(len(saved["classes"]), cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, saved["channels"])
-    model.load_state_dict(saved["model"])
-    return model.to(data.pick_device()).eval(), saved["classes"]
 
 
 def main(cfg):

@@ -1,4 +1,4 @@
-"""The U-Net that predicts the noise (Ho et al. 2020, appendix B), and `Condition`, all it can be told.
+"""The U-Net that predicts the noise, or v (Ho et al. 2020, appendix B), and `Condition`, all it can be told.
 
 Letters: B batch, C image channels, H W image sides, D width of the embedding, K classes.
 """
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from vit import Attention
+from vit import Attention, zero
 
 
 @dataclass
@@ -41,13 +41,6 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def zero(layer):
-    """A layer that starts as 0: each block starts as the identity, the first image as nothing (Ho et al.)."""
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    return layer
-
-
 class Norm(nn.GroupNorm):
     """GroupNorm of 8 groups in the precision of its input; inside, sums are float32 in any case.
 
@@ -67,7 +60,7 @@ class Block(nn.Module):
     """Two convolutions around a residual; between them the embedding scales and shifts (AdaGN).
 
     (B, C_in, H, W), (B, D) -> (B, C_out, H, W). With attention, every pixel then looks at every other.
-    AdaGN: Dhariwal & Nichol 2021.
+    AdaGN: Dhariwal & Nichol 2021. A block starts as the identity, and the U-Net as 0 (Ho et al.).
     """
 
     def __init__(self, c_in, c_out, emb, attention=False):

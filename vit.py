@@ -1,7 +1,10 @@
 """The vision transformer that recognises.
 
 ViT (Dosovitskiy et al. 2021, 2010.11929) in the plain form of Beyer et al. 2022 (2205.01580): fixed sin-cos
-positions instead of learned ones, and the mean of all tokens instead of a class token.
+positions instead of learned ones, and the mean of all tokens instead of a class token. Two changes let it
+learn from a few hundred images. Convolutions make the tokens (Xiao et al. 2021, 2106.14881): plain patches
+would have to learn from the data that neighbouring pixels belong together. And every block starts as the
+identity, so that training begins with these convolutions, and attention joins in as far as it helps.
 
 Letters: B batch, C channels, H W image sides, P patch side, L tokens, D width of a token, K classes.
 """
@@ -9,6 +12,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+
+
+def zero(layer):
+    """Return the layer with all weights 0: a residual branch that ends with it starts as nothing."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
 
 
 class Attention(nn.Module):
@@ -34,7 +44,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, (B, L, D) -> (B, L, D).
 
-    Tokens exchange (attention), then each thinks for itself (MLP).
+    Tokens exchange information (attention), then each is processed alone (MLP). Starts as the identity.
     """
 
     def __init__(self, dim, heads):
@@ -42,7 +52,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), zero(nn.Linear(4 * dim, dim)))
+        zero(self.attention.out)
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
@@ -62,30 +73,66 @@ def sincos_positions(rows, cols, dim):
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
 
 
-class ViT(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] to class logits (B, K).
+class Patches(nn.Module):
+    """A token per patch, a linear map of its pixels: (B, C, H, W) -> (B, L, D). Dosovitskiy et al. Eq. 1."""
 
-    The first loss is exactly ln K, since the head starts at 0.
+    def __init__(self, channels, patch, dim):
+        super().__init__()
+        self.patch = patch
+        self.embed = nn.Linear(channels * patch * patch, dim)
+
+    def forward(self, x):
+        patches = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
+        return self.embed(patches)
+
+
+class Convolutions(nn.Module):
+    """A token per patch, what convolutions see there: (B, C, H, W) -> (B, L, D). Xiao et al. 2021.
+
+    They are 3 x 3: one of stride 2, one of stride 1, then one of stride 2 for each further halving. GroupNorm
+    instead of BatchNorm, whose statistics would depend on how many images of a batch are synthetic. Raises
+    ValueError if the patch is not a power of 2, or the width not divisible by 16 (8 groups in half of it).
     """
 
-    def __init__(self, classes, size=64, patch=8, dim=192, depth=6, heads=3, channels=3):
+    def __init__(self, channels, patch, dim):
+        super().__init__()
+        halvings = int(patch).bit_length() - 1
+        if halvings < 1 or patch != 2**halvings or dim % 16:
+            raise ValueError(f"convolutions need a patch of 2, 4, 8 ... pixels and a width divisible by 16, "
+                             f"not {patch} and {dim}")
+        widths = [channels, dim // 2, *[dim] * halvings]
+        strides = [2, 1, *[2] * (halvings - 1)]
+        layers = []
+        for c_in, c_out, stride in zip(widths[:-1], widths[1:], strides, strict=True):
+            layers.append(nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False))
+            layers += [nn.GroupNorm(8, c_out), nn.GELU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
+
+    def forward(self, x):
+        return rearrange(self.layers(x), "b d h w -> b (h w) d")
+
+
+class ViT(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] to class logits (B, K); stem: Convolutions or Patches.
+
+    The first loss is exactly ln K, since the head starts at 0. Positions are added at a tenth of their
+    length: at full length they drown the features that a stem of convolutions brings.
+    """
+
+    def __init__(self, classes, size=64, patch=8, dim=192, depth=6, heads=3, channels=3, stem=Convolutions):
         super().__init__()
         if size % patch:
             raise ValueError(f"an image of {size} px cannot be cut into patches of {patch} px")
-        self.patch = patch
-        self.embed = nn.Linear(channels * patch * patch, dim)
-        positions = sincos_positions(size // patch, size // patch, dim)
+        self.stem = stem(channels, patch, dim)
+        positions = 0.1 * sincos_positions(size // patch, size // patch, dim)
         self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, classes)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = zero(nn.Linear(dim, classes))
 
     def features(self, x):
         """What the head sees: the mean token, (B, D). Distances between images are measured here."""
-        x = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)     # (B, L, P P C)
-        x = self.embed(x) + self.positions                                                       # (B, L, D)
+        x = self.stem(x) + self.positions                                                        # (B, L, D)
         return self.norm(self.blocks(x)).mean(dim=1)                                             # (B, D)
 
     def forward(self, x):
