@@ -6,7 +6,20 @@ import pytest
 import torch
 
 import experiment as stats
-from train_cls import accuracy, confusion, f1, harmonic_f1, macro_f1, recall, tally
+from train_cls import (
+    accuracy,
+    confusion,
+    f1,
+    harmonic_f1,
+    macro_f1,
+    macro_precision,
+    macro_recall,
+    precision,
+    recall,
+    tally,
+    topk,
+    weakest,
+)
 
 LABELS = np.array([0, 0, 0, 1, 1, 2])
 ANSWERS = np.array([0, 0, 1, 1, 2, 2])                                   # F1: 4/5, 1/2, 2/3
@@ -30,6 +43,9 @@ def test_scores_are_those_counted_by_hand():
     counts = tally(LABELS, ANSWERS, np.arange(6), 3).sum(0)
     assert f1(counts) == pytest.approx([4 / 5, 1 / 2, 2 / 3])
     assert recall(counts) == pytest.approx([2 / 3, 1 / 2, 1])
+    assert precision(counts) == pytest.approx([1, 1 / 2, 1 / 2])
+    assert macro_recall(counts) == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    assert macro_precision(counts) == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
     assert accuracy(counts) == pytest.approx(4 / 6)
     assert macro_f1(counts) == pytest.approx((4 / 5 + 1 / 2 + 2 / 3) / 3)
     assert harmonic_f1(counts) == pytest.approx(3 / (5 / 4 + 2 + 3 / 2))
@@ -42,7 +58,7 @@ def test_scores_are_those_of_a_confusion_matrix():
     matrix = confusion(*map(torch.as_tensor, (labels, answers)), 6).numpy()
     assert counts.tolist() == [matrix.diagonal().tolist(), matrix.sum(1).tolist(), matrix.sum(0).tolist()]
     P, R = matrix.diagonal() / matrix.sum(0), matrix.diagonal() / matrix.sum(1)
-    assert recall(counts) == pytest.approx(R)
+    assert recall(counts) == pytest.approx(R) and precision(counts) == pytest.approx(P)
     assert f1(counts) == pytest.approx(2 * P * R / (P + R))
 
 
@@ -56,7 +72,22 @@ def test_a_class_without_test_images_is_left_out_even_if_it_is_called():
     counts = tally(LABELS, answers, np.arange(6), 5).sum(0)
     assert macro_f1(counts) == pytest.approx((4 / 5 + 2 / 3 + 2 / 3) / 3)
     assert harmonic_f1(counts) == pytest.approx(3 / (5 / 4 + 3 / 2 + 3 / 2))
+    assert macro_precision(counts) == pytest.approx((1 + 1 + 1 / 2) / 3)
+    assert macro_recall(counts) == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
     assert accuracy(counts) == pytest.approx(4 / 6)
+
+
+def test_the_weakest_class_is_one_that_has_a_test_image():
+    assert weakest(tally([0, 0, 2], [0, 0, 2], [0, 0, 0], 4)[0]) == 0                  # not 1 or 3
+    assert weakest(tally([1, 1, 3], [1, 0, 3], [0, 0, 0], 4)[0]) == 1
+
+
+def test_top_k_counts_the_images_whose_class_is_among_the_k_likeliest():
+    logits = torch.tensor([[0.1, 0.2, 0.9, 0.5], [5.0, 4.0, -1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    labels = torch.tensor([2, 1, 0])                                     # first, second and last of four
+    assert [topk(logits, labels, k) for k in (1, 2, 3, 4)] == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
+    assert topk(logits, labels) == 1                                     # of fewer than five classes, always
+    assert topk(torch.arange(7.0).expand(7, 7), torch.arange(7)) == pytest.approx(5 / 7)   # always 2 to 6
 
 
 def test_a_class_that_a_resampled_test_set_lacks_stays_in_the_mean_as_0():
