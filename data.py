@@ -320,8 +320,9 @@ def decode(path, size):
     with Image.open(path) as pil:
         if pil.mode == "F":
             raise ValueError("pixels are fractions, of which nobody says where white is: save 8 or 16 bits")
-        if pil.mode.startswith("I"):                             # 16 bits: the upper 8 count
-            pil = Image.fromarray((np.asarray(pil, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+        if pil.mode.startswith("I"):                             # 16 bits: 65535 = 257 * 255
+            grey = np.asarray(pil, dtype=np.float32) / 257
+            pil = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))     # as the PNG standard, 13.12
         # A JPEG decoder can halve for free; twice the size is left to filter.
         pil.draft("RGB", (2 * size, 2 * size))
         if pil.mode == "P":
@@ -639,12 +640,22 @@ def usable(polygons, min_area):
 
 
 def draw_mask(rings, box, size):
-    """255 in the building, 0 elsewhere, in a square box (left, top, right, bottom): (size, size, 1) uint8."""
-    mask = Image.new("L", (4 * size, 4 * size))
-    for k, ring in enumerate(rings):
-        points = (ring - box[:2]) * 4 * size / (box[2] - box[0])         # Pillow cuts off the fractions
-        ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=0 if k else 255)
-    return np.where(np.asarray(mask.reduce(4)) >= 128, 255, 0).astype(np.uint8)[..., None]
+    """Return 255 where a pixel's centre is in the building, else 0: (size, size, 1) uint8.
+
+    rings [(n, 2)]: outline and holes; box: a square (left, top, right, bottom). Even-odd rule: a point is
+    inside if the line from the left edge to it crosses the rings an odd number of times. (Pillow's polygon
+    draws the outline too: even at four times the size, a house 12 pixels wide gains 4 to 8 % in area.)
+    """
+    crossed, centres = np.zeros((size, size + 1), dtype=int), np.arange(size) + 0.5
+    for ring in rings:
+        x, y = ((ring - box[:2]) * size / (box[2] - box[0])).T
+        to_x, to_y = np.roll(x, -1), np.roll(y, -1)
+        side, row = ((y[:, None] <= centres) != (to_y[:, None] <= centres)).nonzero()    # meets this row
+        slope = (to_x - x)[side] / (to_y - y)[side]
+        at = x[side] + (centres[row] - y[side]) * slope
+        np.add.at(crossed, (row, np.ceil(at - 0.5).clip(0, size).astype(int)), 1)       # first centre beyond
+    inside = crossed[:, :size].cumsum(1) % 2
+    return (255 * inside).astype(np.uint8)[..., None]
 
 
 def cut_tile(files, images, pre, mask, pad, min_side, min_area):
@@ -700,7 +711,7 @@ def read_tree(tiles, size, label, min_area, **how):
     left_out = ", ".join(f"{n} {why}" for why, n in dropped.items()) or "none"
     if not names:
         raise Problem(f"no building with a damage class in {len(tiles)} tiles, {next(iter(tiles))} ... "
-                      f"(polygons left out: {left_out}): give more tiles, or a smaller min_area")
+                      f"(polygons left out: {left_out}): give more tiles")
     images = torch.empty(len(names), 3 + 3 * how["pre"] + how["mask"], size, size, dtype=torch.uint8)
     jobs = list(zip(tiles.values(), images.tensor_split(ends[:-1]), strict=True))
     with ThreadPoolExecutor(os.cpu_count()) as pool:              # Pillow lets go of the GIL while it decodes

@@ -1,6 +1,6 @@
 """Train a classifier on real scenes, synthetic ones or a mixture, and score it.
 
-    python train_cls.py --data data/NWPU-RESISC45 --augment hflip,vflip,rot90,crop,color
+    python train_cls.py --data data/NWPU-RESISC45 --augment hflip,rot90,crop,color
     python train_cls.py --data data/NWPU-RESISC45 --synthetic runs/made --share 0.5 --out runs/mixed
     torchrun --nproc-per-node 4 train_cls.py ...               # the same, on 4 GPUs
 
@@ -319,6 +319,15 @@ def predict(model, images, batch=512):
     return outputs(model, images, batch).argmax(1)
 
 
+def topk(logits, labels, k=5):
+    """Return the share of images whose class is among the k largest logits; logits (N, K), labels (N,).
+
+    k = 1 is accuracy, k = 5 the top-5 accuracy of ImageNet. With k classes or fewer it is always 1.
+    """
+    best = logits.topk(min(k, logits.shape[1])).indices                  # (N, k)
+    return (best == labels[:, None]).any(1).double().mean().item()
+
+
 def confusion(labels, predicted, K):
     """How often class i was taken for class j: (K, K) int64, rows are the truth."""
     return torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
@@ -358,6 +367,17 @@ def recall(counts):
     return counts[..., 0, :] / np.maximum(counts[..., 1, :], 1)
 
 
+def precision(counts):
+    """Precision of each class, (..., 3, K) -> (..., K); 0 for a class that nothing is called."""
+    return counts[..., 0, :] / np.maximum(counts[..., 2, :], 1)
+
+
+def weakest(counts):
+    """The class of the lowest recall, from counts (3, K), among those with a test image."""
+    there = counts[1].nonzero()[0]
+    return there[recall(counts)[there].argmin()]
+
+
 def accuracy(counts):
     """Share of the images that were told right, (..., 3, K) -> (...)."""
     return counts[..., 0, :].sum(-1) / counts[..., 1, :].sum(-1)
@@ -378,6 +398,16 @@ def occurring(counts):
 def macro_f1(counts):
     """Mean F1 of the classes that occur, (..., 3, K) -> (...)."""
     return f1(occurring(counts)).mean(-1)
+
+
+def macro_precision(counts):
+    """Mean precision of the classes that occur, (..., 3, K) -> (...)."""
+    return precision(occurring(counts)).mean(-1)
+
+
+def macro_recall(counts):
+    """Mean recall of the classes that occur, (..., 3, K) -> (...); also called balanced accuracy."""
+    return recall(occurring(counts)).mean(-1)
 
 
 def harmonic_f1(counts):
@@ -414,7 +444,7 @@ def main(cfg):
     for part in ("val", "test") if cfg.test else ("val",):
         held = scenes[parts[part]]
         counts = totals(held.labels, predict(model, held.images), len(scenes.classes))
-        worst = recall(counts).argmin()
+        worst = weakest(counts)
         print(f"{part}: accuracy {accuracy(counts):.3f}, macro-F1 {macro_f1(counts):.3f} on {len(held)} "
               f"images; weakest class {scenes.classes[worst]} ({recall(counts)[worst]:.2f})")
 

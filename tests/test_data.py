@@ -74,6 +74,13 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
         assert_close(torch.tensor(data.decode(tmp_path / name, 16)), expected, rtol=0, atol=1)
 
 
+def test_16_bits_are_rounded_to_8(tmp_path):
+    deep = np.arange(0, 65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    off = data.decode(tmp_path / "deep.png", 256).astype(float) - deep / 257
+    assert abs(off).max() <= 0.5 and abs(off.mean()) < 0.001             # grey levels
+
+
 def test_the_central_square_is_kept_and_reduced_without_aliasing(tmp_path):
     wide = np.zeros((32, 64, 3), dtype=np.uint8)
     wide[:, 16:48] = (np.indices((32, 32)).sum(0) % 2 * 255)[..., None]  # a checkerboard with black margins

@@ -271,9 +271,9 @@ def test_leaks_are_caught(smoke, scenes_case):
 def test_the_answer_follows_gain_and_p_in_the_words_of_the_claims(monkeypatch, scenes_case):
     gains = {"+": 0.1, "-": -0.1, "0": 0.001}
 
-    def said(signs, p=0.001):
+    def said(signs):
         """The answer if the claims' gains have these signs, count by count."""
-        g = [experiment.Gain(gains[c], 0.01, 10, p if c != "0" else 0.9, 0.25, []) for c in signs]
+        g = [experiment.Gain(gains[c], ((0.01**2, 10),)) for c in signs]
         found = [(count, *claim) for count in (4, 8) for claim in LEGS["scenes"].claims]
         both = [(*f, x, x.p) for f, x in zip(found, g, strict=True)]
         monkeypatch.setattr(experiment, "claims", lambda case: both)

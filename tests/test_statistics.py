@@ -1,13 +1,25 @@
 """Scores from counts, and intervals of their differences that cover what they should."""
 import math
-from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
 import experiment as stats
-from train_cls import accuracy, confusion, f1, harmonic_f1, macro_f1, recall, tally
+from train_cls import (
+    accuracy,
+    confusion,
+    f1,
+    harmonic_f1,
+    macro_f1,
+    macro_precision,
+    macro_recall,
+    precision,
+    recall,
+    tally,
+    topk,
+    weakest,
+)
 
 LABELS = np.array([0, 0, 0, 1, 1, 2])
 ANSWERS = np.array([0, 0, 1, 1, 2, 2])                                   # F1: 4/5, 1/2, 2/3
@@ -31,6 +43,9 @@ def test_scores_are_those_counted_by_hand():
     counts = tally(LABELS, ANSWERS, np.arange(6), 3).sum(0)
     assert f1(counts) == pytest.approx([4 / 5, 1 / 2, 2 / 3])
     assert recall(counts) == pytest.approx([2 / 3, 1 / 2, 1])
+    assert precision(counts) == pytest.approx([1, 1 / 2, 1 / 2])
+    assert macro_recall(counts) == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    assert macro_precision(counts) == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
     assert accuracy(counts) == pytest.approx(4 / 6)
     assert macro_f1(counts) == pytest.approx((4 / 5 + 1 / 2 + 2 / 3) / 3)
     assert harmonic_f1(counts) == pytest.approx(3 / (5 / 4 + 2 + 3 / 2))
@@ -43,7 +58,7 @@ def test_scores_are_those_of_a_confusion_matrix():
     matrix = confusion(*map(torch.as_tensor, (labels, answers)), 6).numpy()
     assert counts.tolist() == [matrix.diagonal().tolist(), matrix.sum(1).tolist(), matrix.sum(0).tolist()]
     P, R = matrix.diagonal() / matrix.sum(0), matrix.diagonal() / matrix.sum(1)
-    assert recall(counts) == pytest.approx(R)
+    assert recall(counts) == pytest.approx(R) and precision(counts) == pytest.approx(P)
     assert f1(counts) == pytest.approx(2 * P * R / (P + R))
 
 
@@ -57,7 +72,22 @@ def test_a_class_without_test_images_is_left_out_even_if_it_is_called():
     counts = tally(LABELS, answers, np.arange(6), 5).sum(0)
     assert macro_f1(counts) == pytest.approx((4 / 5 + 2 / 3 + 2 / 3) / 3)
     assert harmonic_f1(counts) == pytest.approx(3 / (5 / 4 + 3 / 2 + 3 / 2))
+    assert macro_precision(counts) == pytest.approx((1 + 1 + 1 / 2) / 3)
+    assert macro_recall(counts) == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
     assert accuracy(counts) == pytest.approx(4 / 6)
+
+
+def test_the_weakest_class_is_one_that_has_a_test_image():
+    assert weakest(tally([0, 0, 2], [0, 0, 2], [0, 0, 0], 4)[0]) == 0                  # not 1 or 3
+    assert weakest(tally([1, 1, 3], [1, 0, 3], [0, 0, 0], 4)[0]) == 1
+
+
+def test_top_k_counts_the_images_whose_class_is_among_the_k_likeliest():
+    logits = torch.tensor([[0.1, 0.2, 0.9, 0.5], [5.0, 4.0, -1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    labels = torch.tensor([2, 1, 0])                                     # first, second and last of four
+    assert [topk(logits, labels, k) for k in (1, 2, 3, 4)] == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
+    assert topk(logits, labels) == 1                                     # of fewer than five classes, always
+    assert topk(torch.arange(7.0).expand(7, 7), torch.arange(7)) == pytest.approx(5 / 7)   # always 2 to 6
 
 
 def test_a_class_that_a_resampled_test_set_lacks_stays_in_the_mean_as_0():
@@ -95,16 +125,14 @@ def test_the_spread_over_samples_is_the_standard_error():
 
 # ---- intervals
 
-def analysis_of_variance(d):
-    """Mean and half width of the 95 % interval of d (seeds, images) by the textbook's two-way layout."""
-    S, N = d.shape
-    seed, image, mean = d.mean(1), d.mean(0), d.mean()
-    freedom = np.array([S - 1, N - 1, (S - 1) * (N - 1)])
-    ms = np.array([N * ((seed - mean) ** 2).sum(), S * ((image - mean) ** 2).sum(),
-                   ((d - seed[:, None] - image + mean) ** 2).sum()]) / freedom
-    total = ms @ [1, 1, -1]
-    dof = total**2 / (ms**2 / freedom).sum() if total > ms[2] else freedom[2]
-    return mean, stats.t_quantile(0.975, dof) * math.sqrt(max(total, ms[2]) / (S * N))
+def two_way(d):
+    """The Gain of d (..., seeds, images) by the textbook's two-way layout, without a guard for no spread."""
+    *_, S, G = d.shape
+    seed, image, mean = d.mean(-1), d.mean(-2), d.mean((-1, -2))
+    single = d - seed[..., :, None] - image[..., None, :] + mean[..., None, None]
+    rest = (single**2).sum((-1, -2)) / ((S - 1) * (G - 1)) / (S * G)
+    group = image.var(-1, ddof=1) / G - rest
+    return stats.Gain(mean, ((seed.var(-1, ddof=1) / S, S - 1), (np.maximum(group, 0), G - 1)))
 
 
 @pytest.mark.parametrize("dof, q975, q80", [
@@ -113,8 +141,9 @@ def analysis_of_variance(d):
 def test_t_is_the_tables(dof, q975, q80):
     assert stats.t_quantile(0.975, dof) == pytest.approx(q975, rel=1e-5)
     assert stats.t_quantile(0.8, dof) == pytest.approx(q80, rel=2e-5) and stats.t_quantile(0.5, dof) == 0
-    assert stats.p_value(-q975, 1, dof) == pytest.approx(0.05, rel=1e-4)
-    assert stats.p_value(2.0, 0.5, 2) == pytest.approx(1 - 4 / math.sqrt(2 + 16))   # closed form at 2 degrees
+    assert stats.Gain(-q975, ((1.0, dof),)).p == pytest.approx(0.05, rel=1e-4)
+    closed_form = 1 - 4 / math.sqrt(2 + 16)                              # at 2 degrees of freedom
+    assert stats.Gain(2.0, ((0.25, 2),)).p == pytest.approx(closed_form)
 
 
 @pytest.mark.parametrize("seeds, images", [(0.05, 0.1), (0.0, 0.3), (0.0, 0.0)])
@@ -123,35 +152,49 @@ def test_for_accuracy_it_is_the_two_way_analysis_of_variance(seeds, images):
     p = 0.6 + seeds * rng.standard_normal((5, 1)) + images * rng.standard_normal((1, 500))
     a, b = rng.random((2, 5, 500)) < np.stack([p, np.full_like(p, 0.55)])
     g = stats.gain(*(stats.replicates(worlds(hits), accuracy, 4000) for hits in (a, b)), groups=500)
-    mean, half = analysis_of_variance(a.astype(float) - b)
-    assert g.mean == pytest.approx(mean) and g.half == pytest.approx(half, rel=0.08)
-    assert g.per_seed == pytest.approx((a.mean(1) - b.mean(1)).tolist())
+    expected = two_way(a.astype(float) - b)
+    assert g.mean == pytest.approx(expected.mean) and g.half == pytest.approx(expected.half, rel=0.08)
+    assert g.parts[0] == pytest.approx(expected.parts[0])
+    assert g.parts[1][0] == pytest.approx(expected.parts[1][0], abs=0.1 * g.half**2 / 4)
 
 
 def test_only_seeds_or_only_groups():
     seeds = np.array([0.1, 0.3, 0.2, 0.5])
     g = stats.gain(np.repeat(seeds[:, None], 9, 1), 0, groups=50)          # alike in all test sets
-    assert (g.mean, g.dof) == pytest.approx((0.275, 3)) and g.se == pytest.approx(seeds.std(ddof=1) / 2)
-    assert (g.half, g.detectable()) == pytest.approx((3.18245 * g.se, (3.18245 + 0.97847) * g.se))
+    se = seeds.std(ddof=1) / 2
+    assert g.mean == pytest.approx(0.275)
+    assert (g.half, g.detectable()) == pytest.approx((3.18245 * se, (3.18245 + 0.97847) * se))
     tiles = np.array([0.3, 0.9, 0.5, 0.1])
     alike = stats.replicates(worlds(np.tile(tiles, (3, 1))), accuracy, 20_000)        # in all seeds
     g = stats.gain(alike, 0, groups=4)
-    assert g.dof == pytest.approx(3) and g.se == pytest.approx(tiles.std(ddof=1) / 2, rel=0.02)
+    assert g.half == pytest.approx(3.18245 * tiles.std(ddof=1) / 2, rel=0.02)
+
+
+def test_the_half_widths_of_seeds_and_groups_add_up_in_quadrature():
+    g = stats.Gain(0.1, ((0.02**2, 2), (0.03**2, 49)))
+    assert g.half == pytest.approx(math.hypot(4.30265 * 0.02, 2.00958 * 0.03), rel=1e-4)
+    assert g.detectable() == pytest.approx(g.half + math.hypot(1.06066 * 0.02, 0.84887 * 0.03), rel=1e-4)
+    assert g.detectable(3) > g.detectable() and stats.Gain(0.0, ((1.0, 1),)).detectable() == 1
 
 
 def test_no_difference_is_no_difference_and_one_without_any_spread_is_certain():
     none, sure = (stats.gain(np.full((3, 20), value), 0, groups=10) for value in (0.0, 0.1))
-    assert (none.mean, none.half, none.p, none.flip, none.detectable()) == (0, 0, 1, 1, 0)
-    assert sure.half == pytest.approx(0, abs=1e-12) and sure.p < 1e-9 and sure.flip == 0.25
+    assert (none.mean, none.half, none.p, none.detectable()) == (0, 0, 1, 0)
+    assert sure.half == pytest.approx(0, abs=1e-12) and sure.p < 1e-9
     with pytest.raises(ValueError, match="two seeds"):
         stats.gain(np.zeros((1, 20)), 0, groups=10)
 
 
-def test_there_are_never_fewer_degrees_of_freedom_than_seeds_less_one():
-    """Two seeds .9 apart of which test images explain much: Satterthwaite's number alone would be .3."""
-    opposed = 0.3 * np.random.default_rng(0).standard_normal(500)
-    g = stats.gain(np.column_stack([[0.0, 0.9], [opposed, -opposed]]), 0, groups=500)
-    assert g.dof == 1 and g.half == pytest.approx(12.7062 * g.se)
+def test_seeds_that_agree_by_chance_are_not_certain():
+    """Three seeds with 6 of 10 right, but never the same six: single answers vary, and nothing else does."""
+    hits = np.array([[1, 1, 1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 0, 0],
+                     [1, 1, 0, 0, 0, 0, 1, 1, 1, 1]])
+    rest = two_way(hits.astype(float))
+    assert rest.half == pytest.approx(0, abs=1e-9)                       # what the formula alone would say
+    g = stats.gain(stats.replicates(worlds(hits), accuracy, 4000) - 0.6, 0, groups=10)
+    single = hits - hits.mean(0) - hits.mean(1, keepdims=True) + hits.mean()
+    se = math.sqrt((single**2).sum() / 18 / 30)
+    assert g.half == pytest.approx(2.10092 * se, rel=0.05) and g.p > 0.9 and g.mean == pytest.approx(0)
 
 
 def test_p_is_below_5_percent_exactly_where_the_interval_leaves_0_out():
@@ -159,6 +202,28 @@ def test_p_is_below_5_percent_exactly_where_the_interval_leaves_0_out():
     gains = [stats.gain(0.05 + 0.05 * rng.standard_normal((4, 30)), 0, groups=40) for _ in range(60)]
     assert 5 < sum(g.p < 0.05 for g in gains) < 55
     assert all((g.p < 0.05) == (abs(g.mean) > g.half) for g in gains)
+    for g in gains[:5]:                              # from a hair outside of its 95 % interval to one inside
+        assert stats.Gain(-g.half * (1 + 1e-9), g.parts).p < 0.05 < stats.Gain(g.half * (1 - 1e-9), g.parts).p
+        assert g.reach(g.p) == pytest.approx(abs(g.mean))
+
+
+DESIGNS = {                                            # shares of the variance: seeds, images, single answers
+    "seeds": (0.8, 0.1, 0.1), "images": (0.1, 0.8, 0.1), "single answers": (0.1, 0.1, 0.8),
+    "all alike": (1 / 3, 1 / 3, 1 / 3)}
+
+
+@pytest.mark.parametrize("effects", ["normal", "uniform"])
+@pytest.mark.parametrize("seeds", [3, 5, 8])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_the_interval_covers_whatever_varies_most_and_however_seeds_are_distributed(design, seeds, effects):
+    rng, n, images = np.random.default_rng(0), 10_000, 30
+    of_seeds, of_images, single = np.sqrt(DESIGNS[design])
+    shape = n, seeds, 1
+    effect = rng.standard_normal(shape) if effects == "normal" else rng.uniform(-3**0.5, 3**0.5, shape)
+    g = two_way(seeds**0.5 * of_seeds * effect
+                + images**0.5 * of_images * rng.standard_normal((n, 1, images))
+                + (seeds * images) ** 0.5 * single * rng.standard_normal((n, seeds, images)))
+    assert 0.93 <= np.mean(abs(g.mean) <= g.half) <= 0.98
 
 
 def test_the_interval_covers_a_known_difference_of_accuracies_in_95_of_100_cases():
@@ -198,22 +263,19 @@ def test_the_interval_covers_a_difference_of_macro_f1_over_clustered_tiles():
     assert 0.92 <= covered / n <= 0.98
 
 
-# ---- tests without a distribution, and many at once
-
-def test_sign_flips_are_counted_one_by_one():
-    d = [0.5, -0.2, 0.9, 0.4, 0.1]
-    sums = [abs(sum(s * x for s, x in zip(signs, d, strict=True))) for signs in product((1, -1), repeat=5)]
-    assert stats.sign_flip(d) == np.mean([s > 1.7 - 1e-12 for s in sums]) == 6 / 32    # turn none, -.2 or .1
-    assert stats.sign_flip([0.1] * 5) == 2 / 32 and stats.sign_flip([0.1] * 6) == 2 / 64 < 0.05
-    assert stats.sign_flip([0, 0]) == 1
-
-
-def test_sign_flips_agree_with_fishers_own_example():
-    """Darwin's 15 pairs of maize: Fisher 1935 counts 863 sums so large or larger, 863 more so small."""
-    maize = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
-    assert stats.sign_flip(maize) == 2 * 863 / 2**15
-
+# ---- many at once, and in words
 
 def test_holm_is_the_worked_example():
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert stats.holm([0.7, 0.6]) == [1, 1] and stats.holm([0.03]) == [0.03] and stats.holm([]) == []
+
+
+def test_no_bound_lies_beyond_what_a_difference_of_scores_can_be():
+    assert stats.points(stats.Gain(0.03125, ((1e-4 / 12.70620**2, 1),))) == "+3.1 [+2.1, +4.1]"
+    assert stats.points(stats.Gain(-0.4, ((0.01, 1),))) == "-40.0 [-100.0, +87.1]"
+    assert stats.points(stats.Gain(0.4, ((0.01, 1),))) == "+40.0 [-87.1, +100.0]"
+
+
+def test_p_is_written_with_three_decimals_or_as_below_the_smallest_of_them():
+    assert [stats.p_text(p) for p in (1, 0.5, 0.0164, 0.001, 0.00099, 0)] == [
+        "1.000", ".500", ".016", ".001", "< .001", "< .001"]

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import data
 import train_cls
-from augment import AUGMENTATIONS
+from augment import AUGMENTATIONS, OVERHEAD
 from data import Problem, Scenes
 from train_cls import Config, confusion, fit, load_classifier, predict
 
@@ -162,6 +162,10 @@ def test_confusion_counts_truth_by_row_and_answer_by_column():
     assert matrix.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
 
 
+def test_the_first_command_shown_augments_as_the_default_does():
+    assert f"--augment {OVERHEAD}\n" in train_cls.__doc__ and Config().augment == OVERHEAD
+
+
 @pytest.mark.parametrize("kw, message", [
     (dict(augment="blur"), "blur"), (dict(patch=5), "--patch 5"), (dict(share=1.5), "--share"),
     (dict(dim=18), "--dim 18")])
@@ -195,3 +199,16 @@ def test_the_command_trains_on_a_mixture_and_reads_test_only_if_asked(tmp_path, 
     assert mixed.returncode == 0 and "14 synthetic" in mixed.stdout and "test: accuracy" in mixed.stdout
     alone = launch(train_cls, *flags, "--out", tmp_path / "c", "--synthetic", synthetic)
     assert alone.returncode == 2 and "--share" in alone.stderr and alone.stderr.count("\n") == 1
+
+
+def test_the_weakest_class_named_is_one_that_was_tested(tmp_path, launch, monkeypatch):
+    root, split = data.draw_tree(tmp_path / "t", 5, size=16), data.split
+
+    def without_beaches(scenes, root):
+        parts = split(scenes, root)
+        return parts | dict(val=parts["val"][scenes.labels[parts["val"]] > 0])
+
+    monkeypatch.setattr(data, "split", without_beaches)
+    flags = "--size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 2 --batch 8".split()
+    said = launch(train_cls, "--data", root, "--out", tmp_path / "x", *flags).stdout
+    assert "on 7 images; weakest class " in said and "weakest class beach" not in said
