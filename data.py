@@ -14,11 +14,13 @@ import sys
 import uuid
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import cached_property
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from time import sleep
 
@@ -278,8 +280,56 @@ def first_alone():
 
 
 def progress(items, title, *args, **how):
-    """items, with a progress bar where somebody looks on."""
-    return tqdm(items, title, *args, disable=True if rank() else None, leave=False, **how)
+    """Iterate with a progress bar on a terminal."""
+    quiet = rank() or parent_process()                   # other processes, ours or torchrun's, do not talk
+    return tqdm(items, title, *args, disable=True if quiet else None, leave=False, **how)
+
+
+# ---- several tasks at a time: the small networks of a CPU comparison gain nothing from a second core each
+
+def jobs(asked):
+    """How many tasks to run at a time if so many are asked for: 0 stands for a core each, or 1 on a GPU."""
+    return asked or (len(os.sched_getaffinity(0)) if pick_device().type == "cpu" else 1)
+
+
+class Inline:
+    """The pool of one: a call is done at once, in this process."""
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def _enter(enter, *args):
+    """Prepare a process of a pool: it computes in one thread, and is silent."""
+    torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")
+    enter(*args)
+
+
+@contextmanager
+def pool(jobs, enter, *args):
+    """Have `submit(function, *args) -> Future` done by `jobs` processes, each after a call of enter(*args).
+
+    On a CPU every task computes in one thread, also if there is one process, so that results do not depend on
+    the number of jobs. Raises Problem if a process dies.
+    """
+    threads = torch.get_num_threads()
+    try:
+        if jobs == 1:
+            if pick_device().type == "cpu":
+                torch.set_num_threads(1)
+            enter(*args)
+            yield Inline()
+        else:
+            with ProcessPoolExecutor(jobs, get_context("spawn"), _enter, (enter, *args)) as processes:
+                yield processes
+    except BrokenProcessPool:
+        raise Problem(f"one of {jobs} processes died, perhaps for want of memory: start again with fewer "
+                      "--jobs; what is done is kept") from None
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- scenes

@@ -24,6 +24,8 @@ import math
 import shlex
 import subprocess
 import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -46,12 +48,17 @@ TITLES = dict(accuracy="accuracy", macro_f1="macro-F1", harmonic_f1="harmonic F1
 class Arm:
     """What a classifier is trained on; steps and images per step are the same in all."""
     source: str = ""              # of images that take the place of real ones: generator, fresh or copies
-    share: float = 0.0            # with which probability one does
+    share: float = 0.0            # probability that one does
     augment: str = "none"         # augmentations by name
     balance: bool = False         # all classes equally often, however rare
-    w: float = 0.0                # guidance scale                                 0: as --scale has it
+    model: str = ""               # recogniser                                  empty or 0: as --scale has it
+    wide: float = 1.0             # its width, in units of what --scale has
+    pretrain: bool = False        # synthetic images first, then real ones, in the same number of steps
+    shuffle: bool = False         # each image of the source gets the label of another one
+    grey: bool = False            # grey all that is not the building, in training and in test
+    w: float | None = None        # guidance scale
     calls: int = 0                # network calls per synthetic image
-    ratio: float = 0.0            # synthetic images per real one
+    made: int = 0                 # synthetic images per class
     generator: int = 0            # which of several generators of the same images
     keep: float = 0.0             # only images to whose class a teacher gives more than keep / K
     soft: bool = False            # teach what the teacher says of a synthetic image, not its class
@@ -64,56 +71,75 @@ class Leg:
     mix: str                      # the arm that the studies vary
     bases: tuple                  # the table says what each arm gains over these
     claims: tuple                 # the verdict: (arm, base, what is in question), a family for Holm
+    controls: dict                # of --study controls, changes of the mix
     scores: tuple                 # of SCORES; claims are about the first
     per: str                      # what --counts counts
     rare: bool = False            # images of a source take places of the rarer classes only
 
 
-BALANCED = Arm(balance=True)
+AUGMENTED, BALANCED = Arm(augment=OVERHEAD), Arm(augment=OVERHEAD, balance=True)
+ALONE = dict(source="", share=0.0)                       # no image of a source
+LINEAR, RESNET = "linear: ", "resnet: "                  # how names of arms with these recognisers begin
 LEGS = {
     "scenes": Leg(
         arms={
             "real":                            Arm(),
-            "real + augmentation":             Arm(augment=OVERHEAD),
-            "synthetic only":                  Arm("generator", 1.0),
+            "real + augmentation":             AUGMENTED,
+            "synthetic only":                  replace(AUGMENTED, source="generator", share=1.0),
             "real + synthetic":                Arm("generator", 0.5),
-            "real + synthetic + augmentation": Arm("generator", 0.5, OVERHEAD),
-            "real + fresh real":               Arm("fresh", 0.5),     # the ceiling of what a generator can do
-            "real + copies":                   Arm("copies", 0.5),    # the floor: there is nothing to gain
+            "real + synthetic + augmentation": replace(AUGMENTED, source="generator", share=0.5),
+            "real + fresh real":               replace(AUGMENTED, source="fresh", share=0.5),      # ceiling
+            "real + copies":                   replace(AUGMENTED, source="copies", share=0.5),     # no news
+            "linear: real":                    Arm(model="linear"),
+            "linear: synthetic only":          Arm("generator", 1.0, model="linear"),
+            "linear: real + synthetic":        Arm("generator", 0.5, model="linear"),
         },
-        mix="real + synthetic", bases=("real", "real + augmentation"),
+        mix="real + synthetic + augmentation", bases=("real", "real + augmentation"),
         claims=(("real + synthetic", "real", "synthetic images"),
                 ("real + synthetic + augmentation", "real + augmentation", "synthetic images"),
-                ("real + fresh real", "real", "fresh real images"),
-                ("real + copies", "real", "copies of the real images")),
+                ("real + fresh real", "real + augmentation", "fresh real images"),
+                ("real + copies", "real + augmentation", "copies of the real images")),
+        controls={"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True)},
         scores=("accuracy",), per="real images per class"),
     "buildings": Leg(
         arms={
-            "real":                              Arm(),
-            "balanced":                          BALANCED,
-            "balanced + synthetic":              replace(BALANCED, source="generator", share=0.5),
-            "balanced + copy-paste":             replace(BALANCED, augment="copypaste"),
-            "balanced + synthetic + copy-paste": Arm("generator", 0.5, "copypaste", balance=True),
-            "balanced + fresh real":             replace(BALANCED, source="fresh", share=0.5),
+            "real":                            AUGMENTED,
+            "balanced":                        BALANCED,
+            "balanced + synthetic":            replace(BALANCED, source="generator", share=0.5),
+            "balanced + copy-paste":           replace(BALANCED, augment=f"{OVERHEAD},copypaste"),
+            "balanced + fresh real":           replace(BALANCED, source="fresh", share=0.5),
+            "balanced + copies":               replace(BALANCED, source="copies", share=0.5),
+            "linear: balanced":                Arm(balance=True, model="linear"),
+            "linear: balanced + synthetic":    Arm("generator", 0.5, balance=True, model="linear"),
         },
-        mix="balanced + synthetic", bases=("balanced", "balanced + copy-paste"),
+        mix="balanced + synthetic", bases=("balanced",),
         claims=(("balanced + synthetic", "balanced", "synthetic images of the rare classes"),
-                ("balanced + synthetic + copy-paste", "balanced + copy-paste",
-                 "synthetic images of the rare classes"),
-                ("balanced + fresh real", "balanced", "fresh real images of the rare classes")),
+                ("balanced + copy-paste", "balanced", "buildings pasted onto others"),
+                ("balanced + fresh real", "balanced", "fresh real images of the rare classes"),
+                ("balanced + copies", "balanced", "copies of the rare real images")),
+        controls={"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True),
+                  "surroundings greyed": dict(grey=True),
+                  "surroundings greyed, real": dict(grey=True, **ALONE)},
         scores=("macro_f1", "harmonic_f1"), per="training tiles", rare=True),
 }
 
+MODELS = {"linear": dict(model="linear"), "small ResNet": dict(model="resnet"),
+          "ViT on plain patches": dict(model="patches"), "ViT half as wide": dict(wide=0.5),
+          "ViT twice as wide": dict(wide=2.0)}
 STUDIES = {       # what an arm does not say here is as in its leg's mix of real and synthetic images
-    "share": [dict(share=p) for p in (0.25, 0.5, 0.75, 1.0)],
-    "ratio": [dict(ratio=r) for r in (0.5, 1.0, 3.0, 10.0)],
-    "guidance": [dict(w=w) for w in (1.0, 1.5, 3.0, 5.0)],
-    "calls": [dict(calls=n) for n in (4, 8, 12, 25, 50)],
-    "filter": [dict(keep=k) for k in (0.0, 1.0, 3.0)],
-    "soft": [dict(soft=on) for on in (False, True)],
-    "generator": [dict(generator=k) for k in (0, 1, 2)],
-    "augment": [dict(source="", share=0.0, augment=name) for name in ("none", *AUGMENTATIONS)],
-    "counts": [],                                                   # all arms, at the counts of Scale.curve
+    "share": {str(p): dict(share=p) for p in (0.25, 0.5, 0.75, 1.0)},
+    "made": {f"{n} {how}": dict(made=n, share=p)
+             for n in (10, 30, 100, 300) for how, p in (("mixed", 0.5), ("alone", 1.0))},
+    "guidance": {str(w): dict(w=w) for w in (1.0, 1.5, 3.0, 5.0)},
+    "calls": {str(n): dict(calls=n) for n in (4, 8, 12, 25, 50)},
+    "filter": {str(k): dict(keep=k) for k in (0.0, 1.0, 3.0)},
+    "soft": {str(on): dict(soft=on) for on in (False, True)},
+    "generator": {str(k): dict(generator=k) for k in (0, 1, 2)},
+    "augment": {name: dict(augment=name, **ALONE) for name in ("none", *AUGMENTATIONS)},
+    "model": {f"{name}, {how}": change | more for name, change in MODELS.items()
+              for how, more in (("real", ALONE), ("real + synthetic", {}))},
+    "controls": {},                                                 # those of the leg
+    "counts": {},                                                   # all arms, at the counts of Scale.curve
 }
 
 
@@ -136,12 +162,12 @@ _SMOKE = Scale(
     counts=(4, 8), seeds=2, subsets=2, made=8, calls=4, w=1.5, drawn=30, curve=(2, 4),
     gen=train_gen.Config(size=16, width=16, mults=(1, 2), blocks=1, steps=10, batch=16, warmup=5,
                          augment="none"),
-    cls=train_cls.Config(size=16, patch=4, dim=32, depth=2, heads=2, steps=10, batch=32, warmup=5))
+    cls=train_cls.Config(size=16, patch=4, dim=32, depth=1, heads=2, steps=10, batch=32, warmup=5))
 _SMALL = Scale(
-    counts=(10,), seeds=3, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
+    counts=(10,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
     gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1500, batch=32,
                          lr=2e-3, warmup=50, ema=0.99, augment="none"),
-    cls=train_cls.Config(size=24, patch=6, dim=64, depth=3, heads=2, steps=200, batch=64, warmup=50))
+    cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=250, batch=64, lr=5e-3, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
     counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700, curve=(5, 20, 40, 150),
@@ -186,6 +212,7 @@ class Config:
     label: str = flag("damage", "what to tell of a building: damage, or the type of disaster: type")
     hold_out: str = flag("", "xBD event to test on, of which nothing is trained on")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
+    jobs: int = flag(0, "runs at the same time, each in a process of one thread (0: a core each; 1 on a GPU)")
 
     def __post_init__(self):
         known = list(dict.fromkeys(name for leg in LEGS.values() for name in leg.arms))
@@ -224,7 +251,7 @@ class Config:
         given.setdefault("subsets", s.subsets if s.subsets == 1 else seeds)
         given["subsets"] = min(given["subsets"], seeds)
         size = self.size or s.gen.size
-        patch = s.cls.patch * size // s.gen.size                              # as many tokens at any size
+        patch = s.cls.patch * max(1, size // s.gen.size)               # about as many tokens at any size
         return replace(s, **given, gen=replace(s.gen, size=size, steps=self.gen_steps or s.gen.steps),
                        cls=replace(s.cls, size=size, patch=patch, steps=self.cls_steps or s.cls.steps))
 
@@ -232,10 +259,9 @@ class Config:
         """The arms of a leg that are asked for, {name: Arm}, those of the studies last."""
         arms = {name: arm for name, arm in leg.arms.items() if not self.arms or name in listed(self.arms)}
         for study in listed(self.study):
-            for change in STUDIES[study]:
+            for name, change in (leg.controls if study == "controls" else STUDIES[study]).items():
                 if leg.rare or change.get("augment") != "copypaste":            # scenes have no masks
-                    *_, value = change.values()
-                    arms[f"{study}: {value}"] = replace(leg.arms[leg.mix], **change)
+                    arms[f"{study}: {name}"] = replace(leg.arms[leg.mix], **change)
         return arms
 
 
@@ -252,10 +278,26 @@ class Case:
     parts: dict
     test: Scenes
     out: Path
-    rows: list = field(default_factory=list)                             # of results.csv
+    runs: list = field(default_factory=list)                             # Tasks, done or not
+    rows: list = field(default_factory=list)                             # of results.csv, of these runs
     judged: dict = field(default_factory=dict)                           # {count: what judge() found}
     shown: tuple = ()                                                    # real, synthetic Scenes for the page
-    memory: dict = field(default_factory=dict)                           # of sampled()
+    memory: dict = field(default_factory=dict)                           # of sampled() and cell()
+
+    def collect(self, stored):
+        """Take the rows of the runs from all that are stored."""
+        self.rows = []
+        for run in self.runs:
+            if run.name in stored:
+                _, count, seed = run.cell
+                self.rows.append(stored[run.name] | dict(arm=run.title, count=count, seed=seed))
+
+    def cell(self, count, seed):
+        """Return the Cell of a count and a seed. The last one is kept: its images may be large."""
+        draw = seed % self.s.subsets
+        if self.memory.get("drawn") != (count, draw):
+            self.memory |= dict(drawn=(count, draw), chosen=self.choose(count, draw))
+        return Cell(self, count, seed, draw, *self.memory["chosen"])
 
     def choose(self, count, draw):
         """The real training images; in random order, those of the training split that are not among them."""
@@ -272,26 +314,169 @@ class Case:
         return {event: of == event for event in np.unique(of)} if len(np.unique(of)) > 1 else {}
 
 
+@dataclass
+class Cell:
+    """What all arms of a count and a seed share."""
+    case: Case
+    count: int
+    seed: int
+    draw: int                                 # which draw of the training images
+    real: Scenes                              # that draw
+    fresh: Scenes                             # what it left of the training split
+
+    @property
+    def title(self):
+        """Say in words which one it is."""
+        seed = f"seed {self.seed + 1} of {self.case.s.seeds}"
+        return f"{self.case.name}, {amount(self.case, self.count)}, {seed}"
+
+    def possible(self, arm):
+        """Can it be run here? Without as many fresh images as real ones there is no ceiling.
+
+        Few of them, drawn again and again, would rather hurt.
+        """
+        have, need = (x.labels.bincount(minlength=len(self.real.classes)) for x in (self.fresh, self.real))
+        return arm.source != "fresh" or bool((have >= need)[wanted(self.case, self.real)].all())
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to do in one go; the names are short hashes of all that decides its result."""
+    cell: tuple                               # leg, count, seed
+    kind: str                                 # make: train a generator, make images; judge them; run: an arm
+    title: str                                # of a run, its arm's name
+    arms: tuple                               # the Arm, or those that need the generator
+    name: str                                 # of a run, its row in results.csv; of make, the generator
+    after: str = ""                           # the generator that it waits for
+
+
 # ---- the runs
 
 def main(cfg):
     """The script: run what is missing, renew the page on the way, print tables and answers. -> [Case]."""
-    out = Path(cfg.out)
-    cases = [prepare(cfg, name, out) for name in cfg.legs()]
+    out, jobs = Path(cfg.out), data.jobs(cfg.jobs)
+    cases = prepare_all(cfg)
     stored = read_results(out)                           # all runs; those of this comparison: case.rows
+    first = {case.name: runs(case, case.arms, case.s.counts) for case in cases}
     for case in cases:
-        plan(case, stored)
+        plan(case, first[case.name], stored, jobs)
     if cfg.dry_run:
         return cases
+    with data.pool(jobs, enter, cfg) as pool:
+        run_all(cases, first, stored, pool, jobs)
+        run_all(cases, {case.name: second_opinion(case) for case in cases}, stored, pool, jobs)
     for case in cases:
-        for each in cells(case):
-            cell(case, stored, *each)
-            report(cases, cfg, out)                      # a comparison half done has its page already
-        budgets = {(row["steps"], row["images"]) for row in case.rows}
-        assert len(budgets) == 1, f"arms of unequal budget: {budgets}"
+        budgets = {(row["steps"], row["images"]) for row in case.rows if row["steps"]}
+        assert len(budgets) <= 1, f"arms of unequal budget: {budgets}"
+    report(cases, cfg, out)
     print("", *map(told, cases), sep="\n\n")
     print(f"\nThe page: {out / 'report.html'}   Every run: {out / 'results.csv'}")
     return cases
+
+
+def prepare_all(cfg):
+    """Read the images of all legs. -> [Case]."""
+    return [prepare(cfg, name, Path(cfg.out)) for name in cfg.legs()]
+
+
+CASES = {}                                               # of this process, by name: see enter
+
+
+def enter(cfg):
+    """Get ready to run tasks in this process: images are read from the cache, not sent around."""
+    CASES.update({case.name: case for case in prepare_all(cfg)})
+
+
+def work(task):
+    """Do a task in a process that has entered. -> a row of results.csv if it was a run, else None."""
+    name, count, seed = task.cell
+    cell = CASES[name].cell(count, seed)
+    check_leaks(cell)
+    if task.kind == "run":
+        row = dict(run=task.name, leg=name, arm=task.title, count=count, seed=seed, data=cell.case.title)
+        return row | score(cell, task.name, task.arms[0], f"{task.title}, {cell.title}")
+    for arm in task.arms:
+        synthetic = synthesize(cell, arm)
+    if task.kind == "judge":
+        judge(cell.case, cell.real, synthetic, cell.fresh, cell.title)
+
+
+def runs(case, arms, counts):
+    """List the runs of arms {name: Arm}, seed by seed. -> [Task]."""
+    found = []
+    for seed in range(case.s.seeds):
+        for count in counts:
+            cell = case.cell(count, seed)
+            for name, arm in arms.items():
+                if cell.possible(arm):
+                    found.append(Task((case.name, count, seed), "run", name, (arm,), run_id(cell, arm),
+                                      arm.source == "generator" and generator_id(cell, arm) or ""))
+    return found
+
+
+def whole(cases, wanted, stored):
+    """All that is to be done for the runs wanted, {case name: [Task]}, that are not stored, in a good order.
+
+    Of each seed first the generators, then what needs none, at last what does.
+    """
+    todo = [run for case in cases for run in wanted[case.name] if run.name not in stored]
+    needed = {}
+    for run in todo:
+        needed.setdefault(run.after, []).append(run)
+    looks = []
+    for case in cases:
+        mix = case.leg.arms[case.leg.mix]
+        for run in wanted[case.name]:
+            if run.arms == (mix,) and run.cell[2] == 0:
+                looks.append(replace(run, kind="judge", name=""))
+                needed.setdefault(run.after, []).append(run)
+    makes = [Task(runs[0].cell, "make", "", tuple(dict.fromkeys(run.arms[0] for run in runs)), generator)
+             for generator, runs in needed.items() if generator]
+    return sorted(makes + looks + todo, key=lambda task: (task.cell[2], task.kind != "make", task.after > ""))
+
+
+def run_all(cases, wanted, stored, pool, jobs):
+    """Do what is missing of the runs wanted, `jobs` tasks at a time, each when what it needs is there."""
+    waiting, running, done = whole(cases, wanted, stored), {}, {""}
+    left, bar = Counter(task.cell for task in waiting), data.progress(None, "comparison", len(waiting))
+    cases = {case.name: case for case in cases}
+    for name, case in cases.items():
+        case.runs += wanted[name]
+        case.collect(stored)
+    while waiting or running:
+        for task in [task for task in waiting if task.after in done][:jobs - len(running)]:
+            waiting.remove(task)
+            running[pool.submit(work, task)] = task
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            task, row = running.pop(future), future.result()
+            name, count, seed = task.cell
+            if row:
+                stored[row["run"]] = row
+                write_results(cases[name].out, stored)
+                cases[name].collect(stored)
+            done.add(task.name)
+            left[task.cell] -= 1
+            bar.update()
+            if not left[task.cell]:
+                tell(cases[name].cell(count, seed))
+                report(cases.values(), case.cfg, case.out)      # a comparison half done has its page already
+    bar.close()
+
+
+def tell(cell):
+    """Print the scores of a cell that is done."""
+    case = cell.case
+    mine = [row for row in case.rows if (row["count"], row["seed"]) == (cell.count, cell.seed)]
+    scored = ", ".join(f"{row['arm']} {100 * row[case.leg.scores[0]]:.1f}" for row in mine)
+    print(f"{cell.title}: {scored}", flush=True)
+
+
+def second_opinion(case):
+    """List the runs of the claims' arms by a small ResNet, where the ViT is below the linear floor on val."""
+    weak = [count for count in case.s.counts if case.rows and not able(case, count, "", "val")]
+    claimed = dict.fromkeys(name for arm, base, _ in case.leg.claims for name in (arm, base))
+    arms = {RESNET + name: replace(case.arms[name], model="resnet") for name in claimed if name in case.arms}
+    return runs(case, arms, weak)
 
 
 def prepare(cfg, name, out):
@@ -318,72 +503,41 @@ def prepare(cfg, name, out):
     return case
 
 
-def cells(case):
-    """What there is to run, seed by seed and count by count: (count, seed, draw, real, fresh, runs).
-
-    runs: {name: (Arm, run id)}. Without as many fresh images as real ones there is no ceiling: few of them,
-    drawn again and again, would rather hurt.
-    """
-    for seed in range(case.s.seeds):
-        for count in case.s.counts:
-            draw = seed % case.s.subsets
-            real, fresh = case.choose(count, draw)
-            have, need = (x.labels.bincount(minlength=len(real.classes)) for x in (fresh, real))
-            runs = {name: (arm, run_id(case, arm, real, fresh, draw, seed)) for name, arm in case.arms.items()
-                    if arm.source != "fresh" or (have >= need)[wanted(case, real)].all()}
-            yield count, seed, draw, real, fresh, runs
-
-
-def cell(case, stored, count, seed, draw, real, fresh, runs):
-    """Run what is missing of a cell."""
-    check_leaks(case, real)
-    check_leaks(case, fresh)
-    what, scored = f"{case.name}, {amount(case, count)}, seed {seed + 1} of {case.s.seeds}", []
-    if any(arm.source == "generator" for arm in case.arms.values()):
-        synthetic = synthesize(case, recipe(case, case.leg.arms[case.leg.mix], real, draw), real, what)
-        case.shown = real, synthetic
-        if count not in case.judged:
-            case.judged[count] = judge(case, real, synthetic, fresh, what)
-    for name, (arm, run) in runs.items():
-        if run not in stored or not (case.out / "predicted" / run).exists():
-            row = dict(run=run, leg=case.name, arm=name, count=count, seed=seed, data=case.title)
-            pool, soft = source(case, arm, real, fresh, draw, seed, what)
-            stored[run] = row | score(case, run, arm, real, pool, soft, seed, f"{name}, {what}")
-            write_results(case.out, stored)
-        case.rows.append(stored[run] | dict(arm=name, count=count, seed=seed))
-        scored.append(f"{name} {100 * stored[run][case.leg.scores[0]]:.1f}")
-    print(f"{what}: {', '.join(scored)}", flush=True)
-
-
-def check_leaks(case, real):
+def check_leaks(cell):
     """RuntimeError if training and test images have a group in common, or the event that is held out."""
-    seen, tested = ({*scenes.groups.tolist()} for scenes in (real, case.test))
-    if seen & tested:
-        raise RuntimeError("a training image, its double or its neighbour is in the test split")
-    if event := case.cfg.hold_out:
-        if {*map(data.event_of, case.test.names)} != {event} or event in map(data.event_of, real.names):
+    test, event = cell.case.test, cell.case.cfg.hold_out
+    for scenes in (cell.real, cell.fresh):
+        if {*scenes.groups.tolist()} & {*test.groups.tolist()}:
+            raise RuntimeError("a training image, its double or its neighbour is in the test split")
+        trained, tested = ({*map(data.event_of, x.names)} for x in (scenes, test)) if event else ({}, {event})
+        if event in trained or tested != {event}:
             raise RuntimeError(f"{event} is to be held out, but is trained on, or is not what is tested on")
 
 
-def run_id(case, arm, real, fresh, draw, seed):
-    """A name for all that decides a run's result, but this code: what bears it need not be run again."""
-    how = recipe(case, arm, real, draw)
-    made = {"": (), "generator": (how,), "copies": (), "fresh": (how["made"], fresh.digest)}
-    arm = replace(arm, w=0.0, calls=0, ratio=0.0, generator=0)                       # the recipe tells these
-    return digest(arm, case.s.cls, made[arm.source], real.digest, case.test.digest, seed)
+def run_id(cell, arm):
+    """Hash of everything but the code that determines a run's result: a stored run is not repeated."""
+    how = recipe(cell, arm)
+    made = {"": (), "generator": (how,), "copies": (), "fresh": (how["made"], cell.fresh.digest)}
+    arm = replace(arm, w=None, calls=0, made=0, generator=0)                         # the recipe tells these
+    return digest(arm, cell.case.s.cls, made[arm.source], cell.real.digest, cell.case.test.digest, cell.seed)
+
+
+def generator_id(cell, arm):
+    """Hash of all that determines the generator of an arm."""
+    return digest(recipe(cell, arm)["gen"], cell.real.digest)
 
 
 def digest(*what):
-    """A short name for anything whose repr tells all about it."""
+    """Short hash of the arguments' repr."""
     return hashlib.sha256(repr(what).encode()).hexdigest()[:12]
 
 
-def recipe(case, arm, real, draw):
+def recipe(cell, arm):
     """How the synthetic images of an arm are made: settings of the generator, then of the images."""
-    s, classes = case.s, wanted(case, real)
-    each = torch.isin(real.labels, torch.tensor(classes)).sum().item() / len(classes)
-    return dict(gen=replace(s.gen, seed=draw + 1000 * arm.generator), classes=classes, w=arm.w or s.w,
-                calls=arm.calls or s.calls, made=max(1, round(arm.ratio * each)) if arm.ratio else s.made)
+    s = cell.case.s
+    gen = replace(s.gen, seed=cell.draw + 1000 * arm.generator)
+    return dict(gen=gen, classes=wanted(cell.case, cell.real),
+                w=s.w if arm.w is None else arm.w, calls=arm.calls or s.calls, made=arm.made or s.made)
 
 
 def wanted(case, real):
@@ -397,57 +551,77 @@ def rare(scenes):
     return (count < count.float().mean()).nonzero().flatten().tolist()
 
 
-def synthesize(case, how, real, what):
-    """Scenes by a generator trained on real and nothing else; taken from the disk if they are there.
+def synthesize(cell, arm):
+    """Scenes by a generator trained on the cell's real images alone; from the disk if they are there.
 
     Of rare classes by a generator of these classes: the common one would take most of its steps.
     """
-    real = real[torch.isin(real.labels, torch.tensor(how["classes"]))]
-    path = case.out / "generators" / f"{digest(how['gen'], real.digest)}.pt"
-    store = case.out / "synthetic" / f"{digest(how, real.digest)}.pt"
+    how, out = recipe(cell, arm), cell.case.out
+    store = out / "synthetic" / f"{digest(how, cell.real.digest)}.pt"
     y = torch.tensor(how["classes"]).repeat_interleave(how["made"])
     if not store.exists():
-        generator = train_gen.train(real, how["gen"], path, title=f"generator, {what}")
+        real = cell.real[torch.isin(cell.real.labels, torch.tensor(how["classes"]))]
+        generator = train_gen.train(real, how["gen"], out / "generators" / f"{generator_id(cell, arm)}.pt",
+                                    title=f"generator, {cell.title}")
         images = train_gen.generate(generator, y, how["gen"].seed, how["calls"], how["w"],
-                                    title=f"synthetic images, {what}")
+                                    title=f"synthetic images, {cell.title}")
         with data.replacing(store) as temporary:
             torch.save(images, temporary)
-    return Scenes(torch.load(store, weights_only=True), y, real.classes,
+    return Scenes(torch.load(store, weights_only=True), y, cell.real.classes,
                   [f"synthetic {k}" for k in range(len(y))], torch.arange(len(y)))
 
 
-def source(case, arm, real, fresh, draw, seed, what):
-    """What takes the place of real images, Scenes or None, and what to teach of each, (N, K) or None."""
+def source(cell, arm):
+    """Choose what takes the place of real images, Scenes or None, and its soft labels, (N, K) or None."""
     if not arm.source:
         return None, None
-    how = recipe(case, arm, real, draw)
+    how = recipe(cell, arm)
     if arm.source == "generator":
-        pool = synthesize(case, how, real, what)
+        pool = synthesize(cell, arm)
     else:
-        pool, most = (real, None) if arm.source == "copies" else (fresh, how["made"])
+        pool, most = (cell.real, None) if arm.source == "copies" else (cell.fresh, how["made"])
         pool = pool[torch.cat([(pool.labels == c).nonzero().flatten()[:most] for c in how["classes"]])]
+    if arm.shuffle:
+        order = torch.randperm(len(pool), generator=data.rng(cell.draw))
+        pool = replace(pool, labels=pool.labels[order])
     if not (arm.keep or arm.soft):
         return pool, None
-    cfg = replace(case.s.cls, seed=seed, augment=OVERHEAD, balance=arm.balance)
-    path = case.out / "teachers" / f"{digest(cfg, real.digest)}.pt"
-    teacher, _ = train_cls.fit(real, None, cfg, path, title=f"teacher, {what}")
+    cfg = replace(cell.case.s.cls, seed=cell.seed, augment=OVERHEAD, balance=arm.balance)
+    path = cell.case.out / "teachers" / f"{digest(cfg, cell.real.digest)}.pt"
+    teacher, _ = train_cls.fit(cell.real, None, cfg, path, title=f"teacher, {cell.title}")
     p = train_cls.outputs(teacher, pool.images).softmax(1)
     kept = p.gather(1, pool.labels[:, None])[:, 0] > arm.keep / p.shape[1]
     return pool[kept], p[kept] if arm.soft else None
 
 
-def score(case, run, arm, real, pool, soft, seed, title):
+def grey_outside(scenes):
+    """Scenes (C = 4) whose pixels outside the mask of the building are grey."""
+    images = torch.where(scenes.images[:, 3:] > 0, scenes.images, 128)
+    images[:, 3] = scenes.images[:, 3]
+    return replace(scenes, images=images)
+
+
+def score(cell, run, arm, title):
     """Train the classifier of an arm, keep its answers on the test split, return its row of results.csv."""
-    start, test = time.perf_counter(), case.test
-    share = arm.share if pool and len(pool) else 0.0                # a filter may have let nothing through
-    cfg = replace(case.s.cls, seed=seed, share=share, augment=arm.augment, balance=arm.balance)
+    start, case = time.perf_counter(), cell.case
+    real, (pool, soft) = cell.real, source(cell, arm)
+    test, val = case.test, case.scenes[case.parts["val"]]
+    if arm.grey:
+        real, pool, test, val = (scenes and grey_outside(scenes) for scenes in (real, pool, test, val))
+    cls, share = case.s.cls, arm.share if pool and len(pool) else 0.0    # a filter may let nothing through
+    cfg = replace(cls, seed=cell.seed, share=share, augment=arm.augment, balance=arm.balance,
+                  pretrain=arm.pretrain, model=arm.model or cls.model, dim=round(cls.dim * arm.wide))
     model, seen = train_cls.fit(real, pool, cfg, soft=soft, title=title)
-    predicted = train_cls.predict(model, test.images)
+    K, first = len(test.classes), SCORES[case.leg.scores[0]]
+    logits = train_cls.outputs(model, test.images)
+    predicted = logits.argmax(1)
     with data.replacing(case.out / "predicted" / run) as temporary, open(temporary, "wb") as file:
         np.save(file, predicted.numpy().astype(np.int16))
-    K = len(test.classes)
     counts = totals(test.labels, predicted, K)
-    row = {name: float(SCORES[name](counts)) for name in SCORES}
+    row = {name: float(of(counts)) for name, of in SCORES.items()}
+    row["top5"] = train_cls.topk(logits, test.labels)
+    for name, scenes in (("train", real), ("val", val)):       # train: on the real training images
+        row[name] = float(first(totals(scenes.labels, train_cls.predict(model, scenes.images), K)))
     row |= {f"f1 {name}": float(v) for name, v in zip(test.classes, f1(counts), strict=True)}
     for event, mine in case.events.items():
         row[f"macro_f1 {event}"] = float(macro_f1(totals(test.labels[mine], predicted[mine], K)))
@@ -467,14 +641,15 @@ def commit():
 
 
 def read_results(out):
-    """The runs that results.csv holds, {run: row}."""
+    """The runs that results.csv holds, and whose answers are there, {run: row}."""
     if not (out / "results.csv").exists():
         return {}
     with open(out / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     kinds = dict.fromkeys(("run", "leg", "arm", "data", "device", "commit", "settings"), str)
     kinds |= dict.fromkeys(("count", "seed", "steps", "images", "synthetic", "added"), int)
-    return {row["run"]: {k: kinds.get(k, float)(v) for k, v in row.items() if v != ""} for row in rows}
+    return {row["run"]: {k: kinds.get(k, float)(v) for k, v in row.items() if v != ""} for row in rows
+            if (out / "predicted" / row["run"]).exists()}
 
 
 def write_results(out, rows):
@@ -488,16 +663,15 @@ def amount(case, *counts):
     return f"{' and '.join(str(n or 'all') for n in counts)} {case.leg.per}"
 
 
-def plan(case, stored):
+def plan(case, runs, stored, jobs):
     """Say what is to be run, and from a few steps of each kind how long it takes here."""
-    s, missing, made = case.s, 0, {}
-    for _, _, draw, real, _, runs in cells(case):
-        for arm, run in runs.values():
-            if run not in stored:
-                missing += 1
-                if arm.source == "generator":
-                    how = recipe(case, arm, real, draw)
-                    made[digest(how, real.digest)] = how, digest(how["gen"], real.digest)
+    s, made, missing = case.s, {}, [run for run in runs if run.name not in stored]
+    for run in missing:
+        if run.after:
+            cell = case.cell(*run.cell[1:])
+            how = recipe(cell, run.arms[0])
+            made[digest(how, cell.real.digest)] = how, run.after
+    missing = len([run for run in missing if run.arms[0].model != "linear"])
     images = [how["made"] * len(how["classes"]) for how, _ in made.values()]
     generators = len({name for _, name in made.values()})
     sizes = ", ".join(f"{len(index)} {part}" for part, index in case.parts.items())
@@ -516,9 +690,9 @@ def plan(case, stored):
     _, model = train_gen.networks(s.gen, len(case.scenes.classes), case.scenes.images.shape[1])
     disk = generators * 16 * sum(p.numel() for p in model.parameters())       # weights, average, two moments
     disk += (sum(images) + len(case.scenes)) * case.scenes.images[0].numel()
-    each = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
-    print(f"  minutes on {data.pick_device()}: {each}, in all about {sum(minutes.values()):.1f}; "
-          f"disk: {disk / 1e6:.0f} MB", flush=True)
+    each = ", ".join(f"{name} {value / jobs:.1f}" for name, value in minutes.items())
+    print(f"  minutes on {data.pick_device()}, {jobs} at a time: {each}, in all about "
+          f"{sum(minutes.values()) / jobs:.1f}; disk: {disk / 1e6:.0f} MB", flush=True)
 
 
 def step_times(case):
@@ -725,25 +899,32 @@ def values(case, arm, count, column):
 def present(case):
     """(count, arm) of all that was run, in the order of counts and arms."""
     there = {(r["count"], r["arm"]) for r in case.rows}
-    return [(count, arm) for count in case.s.counts for arm in case.arms if (count, arm) in there]
+    names = dict.fromkeys([*case.arms, *(run.title for run in case.runs)])
+    return [(count, arm) for count in case.s.counts for arm in names if (count, arm) in there]
+
+
+def trivial(case, part="test"):
+    """Always the commonest class of the training split: its name, and its counts (3, K) on a split."""
+    held = case.scenes[case.parts[part]]
+    c = case.scenes.labels[case.parts["train"]].bincount().argmax()
+    return case.test.classes[c], totals(held.labels, c.expand(len(held)), len(held.classes))
 
 
 def main_rows(case):
     """The table: its header, and cells for each count and arm, after those of always the commonest class."""
-    leg, test, score = case.leg, case.test, case.leg.scores[0]
-    c = case.scenes.labels[case.parts["train"]].bincount().argmax()
-    counts = totals(test.labels, c.expand(len(test)), len(test.classes))
-    rows = [["", f"always {test.classes[c]}", *(f"{100 * SCORES[name](counts):.1f}" for name in leg.scores)]]
+    leg, score = case.leg, case.leg.scores[0]
+    name, counts = trivial(case)
+    rows = [["", f"always {name}", *(f"{100 * SCORES[name](counts):.1f}" for name in leg.scores)]]
     for count, arm in present(case):
         rows.append([str(count or "all"), arm])
-        for name in leg.scores:
-            found = values(case, arm, count, name)
-            spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 else ""
+        for column in (*leg.scores, "train"):
+            found = values(case, arm, count, column)
+            spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 and column != "train" else ""
             rows[-1].append(f"{np.mean(found):.1f}{spread}")
         for base in leg.bases:
             g = difference(case, arm, base, count, SCORES[score])
             rows[-1].append(points(g) if g else "")
-    return [leg.per, "arm", *(f"{TITLES[name]}, %" for name in leg.scores),
+    return [leg.per, "arm", *(f"{TITLES[name]}, %" for name in leg.scores), "on its real training images",
             *(f"{TITLES[score]} against {base}" for base in leg.bases)], rows
 
 
@@ -771,38 +952,182 @@ def class_rows(case):
     return ["class", f"F1, {base}", f"F1, {arm}", "gain"], rows
 
 
-def claims(case):
-    """What is claimed of each count: [(count, arm, base, what, Gain, p after Holm)]."""
-    found = [(count, *claim, difference(case, *claim[:2], count, SCORES[case.leg.scores[0]]))
-             for count in case.s.counts for claim in case.leg.claims]
-    found = [claim for claim in found if claim[-1]]
-    return [(*claim, p) for claim, p in zip(found, holm([g.p for *_, g in found]), strict=True)]
+# What a recogniser can be believed about: one that is worse than a linear classifier on colours and edges, or
+# than always the commonest class, has not learned the task, and its arms differ in how fast they begin to.
+
+def standing(case, count, prefix, column):
+    """The best arm of a recogniser, and its mean of a column of results.csv, per cent: ("", 0.0) if none ran.
+
+    Of the ViT (prefix ""), the ResNet or the linear classifier; without the ceiling, which has more images.
+    """
+    names = [prefix + name if prefix == RESNET else name for name, arm in case.leg.arms.items()
+             if arm.source != "fresh" and (arm.model == "linear") == (prefix == LINEAR)]
+    scores = {name: float(np.mean(found)) for name in names if (found := values(case, name, count, column))}
+    best = max(scores, key=scores.get, default="")
+    return best, scores.get(best, 0.0)
+
+
+def bar(case, count, part="test"):
+    """What a recogniser must reach on a split, per cent: the linear floor, and always the commonest class."""
+    first = case.leg.scores[0]
+    floor = standing(case, count, LINEAR, "val" if part == "val" else first)[1]
+    return max(floor, 100 * float(SCORES[first](trivial(case, part)[1])))
+
+
+def able(case, count, prefix, part):
+    """Does the best arm of a recogniser reach the bar?"""
+    column = "val" if part == "val" else case.leg.scores[0]
+    return standing(case, count, prefix, column)[1] >= bar(case, count, part)
+
+
+def recogniser(case, count):
+    """Choose on val whose verdict counts: the ViT's (""), or the ResNet's where only that is able."""
+    return RESNET if not able(case, count, "", "val") and able(case, count, RESNET, "val") else ""
+
+
+@dataclass
+class Claim:
+    """What an arm gains over its base."""
+    count: int
+    arm: str
+    base: str
+    what: str                                 # in question: the images, in words
+    gain: Gain
+    p: float                                  # after Holm, among all claims of a recogniser
+    word: str                                 # the verdict
+
+    def where(self, case):
+        """Say which comparison it is."""
+        return f"{self.arm} against {self.base} with {amount(case, self.count)}"
+
+
+VERDICTS = "help", "hurt", "no difference", "no verdict", "too few seeds"
+
+
+def claims(case, given=None):
+    """Decide all claims, [Claim]: for each count by the recogniser that is chosen, or by a given one."""
+    found = []
+    for count in case.s.counts:
+        prefix = recogniser(case, count) if given is None else given
+        for arm, base, what in case.leg.claims:
+            g = difference(case, prefix + arm, prefix + base, count, SCORES[case.leg.scores[0]])
+            if g:
+                found.append(Claim(count, prefix + arm, prefix + base, what, g, 1.0, ""))
+    for claim, p in zip(found, holm([claim.gain.p for claim in found]), strict=True):
+        claim.p = p
+        claim.word = verdict(case, claim)
+    return found
+
+
+def verdict(case, claim):
+    """One of VERDICTS. None is given where both arms are below the bar, or with fewer than three seeds."""
+    scores = [values(case, name, claim.count, case.leg.scores[0]) for name in (claim.arm, claim.base)]
+    if len(scores[0]) < 3:
+        return "too few seeds"
+    if max(map(np.mean, scores)) < bar(case, claim.count):
+        return "no verdict"
+    return "no difference" if claim.p >= 0.05 else "help" if claim.gain.mean > 0 else "hurt"
 
 
 def claim_rows(case):
-    """The claims as a table: header and rows."""
+    """The claims as a table, those of the recogniser that is not believed last: header and rows."""
     found = claims(case)
-    header = [case.leg.per, "claim", "gain", "p after Holm", "detectable gain"]
-    return header, [[str(count or "all"), f"{arm} against {base}", points(g), p_text(p),
-                     f"{100 * g.detectable(len(found)):.1f}"] for count, arm, base, _, g, p in found]
+    others = [claim for prefix in ("", RESNET) for claim in claims(case, prefix)
+              if claim.arm not in [mine.arm for mine in found if mine.count == claim.count]]
+    header = [case.leg.per, "claim", "gain", "p after Holm", "detectable gain", "verdict"]
+    return header, [[str(claim.count or "all"), f"{claim.arm} against {claim.base}", points(claim.gain),
+                     p_text(claim.p), f"{100 * claim.gain.detectable(len(found)):.1f}",
+                     claim.word if claim in found else "(not followed)"] for claim in found + others]
+
+
+def footing(case, count):
+    """Say what the recognisers can do: the sentence that stands above every answer."""
+    first, name = case.leg.scores[0], TITLES[case.leg.scores[0]]
+    who = {"": "the ViT", RESNET: "a small ResNet", LINEAR: "a linear classifier on colours and edges"}
+    parts = []
+    for prefix, title in who.items():
+        arm, score = standing(case, count, prefix, first)
+        if arm:
+            parts.append(f"{title} {score:.1f} % ({arm.removeprefix(prefix)})")
+    common, counts = trivial(case)
+    parts.append(f"always {common} {100 * SCORES[first](counts):.1f} %")
+    said = f"With {amount(case, count)}, {name} at best: {', '.join(parts)}."
+    chosen = recogniser(case, count)
+    if not able(case, count, chosen, "test"):
+        return ("No network reaches what a linear classifier or the commonest class does, so nothing follows "
+                f"from how its arms differ. {said}")
+    if chosen == RESNET:
+        return f"The ViT stays below the linear floor, so the verdict is the ResNet's. {said}"
+    return said
 
 
 def answer(case):
-    """The answer in a sentence for each thing that takes the place of real images."""
-    said = {}
-    for count, arm, base, what, g, p in claims(case):
-        word = "help" if g.mean > 0 else "hurt"
-        word = word if p < 0.05 else "make no difference that so few runs could show"
-        where = f"{arm} against {base} with {amount(case, count)}"
-        said.setdefault(what, {}).setdefault(word, []).append(where)
-    sentences = [f"{what[0].upper()}{what[1:]} " + "; they ".join(
-        word if len(words) == 1 else f"{word} ({', '.join(where)})" for word, where in words.items()) + "."
-        for what, words in said.items()]
-    done = len({r["seed"] for r in case.rows})
-    so_far = f"So far, with {done} of {case.s.seeds} seeds: " * (done < case.s.seeds)
-    if not sentences:
+    """The answer: what can be believed, then what helps, what hurts, and what cannot be told."""
+    found = claims(case)
+    if not found:
         return "No answer yet: it takes two seeds, and arms to compare."
-    return so_far + " ".join(sentences)
+    names = {word: {} for word in VERDICTS}
+    for claim in found:
+        names[claim.word].setdefault(claim.what, []).append(claim.where(case))
+    sentences = []
+    for word, whats in names.items():
+        listed = "; ".join(what if len(where) == sum(claim.what == what for claim in found) else
+                           f"{what} ({', '.join(where)})" for what, where in whats.items())
+        if listed:
+            sentences.append({
+                "help": f"{listed[0].upper()}{listed[1:]}: help.",
+                "hurt": f"{listed[0].upper()}{listed[1:]}: hurt.",
+                "no difference": f"No difference detected with this many runs: {listed}.",
+                "no verdict": f"No verdict, since both arms are below the floor: {listed}.",
+                "too few seeds": f"Too few seeds to say (at least three): {listed}."}[word])
+    done = len({r["seed"] for r in case.rows})
+    so_far = f"So far, with {done} of {case.s.seeds} seeds:" * (done < case.s.seeds)
+    return " ".join(filter(None, [so_far, *(footing(case, count) for count in case.s.counts
+                                            if any(claim.count == count for claim in found)), *sentences]))
+
+
+def instead(case):
+    """What else the synthetic images could have been, in points, for each count: [str]."""
+    found, lines = claims(case), []
+    for count in case.s.counts:
+        mine = [claim for claim in found if claim.count == count and claim.word != "too few seeds"]
+        for base in dict.fromkeys(claim.base for claim in mine):
+            gains = [f"{claim.what} {points(claim.gain)}" for claim in mine if claim.base == base]
+            if len(gains) > 1:
+                lines.append(f"Gains over {base} with {amount(case, count)}, in points: {'; '.join(gains)}.")
+    return lines
+
+
+def worth(case, count):
+    """How many real images per class `count` of them with synthetic ones are worth: (low, mean, high).
+
+    The number at which the curve of the base, over the logarithm of the number of real images, reaches the
+    score of the mix; found in every seed and every resampled test set, so that its interval is like that of
+    a gain. It ends where the curve ends. None unless both ran at two counts or more.
+    """
+    arm, base = next((arm, base) for arm, base, _ in case.leg.claims if arm == case.leg.mix)
+    counts, statistic = [n for n in case.s.counts if n], SCORES[case.leg.scores[0]]
+    curve = [sampled(case, base, n, statistic) for n in counts]
+    mix = sampled(case, arm, count, statistic)
+    if len(counts) < 2 or any(c is None or len(c) < 2 or c.shape != curve[0].shape for c in [mix, *curve]):
+        return None
+    curve = np.maximum.accumulate(np.stack(curve, -1), -1)                       # more images never hurt
+    found = [[np.interp(*pair, np.log(counts)) for pair in zip(*rows, strict=True)]
+             for rows in zip(mix, curve, strict=True)]
+    g = gain(np.array(found), 0, len(case.test.groups.unique()))
+    return tuple(float(np.exp(g.mean + side * g.half).clip(counts[0], counts[-1])) for side in (-1, 0, 1))
+
+
+def worths(case):
+    """Say what synthetic images are worth in real ones, a sentence for each count that allows it."""
+    lines = []
+    for count in case.s.counts:
+        if count and (found := worth(case, count)):
+            low, mean, high = (f"{x:.0f}" for x in found)
+            ends = f"the curve runs from {min(filter(None, case.s.counts))} to {max(case.s.counts)}"
+            lines.append(f"{amount(case, count)} with synthetic ones are worth {mean} [{low}, {high}] real "
+                         f"ones ({ends}).")
+    return lines
 
 
 def conditions(case):
@@ -840,7 +1165,7 @@ def told(case):
     for count, found in likeness(case):
         blocks += [f"Synthetic images with {amount(case, count)}:\n{as_text(*judged_rows(found))}".rstrip(),
                    copying(found)]
-    blocks += [as_text(*claim_rows(case)), answer(case), conditions(case)]
+    blocks += [as_text(*claim_rows(case)), answer(case), *instead(case), *worths(case), conditions(case)]
     return "\n\n".join(filter(None, blocks))
 
 
@@ -1111,6 +1436,7 @@ def section(case):
     score, most = TITLES[case.leg.scores[0]], case.s.counts[-1]
     arm, base, _ = case.leg.claims[0]
     parts = [f"<h2>{html.escape(case.title)}</h2><p class=lead>{html.escape(answer(case))}",
+             *(f"<p>{html.escape(line)}" for line in instead(case) + worths(case)),
              as_html(*claim_rows(case)), "<p>Gains in percentage points; detectable: what would have been "
              "found in 4 of 5 such comparisons.",
              f"<p>{html.escape(conditions(case))}", "<h3>All arms</h3>",
