@@ -312,15 +312,14 @@ def _enter(enter, *args):
 def pool(jobs, enter, *args):
     """Have `submit(function, *args) -> Future` done by `jobs` processes, each after a call of enter(*args).
 
-    On a CPU every task computes in one thread, also if there is one process, so that results do not depend on
-    the number of jobs. Raises Problem if a process dies.
+    One job is this process itself, which must have entered. On a CPU every task computes in one thread,
+    however many jobs there are, so that results do not depend on them. Raises Problem if a process dies.
     """
     threads = torch.get_num_threads()
     try:
+        if pick_device().type == "cpu":
+            torch.set_num_threads(1)
         if jobs == 1:
-            if pick_device().type == "cpu":
-                torch.set_num_threads(1)
-            enter(*args)
             yield Inline()
         else:
             with ProcessPoolExecutor(jobs, get_context("spawn"), _enter, (enter, *args)) as processes:
