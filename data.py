@@ -23,6 +23,7 @@ from functools import cached_property
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from time import sleep
+from typing import get_args
 
 import numpy as np
 import torch
@@ -76,6 +77,7 @@ def launch(main, config, argv=None, several=False):
     for f in fields(config):
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
                 dict(type=numbers, metavar="N,N") if isinstance(f.default, tuple) else
+                dict(type=get_args(f.type)[0]) if f.default is None else                       # float | None
                 dict(type=type(f.default)))
         name = "--" + f.name.replace("_", "-")
         if f.metadata["bare"]:

@@ -51,7 +51,7 @@ class Arm:
     share: float = 0.0            # probability that one does
     augment: str = "none"         # augmentations by name
     balance: bool = False         # all classes equally often, however rare
-    model: str = ""               # recogniser                                  empty or 0: as --scale has it
+    model: str = ""               # recogniser                            empty, None or 0: as --scale has it
     wide: float = 1.0             # its width, in units of what --scale has
     pretrain: bool = False        # synthetic images first, then real ones, in the same number of steps
     shuffle: bool = False         # each image of the source gets the label of another one
@@ -192,7 +192,7 @@ def listed(text):
 
 @dataclass
 class Config:
-    """What may be asked for on the command line. 0 or empty: as --scale has it."""
+    """What may be asked for on the command line. 0, empty or None: as --scale has it; --w 0 is a scale."""
     data: str = flag("", "tree with a folder per class, or xBD tree (empty: both are drawn)")
     out: str = flag("runs/experiment", "folder for results.csv, report.html, pictures and generators")
     scale: str = flag("", "smoke, small or full (empty: full for --data on a GPU, else small)")
@@ -206,7 +206,7 @@ class Config:
     subsets: int = flag(0, "different draws of training images, each with its generator (at most --seeds)")
     size: int = flag(0, "side of the images in pixels, a multiple of 8")
     made: int = flag(0, "synthetic images per class")
-    w: float = flag(0.0, "guidance scale (1: none)")
+    w: float | None = flag(None, "guidance scale (1: no guidance, 0: no class)")
     gen_steps: int = flag(0, "optimizer steps of a generator")
     cls_steps: int = flag(0, "optimizer steps of a classifier")
     label: str = flag("damage", "what to tell of a building: damage, or the type of disaster: type")
@@ -242,7 +242,9 @@ class Config:
         """The Scale of a leg that these flags stand for."""
         usual = "full" if self.data and torch.cuda.is_available() else "small"
         s = SCALES[leg]["smoke" if self.smoke else self.scale or usual]
-        given = {k: getattr(self, k) for k in ("seeds", "subsets", "made", "w") if getattr(self, k)}
+        given = {k: getattr(self, k) for k in ("seeds", "subsets", "made") if getattr(self, k)}
+        if self.w is not None:
+            given["w"] = self.w
         counts = data.numbers(self.counts) if self.counts else s.counts
         if "counts" in listed(self.study):
             counts += s.curve
@@ -300,10 +302,13 @@ class Case:
         return Cell(self, count, seed, draw, *self.memory["chosen"])
 
     def choose(self, count, draw):
-        """The real training images; in random order, those of the training split that are not among them."""
+        """Return the real training images and, in random order, those of the training split that are left.
+
+        Doubles of the former are not among the latter: they would be no fresh images.
+        """
         train = self.parts["train"]
         index = (data.some_tiles if self.leg.rare else data.subset)(self.scenes, train, count, draw)
-        others = train[~torch.isin(train, index)]
+        others = train[~torch.isin(self.scenes.groups[train], self.scenes.groups[index])]
         others = others[torch.randperm(len(others), generator=data.rng(draw))]
         return self.scenes[index], self.scenes[others]
 
@@ -925,13 +930,18 @@ def main_rows(case):
             *(f"{TITLES[score]} against {base}" for base in leg.bases)], rows
 
 
+def mean_text(found):
+    """Format the mean of scores in per cent, say F1 over seeds: "–" if nothing was ever recognised."""
+    return f"{np.mean(found):.1f}" if any(found) else "–"
+
+
 def detail_rows(case):
     """F1 of each class, and macro-F1 of each event, per cent: header and rows."""
     tested = [name for c, name in enumerate(case.test.classes) if (case.test.labels == c).any()]
     columns = {f"f1 {name}": f"F1 {name}" for name in tested}
     columns |= {f"macro_f1 {event}": f"macro-F1 in {event}" for event in case.events}
     return [case.leg.per, "arm", *columns.values()], [
-        [str(count or "all"), arm, *(f"{np.mean(values(case, arm, count, name)):.1f}" for name in columns)]
+        [str(count or "all"), arm, *(mean_text(values(case, arm, count, name)) for name in columns)]
         for count, arm in present(case)]
 
 
@@ -944,8 +954,9 @@ def class_rows(case):
     rows = []
     for k in order:
         name = case.test.classes[k]
-        means = [np.mean(values(case, who, count, f"f1 {name}")) for who in (base, arm)]
-        rows.append([name, *(f"{mean:.1f}" for mean in means), points(gains[k])])
+        means = [mean_text(values(case, who, count, f"f1 {name}")) for who in (base, arm)]
+        never = set(means) == {"–"}                                      # no gain, and nothing known of one
+        rows.append([name, *means, "–" if never else points(gains[k])])
     return ["class", f"F1, {base}", f"F1, {arm}", "gain"], rows
 
 
@@ -1291,10 +1302,10 @@ def labelled(strips, names, zoom):
     return page
 
 
-def side_by_side(real, synthetic, columns=8, most=24):
-    """A row per class (the first so many): real images left, synthetic ones right."""
+def side_by_side(real, synthetic, columns=8):
+    """Draw a row per class that has synthetic images: real ones left, synthetic ones right."""
     strips, blank = [], real.images.new_full((columns, *real.images.shape[1:]), 255)
-    shown = [c for c in range(len(real.classes)) if (synthetic.labels == c).any()][:most]
+    shown = synthetic.labels.unique().tolist()
     for c in shown:
         left, right = (torch.cat([s.images[s.labels == c], blank])[:columns] for s in (real, synthetic))
         strips.append(data.grid(torch.cat([left, blank[:1], right]), 2 * columns + 1))
@@ -1448,17 +1459,17 @@ def section(case):
         parts.append(curve(case, [name for name in run if name in main],
                            f"{score} over {case.leg.per}; bands: 95 % intervals over seeds"))
     if case.leg.rare:
-        parts += ["<h3>By class and event</h3>", as_html(*detail_rows(case))]
+        parts += ["<h3>By class and event</h3><p>–: never recognised.", as_html(*detail_rows(case))]
     if table := as_html(*class_rows(case)):
         parts += [f"<h3>Which classes gain</h3><p>With {amount(case, most)}. The intervals are of single "
-                  "classes, not corrected for their number.", table]
+                  "classes, not corrected for their number; –: never recognised.", table]
     if picture := confusions(case):
         parts.append(figure(picture, f"What was taken for what: {base} left, {arm} right. A row is the "
                                      "truth, a column the answer, in the same order; black is always."))
     if case.shown:
         parts += ["<h3>What the synthetic images are like</h3>", figure(grid_of(case), (
-            "Left: real training images. Right: synthetic images of the same class, by a generator that saw "
-            "nothing but such training images."))]
+            "A row for each class that has synthetic images. Left: real training images. Right: synthetic "
+            "images of the same class, by a generator that saw nothing but such training images."))]
     for count, found in likeness(case):
         parts += [f"<h4>With {amount(case, count)}</h4>", as_html(*judged_rows(found)),
                   f"<p>Each compared to {found['judged_by']} real images, by the features of a classifier "

@@ -69,7 +69,7 @@ class Script(Config):
     classes: str = flag("", "with --sample: which classes, by comma (empty: all)")
     count: int = flag(16, "with --sample: images per class")
     calls: int = flag(20, "network calls per image")
-    w: float = flag(1.5, "guidance scale (1: none)")
+    w: float = flag(1.5, "guidance scale (1: no guidance, 0: no class)")
 
 
 @dataclass

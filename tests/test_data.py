@@ -235,6 +235,7 @@ class Flags:
     lr: float = flag(1e-3, "a rate")
     fast: bool = flag(False, "a switch")
     counts: tuple = flag((1, 2), "several numbers")
+    w: float | None = flag(None, "a number, or none at all")
 
     def __post_init__(self):
         if self.steps < 0:
@@ -244,7 +245,8 @@ class Flags:
 def test_fields_become_flags_with_their_types():
     cfg = data.launch(lambda cfg: cfg, Flags, ["--steps", "7", "--lr", "2e-4", "--fast", "--counts", "3,4,5"])
     assert cfg == Flags(7, 2e-4, True, (3, 4, 5))
-    assert data.launch(lambda cfg: cfg, Flags, ["--no-fast"]) == Flags()
+    assert data.launch(lambda cfg: cfg, Flags, ["--no-fast"]) == Flags() and Flags().w is None
+    assert data.launch(lambda cfg: cfg, Flags, ["--w", "0"]).w == 0.0
 
 
 def problem(_):
@@ -262,7 +264,8 @@ def test_every_script_explains_its_arguments(script, capsys):
 
 @pytest.mark.parametrize("argv, message", [
     (["--bogus"], "--bogus"), (["--ste", "5"], "--ste"), (["--steps", "1e3"], "1e3"),
-    (["--steps", "-1"], "--steps below 0"), (["--counts", "3,x"], "3,x"), ([], "no such thing: do that")])
+    (["--steps", "-1"], "--steps below 0"), (["--counts", "3,x"], "3,x"), (["--w", "None"], "None"),
+    ([], "no such thing: do that")])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, message, capsys):
     with pytest.raises(SystemExit) as error:
         data.launch(problem, Flags, argv)

@@ -220,6 +220,56 @@ def scenes_case(smoke):
     return case_of(smoke[0])
 
 
+def case_by_hand(n, K):
+    """A Case of n black images of K classes in turn, nothing run yet; the last K are the test split."""
+    names = [f"c{c:02d}" for c in range(K)]
+    scenes = data.Scenes(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), torch.arange(n) % K, names,
+                         [f"{k}.png" for k in range(n)], torch.arange(n))
+    leg, cfg = LEGS["scenes"], Config(scale="smoke", leg="scenes")
+    parts = dict(train=torch.arange(n - K), test=torch.arange(n - K, n))
+    return experiment.Case("scenes", leg, leg.arms, cfg.resolved("scenes"), cfg, "", scenes, parts,
+                           scenes[parts["test"]], None)
+
+
+def test_doubles_of_a_chosen_image_are_not_fresh():
+    case = case_by_hand(40, 2)
+    case.scenes.groups[:] = torch.arange(40) // 4                        # two of each class are doubles
+    for draw in range(3):
+        real, fresh = case.choose(3, draw)
+        assert len(real) == 6 and len(fresh) > 10
+        assert not set(real.groups.tolist()) & set(fresh.groups.tolist())
+
+
+def test_w_0_is_a_guidance_scale_and_none_is_that_of_the_scale():
+    case = case_by_hand(40, 2)
+    real, _ = case.choose(4, 0)
+    assert [experiment.recipe(case, Arm("generator", 0.5, w=w), real, 0)["w"] for w in (None, 0.0, 3.0)] == [
+        1.5, 0.0, 3.0]
+
+
+def test_the_grid_shows_every_class():
+    scenes = case_by_hand(90, 45).scenes
+    grid = experiment.side_by_side(scenes, scenes)
+    assert grid.height == 45 * (8 + 2) * 8                             # 8 px and two lines, 8 times as large
+
+
+def test_a_class_that_no_arm_ever_recognises_has_no_gain(monkeypatch):
+    case = case_by_hand(40, 4)
+    case.s.counts = (4,)
+    scores = {"real": (0.0, 0.5, 0.0, 0.2), "real + synthetic": (0.0, 0.6, 0.3, 0.0)}
+    for arm, f1 in scores.items():
+        case.rows += [dict(arm=arm, count=4, seed=seed, **{f"f1 c{c:02d}": f1[c] for c in range(4)})
+                      for seed in range(2)]
+    gains = [experiment.Gain(b - a, ((0.0, 1),)) for a, b in zip(*scores.values(), strict=True)]
+    monkeypatch.setattr(experiment, "difference", lambda *_: gains)
+    _, rows = experiment.class_rows(case)
+    assert sorted(rows) == [
+        ["c00", "–", "–", "–"], ["c01", "50.0", "60.0", "+10.0 [+10.0, +10.0]"],
+        ["c02", "–", "30.0", "+30.0 [+30.0, +30.0]"], ["c03", "20.0", "–", "-20.0 [-20.0, -20.0]"]]
+    _, rows = experiment.detail_rows(case)
+    assert [row[2:] for row in rows] == [["–", "50.0", "–", "20.0"], ["–", "60.0", "30.0", "–"]]
+
+
 def test_a_source_gives_what_its_arm_says(scenes_case, smoke):
     case = replace(scenes_case, s=replace(scenes_case.s, made=3))
     real, fresh = case.choose(4, 0)
@@ -386,9 +436,11 @@ def test_flags_change_what_they_name_and_nothing_else():
     base = Config(scale="small").resolved("scenes")
     s = Config(scale="small", data="x", counts="5", seeds=7, subsets=7, made=9, w=3.0).resolved("scenes")
     assert s == replace(base, counts=(5,), seeds=7, subsets=7, made=9, w=3.0)
+    assert Config(scale="small", w=0.0).resolved("scenes").w == 0 and base.w == 1.5
     assert Config(leg="buildings", counts="8,0,4,8").resolved("buildings").counts == (4, 8, 0)
     assert Config(study="counts").resolved("scenes").counts == (3, 5, 10, 20, 40)
     s = Config(scale="full", size=32, gen_steps=11, cls_steps=12).resolved("scenes")
     assert (s.gen.size, s.cls.size, s.cls.patch, s.gen.steps, s.cls.steps) == (32, 32, 4, 11, 12)
     line = experiment.command(Config(data="my data", counts="5", w=3.0, dry_run=True))
     assert line == "python experiment.py --data 'my data' --dry-run --counts 5 --w 3.0"
+    assert experiment.command(Config(w=0.0)) == "python experiment.py --w 0.0"

@@ -34,6 +34,8 @@ def test_a_diffusion_model_learns_which_half_is_bright():
     pattern = torch.where(torch.arange(8) < 4, 1.0, -1.0) * (1 - 2.0 * y).view(-1, 1, 1, 1)
     likeness = (x * pattern / 0.8).mean((1, 2, 3))
     assert likeness[y == 0].mean() > 0.7 and likeness[y == 1].mean() > 0.7
+    plain, swapped = (generate(generator, which, seed=1, calls=5, w=0.0) for which in (y, 1 - y))
+    assert_close(plain, swapped, rtol=0, atol=0)                         # w = 0 does not know the class
 
 
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch):
