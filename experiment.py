@@ -167,7 +167,7 @@ _SMALL = Scale(
     counts=(10,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
     gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1500, batch=32,
                          lr=2e-3, warmup=50, ema=0.99, augment="none"),
-    cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=250, batch=64, lr=5e-3, warmup=50))
+    cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=250, batch=64, lr=4e-3, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
     counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700, curve=(5, 20, 40, 150),
