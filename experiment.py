@@ -878,18 +878,18 @@ def judge(case, real, synthetic, fresh, what):
 
 
 def likeness(case):
-    """(count, what judge() found) wherever it had enough images."""
+    """List (count, what judge() found) wherever it had enough images."""
     return [(count, found) for count, found in case.judged.items() if found]
 
 
 def join(a, b):
-    """Two Scenes of the same classes as one."""
+    """Join two Scenes of the same classes."""
     both = [torch.cat([getattr(x, part) for x in (a, b)]) for part in ("images", "labels", "groups")]
     return Scenes(*both[:2], a.classes, a.names + b.names, both[2])
 
 
 def alike(*several, most=4000):
-    """Of each Scenes as many images of every class as the others have: no class mix to tell them apart by."""
+    """Equalise the class counts of several Scenes, so that no class mix tells them apart."""
     K = len(several[0].classes)
     least = torch.stack([s.labels.bincount(minlength=K) for s in several]).amin(0).clamp(max=most // K)
     return [s[torch.cat([(s.labels == c).nonzero().flatten()[:least[c]] for c in range(K)])] for s in several]
@@ -943,7 +943,7 @@ def blur(images, sigma):
 
 
 def frechet(a, b):
-    """Fréchet distance of Gaussians fitted to features a (N, D) and b (M, D): Heusel et al. 2017, Eq. 6.
+    """Measure the Fréchet distance of Gaussians fitted to a (N, D) and b (M, D): Heusel et al. 2017, Eq. 6.
 
     |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): a squared distance, 0 if both moments are equal.
     With C_a = A'A and C_b = B'B the trace of the root is the sum of the singular values of A B', exact also
@@ -957,7 +957,7 @@ def frechet(a, b):
 
 
 def prdc(real, fake, k=5):
-    """Precision, recall, density and coverage of features fake (M, D) compared with real (N, D), N, M > k.
+    """Compare features fake (M, D) with real (N, D), N, M > k: {precision, recall, density, coverage}.
 
     A ball around each image reaches to its k-th nearest neighbour among its own kind.
 
@@ -1013,7 +1013,7 @@ def copies(real, synthetic, held, sheet):
 
 
 def structure(images):
-    """Rows whose dot product is the correlation of two images, (N, C, H, W) uint8 -> (N, D) of norm below 1.
+    """Make rows whose dot product is the correlation of two images: (N, C, H, W) uint8 -> (N, D).
 
     Each channel of RGB is centred, which removes brightness and tint; the norm removes contrast. What is left
     of a flat image is noise, which would be near to others or far from them by chance. With FLAT under the
@@ -1025,15 +1025,15 @@ def structure(images):
 
 
 def symmetries(images):
-    """The 8 turns and flips of square images (N, C, H, W): (8, N, C, H, W), the first as they came."""
+    """Turn and flip square images (N, C, H, W) in all 8 ways: (8, N, C, H, W), the first as they came."""
     turns = [images.rot90(k, (-2, -1)) for k in range(4)]
     return torch.stack(turns + [image.flip(-1) for image in turns])
 
 
 def nearest(images, known):
-    """Find the known image (M, C, H, W) that each of images (N, C, H, W) has most structure in common with.
+    """Find the known image (M, C, H, W) that correlates most with each of images (N, C, H, W), in structure.
 
-    -> their correlation (N,), the largest over 8 turns and flips; which it is (N,); the images so turned.
+    -> the correlation (N,), largest over 8 turns and flips; which known one (N,); the images so turned.
     """
     device, eight = data.pick_device(), symmetries(images)
     target = structure(known.to(device)).T                                                       # (D, M)
@@ -1053,7 +1053,7 @@ def telling(found):
 
 
 def judged_rows(found):
-    """Synthetic beside real images: header and rows; no rows if the features cannot tell."""
+    """Set synthetic beside real images: header and rows of text; no rows if the features cannot tell."""
     names = "frechet", "precision", "recall", "density", "coverage"
     titles = dict(synthetic="synthetic", real="other real (floor)", blurred="the same, blurred")
     rows = [[title, *(f"{found[f'{who} {name}']:.2f}" for name in names)] for who, title in titles.items()]
@@ -1062,9 +1062,9 @@ def judged_rows(found):
 
 def judging(found):
     """Say in a sentence or two who judges, and how well."""
-    n, trivial = found["tested"], 100 * found["commonest"] / found["tested"]
+    n = found["tested"]
     good = (f"a classifier that gets {100 * found['right'] / n:.0f} % of {n} held-out images right (always "
-            f"the commonest class: {trivial:.0f} %)")
+            f"the commonest class: {100 * found['commonest'] / n:.0f} %)")
     if not telling(found):
         return (f"Fidelity is not shown. It would be judged by features of {good}, which cannot tell classes "
                 "or blurred images apart.")
@@ -1073,13 +1073,14 @@ def judging(found):
 
 
 def copying(found):
-    """Are they copies? A few sentences."""
+    """Say in a few sentences whether there are copies, and how many would have been noticed."""
     k, n, enough = found["copies"], found["looked_at"], found["alarm_from"]
     low, high = wilson(k, n)
     share = (f"{100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {n} synthetic images are nearer to "
-             f"one of {found['trained_on']} training images than any held-out real image of their class is; "
-             f"were they as new, {100 * found['by_chance'] / n:.1f} % would be (p {found['copies_p']:.2g}). "
-             f"Near is what correlates in {CELLS} x {CELLS} cells, whatever its light, turn or flip.")
+             f"a training image of their class ({found['trained_on']} in all) than any of {n} held-out real "
+             f"images is; were they as new, {100 * found['by_chance'] / n:.1f} % would be (p "
+             f"{found['copies_p']:.2g}). Near is what correlates in {CELLS} x {CELLS} cells, whatever its "
+             "light, turn or flip.")
     if found["copies_p"] < ALARM:
         return f"There are copies, or nearly so: {share}"
     if enough > n:

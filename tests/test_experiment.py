@@ -44,7 +44,7 @@ def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
     assert len(re.findall(r"^12 +(?:real|balanced)[a-z+ -]+[0-9]+.[0-9] ±", done.stdout, re.M)) == 6
     assert "always no-damage" in done.stdout and "macro-F1 in drawn-flood" in done.stdout
     assert done.stdout.count("say nothing about the world") == 2 and "make no difference" in done.stdout
-    assert done.stdout.count("synthetic images are nearer to one of") == 3
+    assert done.stdout.count("synthetic images are nearer to a training image of") == 3
     assert len(re.findall("gets [0-9]+ % of [0-9]+ held-out images right", done.stdout)) == 3
     assert str(out / "report.html") in done.stdout
     assert done.stderr == ""                                        # no progress bars where nobody watches

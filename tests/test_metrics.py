@@ -150,6 +150,12 @@ def test_a_planted_blur_lowers_precision_density_and_coverage_and_raises_the_dis
         assert got[f"synthetic {name}"] == pytest.approx(got[f"blurred {name}"])
 
 
+def test_the_unit_of_the_features_does_not_count(pool):
+    a, b, c = deal(pool, (15, 15, 15), 1)
+    colours = [compare(lambda x, unit=unit: unit * x.mean((2, 3)), a, b, c) for unit in (1, 1000)]
+    assert colours[0] == pytest.approx(colours[1], rel=1e-3)
+
+
 def test_numbers_are_shown_only_from_features_that_can_tell():
     numbers = {f"{who} {name}": value for who, value in (("real", 0.9), ("blurred", 0.5), ("synthetic", 0.7))
                for name in ("precision", "recall", "density", "coverage")}
@@ -233,6 +239,25 @@ def test_20_per_cent_of_copies_are_caught_in_19_of_20_trials_and_none_raise_1_al
 def test_new_images_that_are_blurred_are_no_copies(pool, tmp_path):
     found = [trial(pool, 0, seed, tmp_path, lambda x: blur(x, 1.0)) for seed in range(20)]
     assert sum(f["copies_p"] < experiment.ALARM for f in found) <= 1
+
+
+def test_only_training_images_of_its_class_make_an_image_a_copy(pool, tmp_path):
+    real, held = deal(pool, (10, 20), 0)
+    for shift, low, high in ((0, 80, 80), (1, 0, 8)):
+        moved = replace(real, labels=(real.labels + shift) % 8)
+        assert low <= copies(real, moved, held, tmp_path / "sheet.png")["copies"] <= high
+
+
+def test_the_nearest_in_structure_is_shown_first_and_not_the_flattest(pool, tmp_path):
+    real, held, made = deal(pool, (10, 20, 20), 0)
+    made.images[:60] = 120
+    made.images[77] = real.images[35].rot90(1, (1, 2))                             # both of class 3
+    copies(real, made, held, tmp_path / "sheet.png")
+    page = np.array(Image.open(tmp_path / "sheet.png"))
+    strips = page[:, 8 + 7 * len("nearest real"):].reshape(2, len(page) // 2, -1, 3)
+    shown = [strip[2:50:2, 2:50:2] for strip in strips]
+    for picture in shown:
+        assert (picture == real.images[35].movedim(0, 2).numpy()).all()
 
 
 def test_p_is_the_share_of_all_orders(monkeypatch, pool, tmp_path):
