@@ -109,7 +109,7 @@ STUDIES = {       # what an arm does not say here is as in its leg's mix of real
     "share": [dict(share=p) for p in (0.25, 0.5, 0.75, 1.0)],
     "ratio": [dict(ratio=r) for r in (0.5, 1.0, 3.0, 10.0)],
     "guidance": [dict(w=w) for w in (1.0, 1.5, 3.0, 5.0)],
-    "calls": [dict(calls=n) for n in (4, 8, 12, 25, 50)],
+    "calls": [dict(calls=n) for n in (4, 8, 12, 20, 50)],
     "filter": [dict(keep=k) for k in (0.0, 1.0, 3.0)],
     "soft": [dict(soft=on) for on in (False, True)],
     "generator": [dict(generator=k) for k in (0, 1, 2)],
@@ -145,7 +145,7 @@ _SMALL = Scale(
     cls=train_cls.Config(size=24, patch=6, dim=64, depth=3, heads=2, steps=200, batch=64, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
-    counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700, curve=(5, 20, 40, 150),
+    counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=12, w=1.5, drawn=700, curve=(5, 20, 40, 150),
     gen=train_gen.Config(augment="none"), cls=train_cls.Config())
 SCALES = {
     "scenes": dict(smoke=_SMOKE, small=_SMALL, full=_FULL),
