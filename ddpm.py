@@ -113,7 +113,7 @@ class Diffusion(nn.Module):
 
         order=2 is UniPC-2, for 8 to 20 steps; order=1, eta=0 is DDIM; order=1, eta=1, steps=T is DDPM
         (Algorithm 2). Few steps with eta > 0 lose variance (of a Gaussian with std .2,
-        12 steps return .141 and 50 .185): keep eta = 0 there. graph: replay the steps from a CUDA graph (None:
+        12 steps return .141 and 50 .185): keep eta = 0 there. graph: replay steps from a CUDA graph (None:
         wherever there is CUDA).
         """
         assert not model.training, "call model.eval() first: dropout would stay on"

@@ -309,7 +309,8 @@ def test_10_calls_on_a_wide_mixture_are_nearer_to_the_truth_than_20_of_diffusers
     """Theirs: .767 (rms; std of the data 3.1), diffusers 0.42.1, for the same network, x_T and truth.
 
     UniPCMultistepScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"), else its
-    defaults, set_timesteps(20); its 500 steps differ by .0007 from our 1,000. Ours was .047.
+    defaults, set_timesteps(20); its 500 steps differ by .0007 from our 1,000. Ours was .047. With the linear
+    schedule theirs has no gap at high noise: .039, where our 10 calls are off by .090 and 20 by .008.
     """
     diffusion, x = Diffusion(), gaussian(200, 1, 1, 48)
     exact = Wide(diffusion)
