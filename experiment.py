@@ -132,7 +132,7 @@ STUDIES = {       # what an arm does not say here is as in its leg's mix of real
     "made": {f"{n} {how}": dict(made=n, share=p)
              for n in (10, 30, 100, 300) for how, p in (("mixed", 0.5), ("alone", 1.0))},
     "guidance": {str(w): dict(w=w) for w in (1.0, 1.5, 3.0, 5.0)},
-    "calls": {str(n): dict(calls=n) for n in (4, 8, 12, 25, 50)},
+    "calls": {str(n): dict(calls=n) for n in (4, 8, 12, 20, 50)},
     "filter": {str(k): dict(keep=k) for k in (0.0, 1.0, 3.0)},
     "soft": {str(on): dict(soft=on) for on in (False, True)},
     "generator": {str(k): dict(generator=k) for k in (0, 1, 2)},
@@ -171,7 +171,7 @@ _SMALL = Scale(
     cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=250, batch=64, lr=4e-3, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
-    counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700, curve=(5, 20, 40, 150),
+    counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=12, w=1.5, drawn=700, curve=(5, 20, 40, 150),
     gen=train_gen.Config(augment="none"), cls=train_cls.Config())
 SCALES = {
     "scenes": dict(smoke=_SMOKE, small=_SMALL, full=_FULL),

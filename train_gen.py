@@ -17,7 +17,7 @@ from torch import nn
 import data
 from augment import compose
 from data import Problem, flag
-from ddpm import SCHEDULES, Diffusion, noise_of
+from ddpm import PREDICTS, SCHEDULES, Diffusion, noise_of
 from unet import Condition, UNet
 
 
@@ -29,8 +29,8 @@ class Config:
     mults: tuple = flag((1, 2, 3, 4), "width of each resolution in units of --width")
     blocks: int = flag(2, "blocks per resolution, down and up")
     patch: int = flag(1, "fold so many pixels a side into channels (2 on a CPU)")
-    schedule: str = flag("cosine", "noise schedule: cosine, linear")
-    predict: str = flag("v", "what the network predicts: v, eps")
+    schedule: str = flag("cosine", "noise schedule: cosine, linear, flow")
+    predict: str = flag("v", "what the network predicts: v, eps, x0")
     gamma: float = flag(5.0, "cap of the min-SNR weight of the loss (inf: L_simple, all t alike)")
     timesteps: int = flag(1000, "length T of the chain")
     steps: int = flag(20_000, "optimizer steps")
@@ -48,9 +48,9 @@ class Config:
             raise ValueError(f"--width {self.width} must be divisible by 8")
         if self.schedule == "linear" and self.timesteps <= 20:
             raise ValueError(f"--timesteps {self.timesteps}: the linear schedule needs more than 20")
-        if self.schedule not in SCHEDULES or self.predict not in ("v", "eps"):
+        if self.schedule not in SCHEDULES or self.predict not in PREDICTS:
             raise ValueError(f"--schedule {self.schedule} --predict {self.predict}: "
-                             "cosine or linear, v or eps, are known")
+                             "cosine, linear or flow, and v, eps or x0, are known")
         factor = self.patch * 2 ** (len(self.mults) - 1)
         if self.size % factor:
             raise ValueError(f"--size {self.size} must be divisible by {factor}: --patch, "
@@ -68,7 +68,7 @@ class Script(Config):
     sample: str = flag("", "make images with this checkpoint instead of training one")
     classes: str = flag("", "with --sample: which classes, by comma (empty: all)")
     count: int = flag(16, "with --sample: images per class")
-    calls: int = flag(20, "network calls per image")
+    calls: int = flag(12, "network calls per image")
     w: float = flag(1.5, "guidance scale (1: no guidance, 0: no class)")
 
 
@@ -158,7 +158,7 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
 def save_samples(generator, look, path):
     """A picture with a row of `look` images per class, from the same noise each time."""
     y, cfg = torch.arange(len(generator.classes)).repeat_interleave(look), generator.config
-    made = generate(generator, y, seed=0, calls=min(20, cfg.timesteps))
+    made = generate(generator, y, seed=0, calls=min(12, cfg.timesteps))
     if data.rank() == 0:
         data.save_picture(data.grid(made, look, zoom=max(1, 64 // cfg.size)), path)
 
@@ -184,7 +184,7 @@ def load_generator(path):
     return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg)
 
 
-def generate(generator, y, seed, calls=20, w=1.5, batch=256, title="images"):
+def generate(generator, y, seed, calls=12, w=1.5, batch=256, title="images"):
     """Images of the classes y (N,) int64, as uint8 (N, C, H, W) on the CPU.
 
     Image k follows from (seed, k), whatever the batch and the number of processes. Each process makes its
