@@ -133,7 +133,7 @@ STUDIES = {       # what an arm does not say here is as in its leg's mix of real
     "made": {f"{n} {how}": dict(made=n, share=p)
              for n in (10, 30, 100, 300) for how, p in (("mixed", 0.5), ("alone", 1.0))},
     "guidance": {str(w): dict(w=w) for w in (1.0, 1.5, 3.0, 5.0)},
-    "calls": {str(n): dict(calls=n) for n in (4, 8, 12, 20, 50)},
+    "calls": {str(n): dict(calls=n, share=1.0) for n in (4, 8, 12, 20, 50)},
     "filter": {str(k): dict(keep=k) for k in (0.0, 1.0, 3.0)},
     "soft": {str(on): dict(soft=on) for on in (False, True)},
     "generator": {str(k): dict(generator=k) for k in (0, 1, 2)},

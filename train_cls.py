@@ -327,14 +327,14 @@ def predict(model, images, batch=512):
 def put_back(logits, labels, counts):
     """Find what to add to the logits of a classifier that drew all classes equally often, (K,).
 
-    It answers as if they were equally frequent. Bayes' rule would add the logarithm of their frequency, counts
-    (K,) of the training images over their sum, to logits that are true log-likelihoods (Menon et al. 2021,
-    2007.07314). Those of a network that knows its few images by heart are not; so tau log(frequency), with the
-    tau of 0, 1/4 ... 1 that has the best macro-F1 on these held-out logits (N, K) of the classes labels (N,).
+    It answers as if they were equally frequent. Bayes' rule would add the logarithm of their frequency,
+    counts (K,) of the training images over their sum, to logits that are true log-likelihoods (Menon et al.
+    2021, 2007.07314). Those of a network that knows its few images by heart are not: so it is tau times that,
+    with the tau of 0, 1/4 ... 1 that has the best macro-F1 on these held-out logits (N, K) of labels (N,).
     """
     frequency = (counts.clamp(min=1) / counts.sum()).log()
     shifts = [tau / 4 * frequency for tau in range(5)]
-    return max(shifts, key=lambda shift: macro_f1(totals(labels, (logits + shift).argmax(1), logits.shape[1])))
+    return max(shifts, key=lambda shift: macro_f1(totals(labels, (logits + shift).argmax(1), len(counts))))
 
 
 def topk(logits, labels, k=5):
