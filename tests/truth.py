@@ -28,9 +28,9 @@ def main(out, repeats=20):
                                 seeds=6, subsets=6, cls_steps=200)
         with contextlib.redirect_stdout(io.StringIO()):
             case, = experiment.main(cfg)
-        for _, arm, _, _, gain, p in experiment.claims(case):
-            helped[arm] = helped.get(arm, 0) + (p < 0.05 and gain.mean > 0)
-            print(f"{k + 1:3}  {arm:20} {experiment.points(gain):24} p {p:.4f}", flush=True)
+        for claim in experiment.claims(case):
+            helped[claim.arm] = helped.get(claim.arm, 0) + (claim.p < 0.05 and claim.gain.mean > 0)
+            print(f"{k + 1:3}  {claim.arm:20} {experiment.points(claim.gain):24} p {claim.p:.4f}", flush=True)
     ceiling, floor = helped["real + fresh real"], helped["real + copies"]
     print(f"of {repeats}, fresh drawings were said to help {ceiling} times, copies {floor} times")
     sys.exit(not (ceiling >= 0.9 * repeats and floor <= 0.05 * repeats))
