@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import experiment  # noqa: E402
 
-ARMS = "real,real + fresh real,real + copies"
+ARMS = "real + augmentation,real + fresh real,real + copies"
 
 
 def main(out, repeats=20):
