@@ -9,7 +9,7 @@ There are no weights in this file; the network is an argument. The letters are t
 
 DDPM: Ho et al. 2020 (2006.11239). DDIM: Song et al. 2021 (2010.02502). Cosine schedule: Nichol & Dhariwal
 2021 (2102.09672). v: Salimans & Ho 2022 (2202.00512). Guidance: Ho & Salimans 2022 (2207.12598).
-DPM-Solver++(2M): Lu et al. 2022 (2211.01095).
+Rectified flow: Liu et al. 2023 (2209.03003). UniPC: Zhao et al. 2023 (2302.04867).
 """
 import math
 from pathlib import Path
@@ -21,13 +21,13 @@ from torch import nn
 
 
 def linear_abar(T):
-    """The schedule of the lecture (Ho et al., section 4): beta from 1e-4 to 0.02 at T = 1000. (T,) float64.
+    """The schedule of Ho et al. (section 4): beta from 1e-4 to 0.02 at T = 1000. (T,) float64.
 
     Shorter chains get proportionally larger betas, or x_T would still show the image: at T = 100
     sqrt(abar_T) would be .60.
     """
     if T <= 20:
-        raise ValueError(f"the linear schedule needs T > 20, not {T}: below, beta reaches 1; use cosine")
+        raise ValueError(f"the linear schedule needs T > 20, not {T}: below, beta reaches 1")
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
     return (1 - beta).cumprod(0)                                    # Eq. 4: abar_t = prod_{s<=t} (1 - beta_s)
 
@@ -40,7 +40,137 @@ def cosine_abar(T):
     return (1 - beta).cumprod(0)
 
 
-SCHEDULES = {"cosine": cosine_abar, "linear": linear_abar}
+def flow_abar(T):
+    """Rectified flow on the chain: x is (1 - s) x0 + s eps, scaled to variance 1, s = (t + 1) / (T + 1).
+
+    The straight line between image and noise (Liu et al.) is one more schedule: SNR = ((1 - s) / s)^2, and
+    scaling x changes nothing that a network could not undo. What flow calls the velocity, eps - x0, is a sum
+    of v and x; its Euler step is the step of DDIM (a test shows both). (T,) float64.
+    """
+    s = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
+    return (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
+
+
+SCHEDULES = {"cosine": cosine_abar, "linear": linear_abar, "flow": flow_abar}
+PREDICTS = ("v", "eps", "x0")
+
+
+class Diffusion(nn.Module):
+    """The chain: T noise levels, and what the network predicts from x_t: "v", as Ho et al. "eps", or "x0"."""
+
+    def __init__(self, T=1000, schedule="cosine", predict="v", gamma=5.0):
+        super().__init__()
+        assert predict in PREDICTS, predict
+        self.T, self.predict, self.gamma = T, predict, gamma
+        self.abar = SCHEDULES[schedule](T)                        # float64, stays on the CPU; the models use:
+        self.register_buffer("signal", self.abar.sqrt().float(), persistent=False)         # (T,)
+        self.register_buffer("noise", (1 - self.abar).sqrt().float(), persistent=False)    # (T,)
+
+    # ---- training: from x0 to x_t, Algorithm 1
+
+    def q_sample(self, x0, t, eps):
+        """q(x_t | x0), Ho et al. Eq. 4: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps. t: (B,) int64."""
+        return self.signal[t].view(-1, 1, 1, 1) * x0 + self.noise[t].view(-1, 1, 1, 1) * eps
+
+    def target(self, x0, t, eps):
+        """The right answer for x_t, (B, C, H, W): x0, eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0."""
+        return {"x0": x0, "eps": eps, "v": self.q_sample(eps, t, -x0)}[self.predict]
+
+    def loss(self, model, x0, cond, drop=0.1, generator=None, part=slice(None)):
+        """Algorithm 1: the network's weighted error on each image, (B,), and the t it was asked at, (B,).
+
+        A share `drop` of the images is trained without its condition, which guidance needs. Everything is
+        drawn for the whole batch, then only `part` of it is computed: the rest is for other processes.
+        """
+        kw = dict(device=x0.device, generator=generator)
+        t = torch.randint(self.T, (len(x0),), **kw)
+        eps = torch.randn(x0.shape, **kw)
+        cond = cond.hide(torch.rand(len(x0), **kw) < drop)
+        x0, t, eps, cond = x0[part], t[part], eps[part], cond[part]
+        out = model(self.q_sample(x0, t, eps), t, cond)
+        error = F.mse_loss(out, self.target(x0, t, eps), reduction="none").mean((1, 2, 3))
+        return self.weight(t) * error, t
+
+    def weight(self, t):
+        """The weight of the error at t, (B,): min-SNR (Hang et al. 2023, 2303.09556).
+
+        It is min(SNR, gamma) in units of x0, with SNR = abar / (1 - abar). One unit of x0 is SNR units of eps
+        and SNR + 1 of v, so with gamma = inf the mean is XX        """
+        snr = (self.signal[t] / self.noise[t]) ** 2
+        return snr.clamp(max=self.gamma) / {"x0": 1, "eps": snr, "v": snr + 1}[self.predict]
+
+    def x0_of(self, x, out, signal, noise):
+        """The image that the network's answer stands for: the definition of eps (Eq. 4) or v, solved."""
+        if self.predict == "x0":
+            return out
+        return (x - noise * out) / signal if self.predict == "eps" else signal * x - noise * out
+
+    # ---- sampling: from noise to x0, Algorithm 2 and its shortcuts
+
+    @torch.no_grad()
+    def sample(self, model, cond, noise, steps=12, eta=0.0, order=2, w=1.0, clip=True, graph=None):
+        """Images (B, C, H, W) in [-1, 1]; `noise()` returns N(0, I) of that shape at every call.
+
+        order=2 is UniPC-2, for 8 to 20 steps; order=1, eta=0 is DDIM; order=1, eta=1, steps=T is DDPM
+        (Algorithm 2). Few steps with eta > 0 lose variance (of a Gaussian with std .2,
+        12 steps return .141 and 50 .185): keep eta = 0 there. graph: replay steps from a CUDA graph (None:
+        wherever there is CUDA).
+        """
+        assert not model.training, "call model.eval() first: dropout would stay on"
+
+        def step(x, x0s, t, row):
+            signal, noise, a, b0, b1, b2 = row
+            x0 = self.x0_of(x, guided(model, x, t.expand(len(x)), cond, w), signal, noise)
+            # The clip is not in Algorithm 2, but in Ho's code: where abar is tiny, a small error of the
+            # network is a huge one in x0. The step below takes the eps of this x0.
+            x0s = torch.stack([x0.clamp(-1, 1) if clip else x0, x0s[0], x0s[1]])
+            # With b1 = b2 = 0 this is Eq. 7 of DDPM and of DDIM; UniPC-2 knows better from the last three x0.
+            return a * x + b0 * x0s[0] + b1 * x0s[1] + b2 * x0s[2], x0s
+
+        x = noise()
+        x0s = torch.zeros(3, *x.shape, dtype=x.dtype, device=x.device)            # the newest first
+        ts, rows, sigmas = self.plan(steps, eta, order)
+        ts, rows, sigmas = ts.to(x.device), rows.to(x.dtype).to(x.device), sigmas.to(x.dtype).to(x.device)
+        if graph or (graph is None and x.is_cuda):
+            step = Replay(step)
+        for t, row, sigma in zip(ts, rows, sigmas, strict=True):         # nothing in here waits for the GPU
+            x, x0s = step(x, x0s, t, row)
+            if eta:
+                x = x + sigma * noise()
+        return x
+
+    def plan(self, steps, eta=0.0, order=2):
+        """All that the loop needs to know, from the noisiest step to the last, float64 but for t:
+
+        t (steps,), rows (steps, 6) = (signal, noise, a, b0, b1, b2), and sigma (steps,). a, b and sigma are
+        those of `posterior`. The last step leads to abar = 1, the image itself: there a = sigma = 0, b0 = 1.
+        """
+        assert order == 1 or (order == 2 and eta == 0), "order 2 is for sampling without fresh noise: eta = 0"
+        ts = self.levels(steps)
+        abar = self.abar[ts]
+        abar_next = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])
+        a, b, sigma = posterior(abar, abar_next, eta)
+        signal, noise = abar.sqrt(), (1 - abar).sqrt()
+        b = unipc2(signal, noise) if order == 2 else F.pad(b[:, None], (0, 2))
+        return ts, torch.cat([torch.stack([signal, noise, a], 1), b], 1), sigma
+
+    def levels(self, steps):
+        """Which t are visited, (steps,) falling: T - 1, then levels of noise / signal in equal ratios.
+
+        What all pixels share, as the brightness of an image, is decided at high noise: averaged over N
+        numbers, noise is sqrt(N) times weaker. With t ~ k^2 the cosine schedule went from noise / signal
+        = 20,000 to 4 in one of 12 steps, and brightness lost half of its variation. So the second level here
+        is 40. The last is .015, two grey levels, which one step removes. If steps = T all t are visited.
+        """
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
+        grain = ((1 - self.abar) / self.abar).log() / 2                        # log(noise / signal), rising
+        first, last = math.log(40), math.log(0.015)
+        wanted = torch.linspace(last, first, max(steps - 1, 1), dtype=torch.float64)
+        wanted = torch.cat([wanted, grain[-1:]])[-steps:]
+        k = torch.arange(steps)
+        near = (grain - wanted[:, None]).abs().argmin(1)
+        return ((near - k).cummax(0).values.clamp(0, self.T - steps) + k).flip(0)           # each t only once
 
 
 def posterior(abar, abar_prev, eta=1.0):
@@ -53,6 +183,36 @@ def posterior(abar, abar_prev, eta=1.0):
     a = ((1 - abar_prev - sigma**2).clamp(min=0) / (1 - abar)).sqrt()
     b = abar_prev.sqrt() - a * abar.sqrt()
     return a, b, sigma
+
+
+def unipc2(signal, noise):
+    """Weights of the last three estimates of x0, newest first, in each of K steps: (K, 3) float64.
+
+    signal, noise (K,): sqrt(abar) and sqrt(1 - abar) of the levels, the noisiest first. In the time
+    lambda = log(signal / noise) the way between two levels is an integral of x0 (Lu et al. 2022, 2211.01095,
+    Eq. 9); DDIM takes x0 as constant. UniPC-2 (Zhao et al., Algorithms 5 to 8, B(h) = e^-h - 1) takes first
+    the line through the last two estimates, P: that alone is DPM-Solver++(2M). After the next call it would
+    go the same way again with one estimate more, C. That costs no call, and no step back: the next step,
+    which shrinks x by a, adds a signal (C - P).
+    """
+    h = (signal / noise).log().diff()                            # (K - 1,), of the ways between the levels
+    r = torch.cat([h.new_full((1,), -math.inf), -h[:-1] / h[1:]])[:len(h)]   # -inf: nothing before the first
+    B = torch.expm1(-h)
+    c1 = -B / h - 1
+    c2 = -c1 / h - 1 / 2
+    rho1 = (c1 / B - 2 * c2 / B) / (1 - r)                    # solves [[1, 1], [r, 1]] rho = (c1, 2 c2) / B
+    rho2 = c1 / B - rho1
+    rho2[:1] = 1 / 2                                                # their choice for the line of two points
+
+    # Both over x0 at the end of a way, at its start, and one level before.
+    P = -B[:, None] * torch.stack([torch.zeros_like(h), 1 - 0.5 / r, 0.5 / r], 1)
+    C = -B[:, None] * torch.stack([rho2, 1 - rho1 / r - rho2, rho1 / r], 1)
+    a = noise[1:] / noise[:-1]
+    b = torch.zeros(len(signal), 3, dtype=torch.float64)
+    b[:-1, :2] = signal[1:, None] * P[:, 1:]
+    b[1:-1] += (a * signal[:-1])[1:, None] * (C - P)[:-1]
+    b[-1, 0] = 1                                                                        # the image itself
+    return b
 
 
 def guided(model, x, t, cond, w):
@@ -76,9 +236,9 @@ def noise_of(seeds, shape, device="cpu"):
 
 
 def record(run):
-    """What run() does on the GPU, as a CUDA graph: play(), and the results, which play() fills."""
+    """Record run() as a CUDA graph. Returns replay(), and the tensors that it writes."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):        # waits for the GPU once, then takes down the kernels without a run
+    with torch.cuda.graph(graph):        # waits for the GPU once, records kernels, does not run them
         results = run()
     return graph.replay, results
 
@@ -94,7 +254,6 @@ class Replay:
     the call before. What `step` takes from elsewhere (weights, and their bfloat16 copies, which autocast
     keeps to the end of its block) must stay where it is: so a Replay lives as long as one call of `sample`.
     Each call then pays one recording, about what Python takes for one step, and keeps no memory afterwards.
-    (Written without a GPU at hand, its logic tested on the CPU: on one, run tests/test_ddpm.py first.)
     """
 
     def __init__(self, step):
@@ -113,125 +272,13 @@ class Replay:
         return self.results
 
 
-class Diffusion(nn.Module):
-    """The chain: T noise levels, and what the network predicts from x_t, "v" or (as in the lecture) "eps"."""
-
-    def __init__(self, T=1000, schedule="cosine", predict="v", gamma=5.0):
-        super().__init__()
-        assert predict in ("v", "eps"), predict
-        self.T, self.predict, self.gamma = T, predict, gamma
-        self.abar = SCHEDULES[schedule](T)                        # float64, stays on the CPU; the models use:
-        self.register_buffer("signal", self.abar.sqrt().float(), persistent=False)         # (T,)
-        self.register_buffer("noise", (1 - self.abar).sqrt().float(), persistent=False)    # (T,)
-
-    def q_sample(self, x0, t, eps):
-        """q(x_t | x0), Ho et al. Eq. 4: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps. t: (B,) int64."""
-        signal, noise = self._at(t)
-        return signal * x0 + noise * eps
-
-    def loss(self, model, x0, cond, drop=0.1, generator=None, part=slice(None)):
-        """Algorithm 1: how wrong the network is about each image, (B,), and at which t, (B,).
-
-        With gamma = inf the mean is L_simple (Eq. 14), the squared error of eps, whatever is predicted. A
-        share `drop` of the images is trained without its condition, which guidance needs. Everything is drawn
-        for the whole batch, then only `part` of it is computed: the rest is for other processes.
-        """
-        kw = dict(device=x0.device, generator=generator)
-        t = torch.randint(self.T, (len(x0),), **kw)
-        eps = torch.randn(x0.shape, **kw)
-        cond = cond.hide(torch.rand(len(x0), **kw) < drop)
-        x0, t, eps, cond = x0[part], t[part], eps[part], cond[part]
-        out = model(self.q_sample(x0, t, eps), t, cond)
-        error = F.mse_loss(out, self._target(x0, t, eps), reduction="none").mean((1, 2, 3))
-        return self.weight(t) * error, t
-
-    def weight(self, t):
-        """What the error at t counts, (B,): min-SNR (Hang et al. 2023, 2303.09556).
-
-        It is min(SNR, gamma) in units of x0, with SNR = abar / (1 - abar). One unit of x0 is SNR units of eps
-        and SNR + 1 of v, so without the cap this is L_simple. That spends most of the gradient on small t,
-        where only the grain of the image is left to learn.
-        """
-        snr = (self.signal[t] / self.noise[t]) ** 2
-        return snr.clamp(max=self.gamma) / (snr if self.predict == "eps" else snr + 1)
-
-    @torch.no_grad()
-    def sample(self, model, cond, noise, steps=20, eta=0.0, order=2, w=1.0, clip=True, graph=None):
-        """Images (B, C, H, W) in [-1, 1]; `noise()` returns N(0, I) of that shape at every call.
-
-        order=2 is DPM-Solver++(2M), for 10 to 25 steps; order=1, eta=0 is DDIM; order=1, eta=1, steps=T is
-        DDPM (Algorithm 2). Few steps with eta > 0 lose variance (of a Gaussian with std .2, 50 steps return
-        .176): keep eta = 0 there. graph: replay the steps from a CUDA graph (None: wherever there is CUDA).
-        """
-        assert not model.training, "call model.eval() first: dropout would stay on"
-
-        def step(x, x0_last, t, row):
-            signal, noise_t, a, b, _, c = row
-            x0 = self._x0(x, guided(model, x, t.expand(len(x)), cond, w), signal, noise_t)
-            # The clip is not in Algorithm 2, but in Ho's code: where abar is tiny, a small error of the
-            # network is a huge one in x0. The step below takes the eps of this x0.
-            if clip:
-                x0 = x0.clamp(-1, 1)
-            return a * x + b * (x0 + c * (x0 - x0_last)), x0          # Eq. 7 of DDPM and DDIM; with c, 2M
-
-        x = noise()
-        x0_last = torch.zeros_like(x)
-        ts, table = self.plan(steps, eta, order)
-        ts, table = ts.to(x.device), table.to(x.dtype).to(x.device)
-        if graph or (graph is None and x.is_cuda):
-            step = Replay(step)
-        for t, row in zip(ts, table, strict=True):               # nothing in here waits for the GPU's answer
-            x, x0_last = step(x, x0_last, t, row)
-            if eta:
-                x = x + row[4] * noise()                            # row[4] is sigma
-        return x
-
-    def plan(self, steps, eta=0.0, order=2):
-        """Which t are visited, (steps,), and the numbers of each step, (steps, 6) float64.
-
-        That is all that the loop needs to know. The t are dense near 0, where the image is decided (t ~ k^2),
-        and all T of them if steps = T. The last step leads to abar = 1, the image itself: there a = sigma = 0
-        and b = 1.
-        """
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
-        assert order == 1 or (order == 2 and eta == 0), "order 2 is for sampling without fresh noise: eta = 0"
-        k = torch.arange(steps, dtype=torch.float64)
-        ts = torch.maximum((self.T - 1) * (k / max(steps - 1, 1)) ** 2, k).round().long()
-        ts[-1] = self.T - 1                                         # always from pure noise, even in one step
-        abar = self.abar[ts]
-        abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-        a, b, sigma = posterior(abar, abar_prev, eta)
-
-        # 2M: x0 is extrapolated to the middle of the step, linearly in lambda = log(signal / noise), from two
-        # estimates. c = 0 (DDIM) in the first step, which has only one, and in the last, where lambda ends.
-        c = torch.zeros_like(abar)
-        if order == 2:
-            h = -(abar / (1 - abar)).log().diff() / 2        # h[k]: lambda's way from ts[k + 1] down to ts[k]
-            c[1:-1] = h[:-1] / (2 * h[1:])
-        return ts.flip(0), torch.stack([abar.sqrt(), (1 - abar).sqrt(), a, b, sigma, c], dim=1).flip(0)
-
-    def _at(self, t):
-        """sqrt(abar_t) and sqrt(1 - abar_t), (B, 1, 1, 1)."""
-        return self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
-
-    def _target(self, x0, t, eps):
-        """What the network should have answered."""
-        signal, noise = self._at(t)
-        return eps if self.predict == "eps" else signal * eps - noise * x0
-
-    def _x0(self, x, out, signal, noise):
-        """The image that the network's answer stands for: Eq. 4, or the definition of v, solved for x0."""
-        return (x - noise * out) / signal if self.predict == "eps" else signal * x - noise * out
-
-
 def main(path="runs/ddpm.png"):
-    """Draw both schedules: an image on its way into the noise, and below it sqrt(abar) over t."""
+    """Draw the schedules: an image on its way into the noise, and below it sqrt(abar) over t."""
     column, row = torch.linspace(-1, 1, 96), torch.linspace(-1, 1, 96)[:, None]
     disc = (column**2 + row**2 < 0.3) * 1.4 - 0.7
     x0 = torch.stack([(3 * row).sin() * column, disc, row - 0.3 * column])[None]
-    eps, sheet = torch.randn_like(x0), Image.new("RGB", (96 * 8, 2 * 160), "white")
-    for top, name in zip((0, 160), SCHEDULES, strict=True):
+    eps, sheet = torch.randn_like(x0), Image.new("RGB", (96 * 8, 160 * len(SCHEDULES)), "white")
+    for top, name in zip(range(0, sheet.height, 160), SCHEDULES, strict=True):
         diffusion = Diffusion(1000, name)
         for k, t in enumerate(torch.linspace(0, 999, 8).long()):
             x = diffusion.q_sample(x0, t[None], eps)[0].clamp(-1, 1)
@@ -242,7 +289,7 @@ def main(path="runs/ddpm.png"):
         ImageDraw.Draw(sheet).text((8, top + 138), name, fill="black")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-    print(f"{path}: t = 0 .. 999 from left to right; above {', below '.join(SCHEDULES)}")
+    print(f"{path}: t = 0 .. 999 from left to right; from above {', '.join(SCHEDULES)}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import data
@@ -131,7 +132,7 @@ STUDIES = {       # what an arm does not say here is as in its leg's mix of real
     "made": {f"{n} {how}": dict(made=n, share=p)
              for n in (10, 30, 100, 300) for how, p in (("mixed", 0.5), ("alone", 1.0))},
     "guidance": {str(w): dict(w=w) for w in (1.0, 1.5, 3.0, 5.0)},
-    "calls": {str(n): dict(calls=n) for n in (4, 8, 12, 25, 50)},
+    "calls": {str(n): dict(calls=n) for n in (4, 8, 12, 20, 50)},
     "filter": {str(k): dict(keep=k) for k in (0.0, 1.0, 3.0)},
     "soft": {str(on): dict(soft=on) for on in (False, True)},
     "generator": {str(k): dict(generator=k) for k in (0, 1, 2)},
@@ -167,10 +168,10 @@ _SMALL = Scale(
     counts=(10,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
     gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1500, batch=32,
                          lr=2e-3, warmup=50, ema=0.99, augment="none"),
-    cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=250, batch=64, lr=5e-3, warmup=50))
+    cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=250, batch=64, lr=4e-3, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
-    counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=20, w=1.5, drawn=700, curve=(5, 20, 40, 150),
+    counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=12, w=1.5, drawn=700, curve=(5, 20, 40, 150),
     gen=train_gen.Config(augment="none"), cls=train_cls.Config())
 SCALES = {
     "scenes": dict(smoke=_SMOKE, small=_SMALL, full=_FULL),
@@ -1172,19 +1173,24 @@ def told(case):
         blocks.append(as_text(*detail_rows(case)))
     for count, found in likeness(case):
         blocks += [f"Synthetic images with {amount(case, count)}:\n{as_text(*judged_rows(found))}".rstrip(),
-                   copying(found)]
+                   judging(found), copying(found)]
     blocks += [as_text(*claim_rows(case)), answer(case), *instead(case), *worths(case), conditions(case)]
     return "\n\n".join(filter(None, blocks))
 
 
-# ---- what the synthetic images are like
+# ---- what the synthetic images are like: their distance from real ones, and whether they are copies
+
+CELLS = 6            # copies are looked for in 6 x 6 cells: in finer ones a new but blurred image seems one
+FLAT = 2.0           # grey levels: a picture of this deviation over its cells is half structure, half noise
+ALARM = 0.01         # p below which there are copies: a false alarm in at most one of a hundred comparisons
+
 
 def judge(case, real, synthetic, fresh, what):
-    """How synthetic images differ from real ones, and if they are copies: {name: number}, or {}.
+    """Compare synthetic images with real ones that their generator never saw. -> {name: number}, or {}.
 
-    The features are those of a classifier trained on real images that the generator never saw: one half of
-    what training leaves over and of val. The other half is what synthetic images are compared to, and half of
-    that stands in for them once more: what another real sample would score is the floor of every number.
+    These, what training leaves over and val, are divided by group. A half trains a classifier for its
+    features. The other half tests it and is the reference: a quarter for the synthetic images, and a quarter
+    that stands in for them once more, since another real sample is the floor of every number.
     {} if fewer than ten images would be compared.
     """
     unseen = join(fresh, case.scenes[case.parts["val"]])
@@ -1192,99 +1198,233 @@ def judge(case, real, synthetic, fresh, what):
     unseen = unseen[torch.randperm(len(unseen), generator=data.rng(0))]
     heads, group = unseen.groups.unique(return_inverse=True)
     part = (torch.randperm(len(heads), generator=data.rng(1)) % 4)[group]             # a group is in one part
-    teach, a, b = (unseen[which] for which in (part < 2, part == 2, part == 3))
-    sets = alike(a, b, synthetic)
-    if len(sets[0]) < 10:
+    teach, held, a, b = (unseen[which] for which in (part < 2, part >= 2, part == 2, part == 3))
+    a, b, some = alike(a, b, synthetic)
+    if len(a) < 10:
         return {}
-    name = digest("judge", case.s.cls, real.digest, synthetic.digest, unseen.digest)
+    name = digest("likeness", case.s.cls, real.digest, synthetic.digest, unseen.digest)
     path, sheet = (case.out / "judged" / f"{name}.{kind}" for kind in ("json", "png"))
     if not (path.exists() and sheet.exists()):
         cfg = replace(case.s.cls, augment=OVERHEAD, balance=case.leg.rare)
-        eye = train_cls.fit(teach, None, cfg, title=f"features, {what}")[0].features
-        held, some = (spread(x) for x in alike(unseen[part >= 2], synthetic))
-        found = compare(eye, *sets) | suspects(eye, real, some, held, sheet)
+        model, _ = train_cls.fit(teach, None, cfg, title=f"features, {what}")
+        right = train_cls.predict(model, held.images) == held.labels
+        found = dict(tested=len(held), right=right.sum().item())
+        found["commonest"] = held.labels.bincount().max().item()
+        found |= compare(model.features, a, b, some) | copies(real, *alike(synthetic, held), sheet)
         with data.replacing(path) as temporary:
             temporary.write_text(json.dumps(found))
     return json.loads(path.read_text()) | dict(sheet=str(sheet))
 
 
 def likeness(case):
-    """(count, what judge() found) wherever it had enough images."""
+    """List (count, what judge() found) wherever it had enough images."""
     return [(count, found) for count, found in case.judged.items() if found]
 
 
-def spread(scenes, most=400):
-    """At most so many of the scenes, from all over them."""
-    return scenes[torch.linspace(0, len(scenes) - 1, min(len(scenes), most)).long()]
-
-
 def join(a, b):
-    """Two Scenes of the same classes as one."""
+    """Join two Scenes of the same classes."""
     both = [torch.cat([getattr(x, part) for x in (a, b)]) for part in ("images", "labels", "groups")]
     return Scenes(*both[:2], a.classes, a.names + b.names, both[2])
 
 
 def alike(*several, most=4000):
-    """Of each Scenes as many images of every class as the others have: no class mix to tell them apart by."""
+    """Equalise the class counts of several Scenes, so that no class mix tells them apart."""
     K = len(several[0].classes)
     least = torch.stack([s.labels.bincount(minlength=K) for s in several]).amin(0).clamp(max=most // K)
     return [s[torch.cat([(s.labels == c).nonzero().flatten()[:least[c]] for c in range(K)])] for s in several]
 
 
-def compare(eye, a, b, synthetic):
-    """Fréchet distance, precision, recall, density and coverage of synthetic and of other real images b."""
-    reference, *others = (train_cls.outputs(eye, s.images) for s in (a, b, synthetic))
-    found = dict(judged_by=len(a))
-    for who, features in zip(("real", "synthetic"), others, strict=True):
-        numbers = dict(frechet=train_gen.frechet(reference, features)) | train_gen.prdc(reference, features)
-        found |= {f"{who} {name}": float(value) for name, value in numbers.items()}
-    return found
+def wilson(k, n, z=1.96):
+    """Bound a share that was k of n: the 95 % interval (low, high) in [0, 1] of Wilson 1927."""
+    middle = (k + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
+    return middle - half, middle + half
 
 
-def suspects(eye, real, some, held, sheet):
-    """Are they copies? Distances to the nearest training image, some synthetic against held-out real images.
+def compare(embed, a, b, synthetic):
+    """Compare with real images a: Fréchet distance, precision, recall, density, coverage. -> {name: number}
 
-    By pixels (rms, grey levels) and by features, over turns and flips. The 16 most suspicious are drawn
-    above their nearest real images.
+    Compared are synthetic images; other real ones b, the floor; and b blurred by 1 px in 24, a planted fault
+    (Scenes of N images each). Features of a classifier, embed(), know classes, but hardly see blur; gradient
+    energies do. Each kind is scaled to a variance of 1 over a, whatever its number of features.
     """
-    real = real[torch.isin(real.labels, some.labels)]
-    found, device = dict(trained_on=len(real)), data.pick_device()
-    for space, embed in (("pixels", lambda x: x.flatten(1)),
-                         ("features", lambda x: train_cls.outputs(eye, x))):
-        near, (distance, which, turn) = [], (None, None, None)
-        for scenes in (held, some):
-            turned = torch.stack([embed(x) for x in train_gen.symmetries(scenes.images)])
-            closest = train_gen.nearest(turned.to(device), embed(real.images).to(device))
-            distance, which, turn = (part.cpu() for part in closest)
-            near.append(distance)
-        share, p = train_gen.mann_whitney(near[1], near[0])
-        found |= {f"{space} share": share, f"{space} p": p}
-        if space == "pixels":
-            worst = distance.argsort()[:16]
-            copies = train_gen.symmetries(some.images)[turn[worst], worst]
-            strips = [data.grid(images, 16) for images in (copies, real.images[which[worst]])]
-            zoom = max(1, 64 // real.images.shape[-1])
-            data.save_picture(labelled(strips, ["synthetic", "nearest real"], zoom), sheet)
+    N, blurred = len(a), blur(b.images, a.images.shape[-1] / 24)
+    images = torch.cat([a.images, synthetic.images, b.images, blurred])
+    kinds = train_cls.outputs(embed, images), gradient_energy(images)
+    scaled = [(x - x[:N].mean(0)) / x[:N].std(0).clamp(min=1e-3) / x.shape[1] ** 0.5 for x in kinds]
+    reference, *others = torch.cat(scaled, 1).split(N)
+    found = dict(judged_by=N)
+    for who, features in zip(("synthetic", "real", "blurred"), others, strict=True):
+        numbers = dict(frechet=frechet(reference, features)) | prdc(reference, features)
+        found |= {f"{who} {name}": value for name, value in numbers.items()}
     return found
+
+
+def gradient_energy(images, scales=3):
+    """Measure sharpness: log mean squared difference of neighbouring pixels, at 1, 1/2 and 1/4 of the size.
+
+    images (N, C, H, W) uint8 -> (N, scales). One grey level squared is added: a flat image has 0.
+    """
+    x, energies = images[:, :3].float(), []
+    for _ in range(scales):
+        energies.append(sum(x.diff(dim=d).square().mean((1, 2, 3)) for d in (2, 3)))
+        x = F.avg_pool2d(x, 2)
+    return torch.stack(energies, 1).add(1).log()
+
+
+def blur(images, sigma):
+    """Blur images (N, C, H, W) uint8 by a Gaussian of sigma pixels; edges are reflected."""
+    reach = math.ceil(3 * sigma)
+    kernel = torch.exp(-torch.arange(-reach, reach + 1).square() / (2 * sigma**2))[None, None, :, None]
+    x = F.pad(images.float(), (reach,) * 4, mode="reflect").flatten(0, 1)[:, None]         # (N C, 1, H', W')
+    x = F.conv2d(F.conv2d(x, kernel / kernel.sum()), kernel.mT / kernel.sum())
+    return x.view(images.shape).round().to(torch.uint8)
+
+
+def frechet(a, b):
+    """Measure the Fréchet distance of Gaussians fitted to a (N, D) and b (M, D): Heusel et al. 2017, Eq. 6.
+
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): a squared distance, 0 if both moments are equal.
+    With C_a = A'A and C_b = B'B the trace of the root is the sum of the singular values of A B', exact also
+    where N < D leaves C_a without full rank. Fewer images read as a larger distance: compare at equal N only.
+    """
+    a, b = a.double(), b.double()
+    A, B = (torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R for x in (a, b))
+    root = torch.linalg.svdvals(A @ B.mT).sum()
+    shift = (a.mean(0) - b.mean(0)).square().sum()
+    return max(0.0, (shift + A.square().sum() + B.square().sum() - 2 * root).item())
+
+
+def prdc(real, fake, k=5):
+    """Compare features fake (M, D) with real (N, D), N, M > k: {precision, recall, density, coverage}.
+
+    A ball around each image reaches to its k-th nearest neighbour among its own kind.
+
+        precision   share of the fakes inside the ball of any real image     Kynkäänniemi et al. 2019, Eq. 2
+        recall      share of the real images inside the ball of any fake     the same
+        density     in how many real balls a fake is, over k                 Naeem et al. 2020, section 3
+        coverage    share of the real balls with a fake inside               the same
+
+    One outlier with a large ball lifts precision to 1, but density by no more than 1 / k. For two samples of
+    one distribution density is 1 on average and coverage 1 - 2^-k at N = M (their Lemmas 1 and 2), while
+    precision and recall depend on it: .48 for Gaussians in 1,000 dimensions.
+    """
+    real, fake = real.double(), fake.double()
+    around_real, around_fake = (torch.cdist(x, x).kthvalue(k + 1).values for x in (real, fake))  # 1st: itself
+    d = torch.cdist(fake, real)                                                                  # (M, N)
+    inside, recalled = d < around_real, d < around_fake[:, None]
+    return dict(precision=inside.any(1).double().mean().item(), recall=recalled.any(0).double().mean().item(),
+                density=inside.sum().item() / k / len(fake), coverage=inside.any(0).double().mean().item())
+
+
+def copies(real, synthetic, held, sheet):
+    """Count the synthetic images nearer to a training image of their class than any held-out image is.
+
+    All are Scenes: real trained the generator; held it never saw. The 16 nearest are drawn to the file sheet
+    above their training images. Were the s synthetic images of a class as new as its n held-out ones, all
+    would be in random order of nearness, and
+
+        P(at least k synthetic ones are nearer than all n) = C(s, k) / C(s + n, k)          Rosenbaum 1954
+
+    The sum over classes has the convolution of their distributions. So p is exact, although the images of a
+    class share the threshold that its held-out ones set.
+    """
+    over, null = 0, np.ones(1)                               # null[k]: probability of k such images by chance
+    near, turned, closest = [], [], []
+    for c in synthetic.labels.unique():
+        known, mine, others = (x.images[x.labels == c] for x in (real, synthetic, held))
+        similarity, which, images = nearest(mine, known)
+        over += (similarity > nearest(others, known)[0].max()).sum().item()
+        s, n = len(mine), len(others)
+        at_least = [math.comb(s, k) / math.comb(s + n, k) for k in range(s + 1)]
+        null = np.convolve(null, -np.diff(at_least, append=0))
+        near.append(similarity)
+        turned.append(images)
+        closest.append(known[which])
+    worst = torch.cat(near).argsort(descending=True)[:16]
+    strips = [data.grid(torch.cat(images)[worst], 16) for images in (turned, closest)]
+    zoom = max(1, 64 // real.images.shape[-1])
+    data.save_picture(labelled(strips, ["synthetic", "nearest real"], zoom), sheet)
+    tail = null[::-1].cumsum()[::-1]                          # tail[k]: probability of at least k
+    return dict(trained_on=torch.isin(real.labels, synthetic.labels).sum().item(), looked_at=len(synthetic),
+                copies=over, by_chance=float(null @ np.arange(len(null))), copies_p=float(tail[over]),
+                alarm_from=int((tail >= ALARM).sum()))
+
+
+def structure(images):
+    """Make rows whose dot product is the correlation of two images: (N, C, H, W) uint8 -> (N, D).
+
+    Each channel of RGB is centred, which removes brightness and tint; the norm removes contrast. What is left
+    of a flat image is noise, which would be near to others or far from them by chance. With FLAT under the
+    root its row is short instead, and it is near to nothing.
+    """
+    x = F.adaptive_avg_pool2d(images[:, :3].float(), CELLS).flatten(2)                   # (N, 3, CELLS^2)
+    x = (x - x.mean(2, keepdim=True)).flatten(1)
+    return x / (x.square().sum(1, keepdim=True) + x.shape[1] * FLAT**2).sqrt()
+
+
+def symmetries(images):
+    """Turn and flip square images (N, C, H, W) in all 8 ways: (8, N, C, H, W), the first as they came."""
+    turns = [images.rot90(k, (-2, -1)) for k in range(4)]
+    return torch.stack(turns + [image.flip(-1) for image in turns])
+
+
+def nearest(images, known):
+    """Find the known image (M, C, H, W) that correlates most with each of images (N, C, H, W), in structure.
+
+    -> the correlation (N,), largest over 8 turns and flips; which known one (N,); the images so turned.
+    """
+    device, eight = data.pick_device(), symmetries(images)
+    target = structure(known.to(device)).T                                                       # (D, M)
+    found = [(structure(turned.to(device)) @ target).max(1) for turned in eight]
+    similarity, which = (torch.stack(values).cpu() for values in zip(*found, strict=True))        # (8, N)
+    best, turn = similarity.max(0)
+    place = torch.arange(len(images))
+    return best, which[turn, place], eight[turn, place]
+
+
+def telling(found):
+    """Say if the features can tell: better than always the commonest class by more than chance, and no
+    number is as good for blurred images. Features that know no class, or no blur, measure neither."""
+    sees = [found[f"blurred {name}"] < found[f"real {name}"] for name in ("precision", "density", "coverage")]
+    sees.append(found["blurred frechet"] > found["real frechet"])
+    return wilson(found["right"], found["tested"])[0] > found["commonest"] / found["tested"] and all(sees)
 
 
 def judged_rows(found):
-    """Synthetic beside real images: header and rows."""
+    """Set synthetic beside real images: header and rows of text; no rows if the features cannot tell."""
     names = "frechet", "precision", "recall", "density", "coverage"
-    rows = [[title, *(f"{found[f'{who} {name}']:.2f}" for name in names)]
-            for who, title in (("synthetic", "synthetic"), ("real", "other real (floor)"))]
-    return ["images", "Fréchet distance", *names[1:]], rows
+    titles = dict(synthetic="synthetic", real="other real (floor)", blurred="the same, blurred")
+    rows = [[title, *(f"{found[f'{who} {name}']:.2f}" for name in names)] for who, title in titles.items()]
+    return ["images", "Fréchet distance", *names[1:]], rows if telling(found) else []
+
+
+def judging(found):
+    """Say in a sentence or two who judges, and how well."""
+    n = found["tested"]
+    good = (f"a classifier that gets {100 * found['right'] / n:.0f} % of {n} held-out images right (always "
+            f"the commonest class: {100 * found['commonest'] / n:.0f} %)")
+    if not telling(found):
+        return (f"Fidelity is not shown. It would be judged by features of {good}, which cannot tell classes "
+                "or blurred images apart.")
+    return (f"Each compared to {found['judged_by']} real images that the generator never saw, by features of "
+            f"{good} and by gradient energies at three scales, which see blur.")
 
 
 def copying(found):
-    """Are they copies? A few sentences."""
-    spaces = [(name, found[f"{name} share"], found[f"{name} p"]) for name in ("pixels", "features")]
-    caught = any(share > 0.75 and p < 0.01 for _, share, p in spaces)
-    each = " and ".join(f"{100 * share:.0f} % by {name} (p {p:.1g})" for name, share, p in spaces)
-    return (f"{'Many may be copies' if caught else 'No sign of copies'}. Of a synthetic and a held-out real "
-            f"image, the synthetic one is nearer to one of {found['trained_on']} training images in {each} "
-            "of pairs, p by Mann and Whitney: near 100 % if they are copies, about 50 % if they are as new "
-            "as real ones. Smooth or dull images are near to everything: look at the pairs.")
+    """Say in a few sentences whether there are copies, and how many would have been noticed."""
+    k, n, enough = found["copies"], found["looked_at"], found["alarm_from"]
+    low, high = wilson(k, n)
+    share = (f"{100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {n} synthetic images are nearer to "
+             f"a training image of their class ({found['trained_on']} in all) than any of {n} held-out real "
+             f"images is; were they as new, {100 * found['by_chance'] / n:.1f} % would be (p "
+             f"{found['copies_p']:.2g}). Near is what correlates in {CELLS} x {CELLS} cells, whatever its "
+             "light, turn or flip.")
+    if found["copies_p"] < ALARM:
+        return f"There are copies, or nearly so: {share}"
+    if enough > n:
+        return f"Too few images to look for copies: {share}"
+    return f"No sign of copies: {share} {100 * enough / n:.1f} % or more would have been a sign."
 
 
 # ---- the pictures and the page
@@ -1472,9 +1612,9 @@ def section(case):
             "images of the same class, by a generator that saw nothing but such training images."))]
     for count, found in likeness(case):
         parts += [f"<h4>With {amount(case, count)}</h4>", as_html(*judged_rows(found)),
-                  f"<p>Each compared to {found['judged_by']} real images, by the features of a classifier "
-                  "trained on real images that the generator never saw.",
-                  figure(Path(found["sheet"]), f"Are they copies? The most suspicious. {copying(found)}")]
+                  f"<p>{judging(found)}<p>{copying(found)}",
+                  figure(Path(found["sheet"]), "Are they copies? The synthetic images nearest in structure "
+                         "to a training image of their class, turned as it is, above that image.")]
     return "\n".join(parts)
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 import data
 from augment import OVERHEAD, compose
 from data import Problem, flag
-from vit import Convolutions, Patches, ViT, zero
+from vit import Convolutions, Patches, ViT, mean_token, zero
 
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
 
@@ -96,15 +97,19 @@ class ResNet(nn.Module):
     def __init__(self, classes, width=32, channels=3):
         super().__init__()
         self.blocks = nn.Sequential(
-            nn.Conv2d(channels, width, 3, stride=2, padding=1),
+            nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
+            nn.GroupNorm(8, width),
+            nn.ReLU(),
             Residual(width, width, stride=1),
             Residual(width, 2 * width, stride=2),
             Residual(2 * width, 4 * width, stride=2))
-        self.head = zero(nn.Linear(4 * width, classes))
+        self.head = nn.Linear(4 * width, classes)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
 
     def features(self, x):
         """Return the mean over all places, (B, 4 width)."""
-        return self.blocks(x).mean((2, 3))
+        return mean_token(rearrange(self.blocks(x), "b c h w -> b (h w) c"), x)
 
     def forward(self, x):
         return self.head(self.features(x))

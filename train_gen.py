@@ -17,7 +17,7 @@ from torch import nn
 import data
 from augment import compose
 from data import Problem, flag
-from ddpm import SCHEDULES, Diffusion, noise_of
+from ddpm import PREDICTS, SCHEDULES, Diffusion, noise_of
 from unet import Condition, UNet
 
 
@@ -29,8 +29,8 @@ class Config:
     mults: tuple = flag((1, 2, 3, 4), "width of each resolution in units of --width")
     blocks: int = flag(2, "blocks per resolution, down and up")
     patch: int = flag(1, "fold so many pixels a side into channels (2 on a CPU)")
-    schedule: str = flag("cosine", "noise schedule: cosine, linear")
-    predict: str = flag("v", "what the network predicts: v, eps")
+    schedule: str = flag("cosine", "noise schedule: cosine, linear, flow")
+    predict: str = flag("v", "what the network predicts: v, eps, x0")
     gamma: float = flag(5.0, "cap of the min-SNR weight of the loss (inf: L_simple, all t alike)")
     timesteps: int = flag(1000, "length T of the chain")
     steps: int = flag(20_000, "optimizer steps")
@@ -48,9 +48,9 @@ class Config:
             raise ValueError(f"--width {self.width} must be divisible by 8")
         if self.schedule == "linear" and self.timesteps <= 20:
             raise ValueError(f"--timesteps {self.timesteps}: the linear schedule needs more than 20")
-        if self.schedule not in SCHEDULES or self.predict not in ("v", "eps"):
+        if self.schedule not in SCHEDULES or self.predict not in PREDICTS:
             raise ValueError(f"--schedule {self.schedule} --predict {self.predict}: "
-                             "cosine or linear, v or eps, are known")
+                             "cosine, linear or flow, and v, eps or x0, are known")
         factor = self.patch * 2 ** (len(self.mults) - 1)
         if self.size % factor:
             raise ValueError(f"--size {self.size} must be divisible by {factor}: --patch, "
@@ -68,7 +68,7 @@ class Script(Config):
     sample: str = flag("", "make images with this checkpoint instead of training one")
     classes: str = flag("", "with --sample: which classes, by comma (empty: all)")
     count: int = flag(16, "with --sample: images per class")
-    calls: int = flag(20, "network calls per image")
+    calls: int = flag(12, "network calls per image")
     w: float = flag(1.5, "guidance scale (1: no guidance, 0: no class)")
 
 
@@ -158,7 +158,7 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
 def save_samples(generator, look, path):
     """A picture with a row of `look` images per class, from the same noise each time."""
     y, cfg = torch.arange(len(generator.classes)).repeat_interleave(look), generator.config
-    made = generate(generator, y, seed=0, calls=min(20, cfg.timesteps))
+    made = generate(generator, y, seed=0, calls=min(12, cfg.timesteps))
     if data.rank() == 0:
         data.save_picture(data.grid(made, look, zoom=max(1, 64 // cfg.size)), path)
 
@@ -184,7 +184,7 @@ def load_generator(path):
     return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg)
 
 
-def generate(generator, y, seed, calls=20, w=1.5, batch=256, title="images"):
+def generate(generator, y, seed, calls=12, w=1.5, batch=256, title="images"):
     """Images of the classes y (N,) int64, as uint8 (N, C, H, W) on the CPU.
 
     Image k follows from (seed, k), whatever the batch and the number of processes. Each process makes its
@@ -201,111 +201,6 @@ def generate(generator, y, seed, calls=20, w=1.5, batch=256, title="images"):
             cond, noise = Condition(y[now].to(device)), noise_of(seeds, shape, device)
             images[now] = data.to_uint8(diffusion.sample(model, cond, noise, calls, w=w))
     return data.total(images).cpu()                      # zeros stand where the others' images go
-
-
-# ---- what the images are like: distances of two sets in some features, and copies
-
-def frechet(a, b):
-    """Fréchet distance of Gaussians fitted to features a (N, D) and b (M, D): Heusel et al. 2017, Eq. 6.
-
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): a squared distance, 0 if both moments are equal.
-    With C_a = A'A and C_b = B'B the trace of the root is the sum of the singular values of A B', which needs
-    no root of a matrix and is exact where N < D leaves C_a without full rank. A is the triangle of the QR
-    decomposition of the centred features. Fewer images read as a larger distance: compare at equal N only.
-    """
-    a, b = a.double(), b.double()
-    A, B = (torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R for x in (a, b))
-    root = torch.linalg.svdvals(A @ B.mT).sum()
-    shift = (a.mean(0) - b.mean(0)).square().sum()
-    return max(0.0, (shift + A.square().sum() + B.square().sum() - 2 * root).item())
-
-
-def radii(x, k):
-    """How far the k-th nearest other one of x (N, D) is from each: (N,). Itself is the nearest of all."""
-    return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(1024)])
-
-
-def prdc(real, fake, k=5):
-    """Precision, recall, density and coverage of features fake (M, D) as an image of real (N, D), N, M > k.
-
-    A ball around each image reaches to its k-th nearest neighbour among its own kind.
-
-        precision   share of the fakes inside the ball of any real image     Kynkäänniemi et al. 2019, Eq. 2
-        recall      share of the real images inside the ball of any fake     the same
-        density     in how many real balls a fake is, over k                 Naeem et al. 2020, section 3
-        coverage    share of the real balls with a fake inside               the same
-
-    One outlier with a large ball lifts precision to 1, but density by no more than 1 / k. For two samples of
-    one distribution density is 1 on average and coverage 1 - 2^-k at N = M (their Lemmas 1 and 2), while
-    precision and recall depend on it: .48 for Gaussians in 1,000 dimensions. So print the same of held-out
-    real images beside it, at equal N and M.
-    """
-    real, fake = real.double(), fake.double()
-    around_real, around_fake = radii(real, k), radii(fake, k)
-    balls, recalled = [], torch.zeros_like(around_real, dtype=torch.bool)
-    closest = torch.full_like(around_real, math.inf)                         # fake of each real image
-    for part, radius in zip(fake.split(1024), around_fake.split(1024), strict=True):
-        d = torch.cdist(part, real)
-        balls.append((d < around_real).sum(1))
-        recalled |= (d < radius[:, None]).any(0)
-        closest = torch.minimum(closest, d.amin(0))
-    balls = torch.cat(balls).double()
-    return dict(precision=(balls > 0).double().mean().item(), recall=recalled.double().mean().item(),
-                density=balls.mean().item() / k, coverage=(closest < around_real).double().mean().item())
-
-
-def symmetries(images):
-    """The 8 turns and flips of square images (N, C, H, W): (8, N, C, H, W), the first as they came."""
-    turns = [images.rot90(k, (-2, -1)) for k in range(4)]
-    return torch.stack(turns + [image.flip(-1) for image in turns])
-
-
-def nearest(turned, pool, chunk=256):
-    """For each image the most similar one of the pool, whichever way it is turned: distance, which, turn.
-
-    turned (8, N, D): pixels or features of symmetries(images); pool (M, D): of the images as they are, both
-    uint8 or float. The distance (N,) is the root mean square difference of the D numbers, in their unit;
-    which (N,) counts in the pool, turn (N,) in the 8. Only `chunk` images and four times as many of the pool
-    are floats at a time: neither is copied as a whole.
-    """
-    found = []
-    for part in turned.split(chunk, dim=1):
-        rows = part.flatten(0, 1).float()                                             # (8 n, D)
-        best = rows.new_full((len(rows),), math.inf)
-        which = torch.zeros_like(best, dtype=torch.long)
-        for start in range(0, len(pool), 4 * chunk):
-            d, index = torch.cdist(rows, pool[start:start + 4 * chunk].float()).min(1)
-            which = torch.where(d < best, start + index, which)
-            best = torch.minimum(best, d)
-        best, turn = best.view(part.shape[:2]).min(0)
-        which = which.view(part.shape[:2]).gather(0, turn[None])[0]
-        chosen = part[turn, torch.arange(part.shape[1], device=turn.device)]
-        exact = (chosen.float() - pool[which].float()).square().mean(1).sqrt()  # cdist rounds small distances
-        found.append((exact, which, turn))
-    return tuple(torch.cat(values) for values in zip(*found, strict=True))
-
-
-def mann_whitney(a, b):
-    """How often a value of a (n,) is below one of b (m,), ties counting half, and how often chance does so.
-
-    The share U / (n m) of pairs, .5 if neither is smaller, and the one-sided p-value of so large a share
-    (Mann and Whitney 1947), in the normal approximation with corrections for ties and for continuity: good
-    from 8 or so values each. With a the distances of synthetic images to their nearest training image and b
-    those of held-out real images of the same classes, a share near 1 says copies and .5 or less does not
-    (Meehan et al. 2020). Only distances are compared, and flat pictures are near to everything: look at the
-    nearest pairs too.
-    """
-    a, b = a.double(), b.double().sort().values
-    n, m = len(a), len(b)
-    above = m - torch.searchsorted(b, a, right=True).double()                # how many of b, for each of a
-    equal = m - torch.searchsorted(b, a).double() - above
-    U = (above + equal / 2).sum().item()
-    ties = torch.cat([a, b]).unique(return_counts=True)[1].double()
-    variance = n * m / 12 * (n + m + 1 - ((ties**3 - ties).sum().item() / ((n + m) * (n + m - 1))))
-    if variance == 0:                                                         # all values are the same
-        return 0.5, 1.0
-    z = (U - n * m / 2 - 0.5) / math.sqrt(variance)
-    return U / (n * m), math.erfc(z / math.sqrt(2)) / 2
 
 
 # ---- the script

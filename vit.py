@@ -112,11 +112,25 @@ class Convolutions(nn.Module):
         return rearrange(self.layers(x), "b d h w -> b (h w) d")
 
 
+def mean_token(tokens, x):
+    """Average tokens (B, L, D), in rows of a square, over the image x (B, C, H, W): (B, D).
+
+    Where x has a mask after its RGB channels, over the mask: the building decides, its surroundings through
+    attention only. Without this, the few pixels that show damage took twice as many steps to be found.
+    """
+    if x.shape[1] % 3 == 0:
+        return tokens.mean(dim=1)
+    side = round(tokens.shape[1] ** 0.5)
+    weights = F.adaptive_avg_pool2d(x[:, -1:] + 1, side).flatten(1) + 1e-3       # of an empty mask, all alike
+    return torch.einsum("bl,bld->bd", weights / weights.sum(1, keepdim=True), tokens)
+
+
 class ViT(nn.Module):
     """Images (B, C, H, W) in [-1, 1] to class logits (B, K); stem: Convolutions or Patches.
 
-    The first loss is exactly ln K, since the head starts at 0. Positions are added at a tenth of their
-    length: at full length they drown the features that a stem of convolutions brings.
+    The first loss is ln K but for a percent, since the head starts small. (Not at 0, where no gradient would
+    reach the other layers at first: short runs found the classes later.) Positions are added at a tenth of
+    their length: at full length they drown the features that a stem of convolutions brings.
     """
 
     def __init__(self, classes, size=64, patch=8, dim=192, depth=6, heads=3, channels=3, stem=Convolutions):
@@ -128,12 +142,14 @@ class ViT(nn.Module):
         self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
-        self.head = zero(nn.Linear(dim, classes))
+        self.head = nn.Linear(dim, classes)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
 
     def features(self, x):
-        """What the head sees: the mean token, (B, D). Distances between images are measured here."""
-        x = self.stem(x) + self.positions                                                        # (B, L, D)
-        return self.norm(self.blocks(x)).mean(dim=1)                                             # (B, D)
+        """Return what the head sees, the mean token, (B, D). Distances between images are measured here."""
+        tokens = self.stem(x) + self.positions                                                   # (B, L, D)
+        return mean_token(self.norm(self.blocks(tokens)), x)                                     # (B, D)
 
     def forward(self, x):
         return self.head(self.features(x))                                                       # (B, K)

@@ -50,6 +50,8 @@ def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
     assert "always no-damage" in done.stdout and "macro-F1 in drawn-flood" in done.stdout
     assert done.stdout.count("say nothing about the world") == 2
     assert done.stdout.count("Too few seeds to say (at least three)") == 2
+    assert done.stdout.count("synthetic images are nearer to a training image of") == 3
+    assert len(re.findall("gets [0-9]+ % of [0-9]+ held-out images right", done.stdout)) == 3
     assert str(out / "report.html") in done.stdout
     assert done.stderr == ""                                        # no progress bars where nobody watches
 
@@ -169,11 +171,15 @@ def test_without_git_the_commit_is_left_empty(monkeypatch):
 def test_the_page_needs_nothing_but_itself(smoke):
     page = (smoke[0] / "report.html").read_text()
     assert "http" not in page and "<script" not in page and page.count("<h2>") == 3
-    assert page.count("data:image/png;base64,") == page.count('<img alt="') >= 2        # per leg confusions
+    # per leg a grid and confusions, per count suspects; a chart per leg, a curve if there are two counts
+    assert page.count("data:image/png;base64,") == page.count('<img alt="') == 7
     assert page.count("<svg") == page.count("aria-label") == 3
     assert re.search("python experiment.py --out [^ ]+ --smoke --jobs 2", page)
     for name in (*LEGS["scenes"].arms, *LEGS["buildings"].arms):
         assert f"<td>{html.escape(name)}<td>" in page
+    for leg in LEGS:
+        grid = Image.open(smoke[0] / f"grid-{leg}.png")
+        assert grid.width > grid.height
 
 
 def test_sharing_a_subset_trains_one_generator_per_count_and_the_conditions_say_so(smoke, tmp_path, capsys):
@@ -402,7 +408,7 @@ def test_a_generator_that_memorised_is_caught_and_one_that_did_not_is_not(scenes
     noise = torch.randint(-8, 9, real.images.shape, generator=g)
     copied = replace(real, images=(real.images.rot90(1, (2, 3)).int() + noise).clamp(0, 255).to(torch.uint8))
     odd = torch.arange(len(fresh)) % 2 == 1
-    for synthetic, answer in ((copied, "Many may be copies"), (fresh[~odd], "No sign of copies")):
+    for synthetic, answer in ((copied, "There are copies"), (fresh[~odd], "No sign of copies")):
         found = experiment.judge(case, real, synthetic, fresh[odd], "")
         assert experiment.copying(found).startswith(answer) and Image.open(found["sheet"]).width > 16 * 16
         assert json.loads(json.dumps(found)) == found

@@ -139,7 +139,7 @@ def test_a_loaded_generator_makes_the_same_images(tmp_path):
 
 
 @pytest.mark.parametrize("kw, message", [
-    (dict(augment="blur"), "blur"), (dict(schedule="x"), "cosine"), (dict(predict="x0"), "eps"),
+    (dict(augment="blur"), "blur"), (dict(schedule="x"), "flow"), (dict(predict="x"), "x0"),
     (dict(width=20), "--width 20"), (dict(schedule="linear", timesteps=20), "--timesteps 20"),
     (dict(size=18), "divisible by 4")])
 def test_bad_settings_are_told(kw, message):
