@@ -391,7 +391,7 @@ def enter(cfg):
 
 
 def work(task):
-    """Do a task in a process that has entered. -> a row of results.csv if it was a run, else None."""
+    """Do a task in a process that has entered. -> of a run its row of results.csv, of judge what it found."""
     name, count, seed = task.cell
     cell = CASES[name].cell(count, seed)
     check_leaks(cell)
@@ -401,7 +401,7 @@ def work(task):
     for arm in task.arms:
         synthetic = synthesize(cell, arm)
     if task.kind == "judge":
-        judge(cell.case, cell.real, synthetic, cell.fresh, cell.title)
+        return judge(cell.case, cell.real, synthetic, cell.fresh, cell.title)
 
 
 def runs(case, arms, counts):
@@ -451,10 +451,12 @@ def run_all(cases, wanted, stored, pool, jobs):
             waiting.remove(task)
             running[pool.submit(work, task)] = task
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            task, row = running.pop(future), future.result()
+            task, found = running.pop(future), future.result()
             name, count, seed = task.cell
-            if row:
-                stored[row["run"]] = row
+            if task.kind == "judge":
+                look(cases[name].cell(count, seed), task.arms[0], found)
+            elif task.kind == "run":
+                stored[task.name] = found
                 write_results(cases[name].out, stored)
                 cases[name].collect(stored)
             done.add(task.name)
@@ -464,6 +466,14 @@ def run_all(cases, wanted, stored, pool, jobs):
                 tell(cases[name].cell(count, seed))
                 report(cases.values(), case.cfg, case.out)      # a comparison half done has its page already
     bar.close()
+
+
+def look(cell, arm, found):
+    """Keep what judge() found for the page, and the images of the largest count."""
+    case = cell.case
+    case.judged[cell.count] = found
+    if cell.count == case.s.counts[-1] or not case.shown:
+        case.shown = cell.real, synthesize(cell, arm)                       # they are on the disk by now
 
 
 def tell(cell):
@@ -1218,7 +1228,7 @@ def judge(case, real, synthetic, fresh, what):
 
 def likeness(case):
     """List (count, what judge() found) wherever it had enough images."""
-    return [(count, found) for count, found in case.judged.items() if found]
+    return [(count, case.judged[count]) for count in case.s.counts if case.judged.get(count)]
 
 
 def join(a, b):
