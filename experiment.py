@@ -254,7 +254,8 @@ class Config:
         given.setdefault("subsets", s.subsets if s.subsets == 1 else seeds)
         given["subsets"] = min(given["subsets"], seeds)
         size = self.size or s.gen.size
-        patch = s.cls.patch * max(1, size // s.gen.size)               # about as many tokens at any size
+        scaled = int(s.cls.patch * 2.0 ** round(math.log2(size / s.gen.size)))
+        patch = math.gcd(size, max(2, scaled))                         # about as many tokens at any size
         return replace(s, **given, gen=replace(s.gen, size=size, steps=self.gen_steps or s.gen.steps),
                        cls=replace(s.cls, size=size, patch=patch, steps=self.cls_steps or s.cls.steps))
 
