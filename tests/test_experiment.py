@@ -174,7 +174,7 @@ def test_the_page_needs_nothing_but_itself(smoke):
     # per leg a grid and confusions, per count suspects; a chart per leg, a curve if there are two counts
     assert page.count("data:image/png;base64,") == page.count('<img alt="') == 7
     assert page.count("<svg") == page.count("aria-label") == 3
-    assert re.search("python experiment.py --out [^ ]+ --smoke --jobs 2", page)
+    assert re.search("python experiment.py --out [^ ]+ --smoke --jobs [12]", page)
     for name in (*LEGS["scenes"].arms, *LEGS["buildings"].arms):
         assert f"<td>{html.escape(name)}<td>" in page
     for leg in LEGS:
@@ -464,6 +464,9 @@ def test_flags_change_what_they_name_and_nothing_else():
     assert Config(study="counts").resolved("scenes").counts == (3, 5, 10, 20, 40)
     s = Config(scale="full", size=32, gen_steps=11, cls_steps=12).resolved("scenes")
     assert (s.gen.size, s.cls.size, s.cls.patch, s.gen.steps, s.cls.steps) == (32, 32, 4, 11, 12)
+    patches = {size: Config(scale="small", size=size).resolved("scenes").cls.patch for size in range(8, 129, 8)}
+    assert patches == {8: 2, 16: 2, 24: 4, 32: 4, 40: 8, 48: 8, 56: 8, 64: 8, 72: 8, 80: 16, 88: 8, 96: 16,
+                       104: 8, 112: 16, 120: 8, 128: 16}                # powers of 2, as convolutions need them
     line = experiment.command(Config(data="my data", counts="5", w=3.0, dry_run=True))
     assert line == "python experiment.py --data 'my data' --dry-run --counts 5 --w 3.0"
     assert experiment.command(Config(w=0.0)) == "python experiment.py --w 0.0"

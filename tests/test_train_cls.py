@@ -260,11 +260,24 @@ def test_a_residual_starts_as_relu_of_its_skip():
     assert_close(block(x), block.skip(x).relu(), rtol=0, atol=0)
 
 
-def test_the_resnet_takes_any_channels_and_its_first_loss_is_ln_K():
+def test_the_first_loss_of_the_resnet_is_ln_K_but_for_a_few_percent_and_reaches_its_first_layer():
     torch.manual_seed(0)
-    model, x = ResNet(5, width=16, channels=4), torch.randn(7, 4, 24, 24)
-    assert model.blocks(x).shape == (7, 64, 3, 3) and model.features(x).shape == (7, 64)
-    assert F.cross_entropy(model(x), torch.arange(7) % 5).item() == pytest.approx(math.log(5), abs=1e-6)
+    model, x, y = ResNet(5, width=16), torch.randn(60, 3, 24, 24), torch.arange(60) % 5
+    assert model.blocks(x).shape == (60, 64, 3, 3) and model.features(x).shape == (60, 64)
+    loss = F.cross_entropy(model(x), y)
+    assert loss.item() == pytest.approx(math.log(5), rel=0.03)
+    loss.backward()
+    assert model.blocks[0].weight.grad.abs().max() > 1e-6
+
+
+def test_the_resnet_averages_over_all_places_or_over_those_of_the_building():
+    for channels in (3, 4):
+        model, x = moved(ResNet(5, 16, channels)), torch.randn(2, channels, 16, 16, dtype=torch.float64)
+        x[:, 3:] = -1
+        x[:, 3:, :8, :8] = 1                                             # of 2 x 2 places the first
+        places = model.blocks(x)
+        expected = places.mean((2, 3)) if channels == 3 else places[:, :, 0, 0]
+        assert_close(model.features(x), expected, rtol=0.01, atol=0.01)
 
 
 def test_every_parameter_of_the_resnet_gets_a_gradient_and_its_images_do_not_see_each_other():

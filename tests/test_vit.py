@@ -104,7 +104,7 @@ def test_the_whole_is_stem_and_a_tenth_of_the_positions_then_blocks_norm_mean_an
     tokens = by_hand(model.stem, x) + 0.1 * positions_by_hand(4, 4, 16)
     for block in model.blocks:
         tokens = block_by_hand(block, tokens)
-    features = layer_norm(model.norm, tokens).mean(1)
+    features = layer_norm(model.norm, tokens).sum(1) / 16
     assert_close(model.features(x), features)
     assert_close(model(x), linear(model.head, features))
 
@@ -150,11 +150,32 @@ def test_a_convolutional_token_sees_beyond_its_patch_and_a_plain_one_does_not():
         assert x.grad[0, :, 4:8, 4:8].any() and x.grad[0, :, 3, 4:8].any().item() is beyond
 
 
-def test_the_first_loss_is_ln_K():
+def test_the_first_loss_is_ln_K_but_for_a_percent_and_its_gradient_reaches_the_stem():
     torch.manual_seed(0)
-    logits = ViT(5, size=16, patch=4, dim=32, depth=1, heads=2)(torch.randn(7, 3, 16, 16))
-    loss = F.cross_entropy(logits, torch.arange(7) % 5)
-    assert loss.item() == pytest.approx(math.log(5), abs=1e-6)
+    model, y = ViT(5, size=16, patch=4, dim=32, depth=1, heads=2), torch.arange(60) % 5
+    loss = F.cross_entropy(model(torch.randn(60, 3, 16, 16)), y)
+    assert loss.item() == pytest.approx(math.log(5), rel=0.01)
+    loss.backward()
+    assert model.stem.layers[0].weight.grad.abs().max() > 1e-6
+
+
+def test_with_a_mask_tokens_count_by_how_much_of_the_building_they_show():
+    tokens, x = rand64(3, 4, 16), torch.full((3, 4, 8, 8), -1.0, dtype=torch.float64)
+    x[0, 3, :4, :4] = x[1, 3, :4, 2:8] = 1          # all of the first patch; half of it, all of the second
+    mean = vit.mean_token(tokens, x)                # and no building at all: every token alike
+    for found, parts in zip(mean, (tokens[0, 0], (tokens[1, 0] + 2 * tokens[1, 1]) / 3), strict=False):
+        assert_close(found, parts, rtol=0, atol=0.01)
+    assert_close(mean[2], tokens[2].mean(0))
+    assert_close(vit.mean_token(tokens, x[:, :3]), tokens.mean(1))
+
+
+def test_a_model_of_masked_images_reads_its_features_by_the_mask():
+    model, x = small(channels=4), rand64(2, 4, 16, 16)
+    x[:, 3] = x[:, 3].sign()
+    seen = []
+    model.norm.register_forward_hook(lambda _, args, out: seen.append(out))
+    assert_close(model.features(x), vit.mean_token(seen[0], x))
+    assert (model.features(x) - seen[0].mean(1)).abs().max() > 0.01
 
 
 def test_positions_are_a_buffer_that_checkpoints_leave_out():
