@@ -255,7 +255,8 @@ class Config:
         given.setdefault("subsets", s.subsets if s.subsets == 1 else seeds)
         given["subsets"] = min(given["subsets"], seeds)
         size = self.size or s.gen.size
-        patch = s.cls.patch * max(1, size // s.gen.size)               # about as many tokens at any size
+        scaled = int(s.cls.patch * 2.0 ** round(math.log2(size / s.gen.size)))
+        patch = math.gcd(size, max(2, scaled))                         # about as many tokens at any size
         return replace(s, **given, gen=replace(s.gen, size=size, steps=self.gen_steps or s.gen.steps),
                        cls=replace(s.cls, size=size, patch=patch, steps=self.cls_steps or s.cls.steps))
 
@@ -392,7 +393,7 @@ def enter(cfg):
 
 
 def work(task):
-    """Do a task in a process that has entered. -> a row of results.csv if it was a run, else None."""
+    """Do a task in a process that has entered. -> of a run its row of results.csv, of judge what it found."""
     name, count, seed = task.cell
     cell = CASES[name].cell(count, seed)
     check_leaks(cell)
@@ -402,7 +403,7 @@ def work(task):
     for arm in task.arms:
         synthetic = synthesize(cell, arm)
     if task.kind == "judge":
-        judge(cell.case, cell.real, synthetic, cell.fresh, cell.title)
+        return judge(cell.case, cell.real, synthetic, cell.fresh, cell.title)
 
 
 def runs(case, arms, counts):
@@ -452,10 +453,12 @@ def run_all(cases, wanted, stored, pool, jobs):
             waiting.remove(task)
             running[pool.submit(work, task)] = task
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            task, row = running.pop(future), future.result()
+            task, found = running.pop(future), future.result()
             name, count, seed = task.cell
-            if row:
-                stored[row["run"]] = row
+            if task.kind == "judge":
+                look(cases[name].cell(count, seed), task.arms[0], found)
+            elif task.kind == "run":
+                stored[task.name] = found
                 write_results(cases[name].out, stored)
                 cases[name].collect(stored)
             done.add(task.name)
@@ -465,6 +468,14 @@ def run_all(cases, wanted, stored, pool, jobs):
                 tell(cases[name].cell(count, seed))
                 report(cases.values(), case.cfg, case.out)      # a comparison half done has its page already
     bar.close()
+
+
+def look(cell, arm, found):
+    """Keep what judge() found for the page, and the images of the largest count."""
+    case = cell.case
+    case.judged[cell.count] = found
+    if cell.count == case.s.counts[-1] or not case.shown:
+        case.shown = cell.real, synthesize(cell, arm)                       # they are on the disk by now
 
 
 def tell(cell):
@@ -1223,7 +1234,7 @@ def judge(case, real, synthetic, fresh, what):
 
 def likeness(case):
     """List (count, what judge() found) wherever it had enough images."""
-    return [(count, found) for count, found in case.judged.items() if found]
+    return [(count, case.judged[count]) for count in case.s.counts if case.judged.get(count)]
 
 
 def join(a, b):

@@ -60,6 +60,36 @@ def hasty_steps(monkeypatch):
     return watched
 
 
+class AdamW:
+    """Loshchilov & Hutter 2019, Algorithm 2, written out: decay(p) is the weight decay of a parameter."""
+
+    def __init__(self, parameters, betas, decay):
+        self.parameters, self.betas, self.decay, self.step = list(parameters), betas, decay, 0
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
+
+    @torch.no_grad()
+    def move(self, gradients, rate):
+        (b1, b2), self.step = self.betas, self.step + 1
+        for k, (p, g, (m, v)) in enumerate(zip(self.parameters, gradients, self.moments, strict=True)):
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+            self.moments[k] = m, v
+            size = (v / (1 - b2**self.step)).sqrt() + 1e-8
+            p -= rate * (self.decay(p) * p + m / (1 - b1**self.step) / size)
+
+
+@pytest.fixture
+def in_float64():
+    """AdamW divides by the size of gradients: where that is nearly 0, float32 would show mere noise."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def adamw_by_hand():
+    return AdamW
+
+
 @pytest.fixture
 def launch(capsys):
     """Run a script's command line in this process, which saves the seconds that importing torch takes."""

@@ -5,6 +5,9 @@ import json
 import re
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +28,7 @@ def run(*argv):
 def smoke(tmp_path_factory):
     """One smoke run of all arms, shared by the tests below: (folder, what it printed)."""
     out = tmp_path_factory.mktemp("smoke")
-    done = run("--smoke", "--out", out)
+    done = run("--smoke", "--out", out, "--jobs", 2)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -40,24 +43,49 @@ def results(out):
 def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
     out, done = smoke
     assert "28 classifiers of 10 steps, 4 generators" in done.stdout and "minutes on" in done.stdout
-    assert len(re.findall(r"^[48] +(?:real|synthetic)[a-z+ ]+[0-9]+.[0-9] ±", done.stdout, re.M)) == 14
-    assert len(re.findall(r"^12 +(?:real|balanced)[a-z+ -]+[0-9]+.[0-9] ±", done.stdout, re.M)) == 6
+    rows = re.findall(r"^(4|8|12) +([a-z].*?) +[0-9]+\.[0-9] ±", done.stdout, re.M)
+    arms = LEGS["scenes"].arms, LEGS["buildings"].arms
+    assert sorted(row for row in rows if "resnet" not in row[1]) == sorted(
+        [(count, arm) for count in "48" for arm in arms[0]] + [("12", arm) for arm in arms[1]])
     assert "always no-damage" in done.stdout and "macro-F1 in drawn-flood" in done.stdout
-    assert done.stdout.count("say nothing about the world") == 2 and "make no difference" in done.stdout
+    assert done.stdout.count("say nothing about the world") == 2
+    assert done.stdout.count("Too few seeds to say (at least three)") == 2
     assert done.stdout.count("synthetic images are nearer to a training image of") == 3
     assert len(re.findall("gets [0-9]+ % of [0-9]+ held-out images right", done.stdout)) == 3
     assert str(out / "report.html") in done.stdout
     assert done.stderr == ""                                        # no progress bars where nobody watches
 
 
-def test_every_run_is_a_row_and_all_arms_have_the_same_budget(smoke):
+def test_every_run_is_a_row_and_all_arms_of_networks_have_the_same_budget(smoke):
     rows = results(smoke[0])
-    assert len(rows) == 28 + 12 and len({(r["leg"], r["arm"], r["count"], r["seed"]) for r in rows}) == 40
-    assert {(r["steps"], r["images"]) for r in rows} == {("10", "320")}
+    assert len({(r["leg"], r["arm"], r["count"], r["seed"]) for r in rows}) == len(rows)
+    assert len([r for r in rows if not r["arm"].startswith("resnet")]) == 4 * 10 + 2 * 8
     for r in rows:
-        arm, share = LEGS[r["leg"]].arms[r["arm"]], int(r["synthetic"]) / int(r["images"])
+        arm = LEGS[r["leg"]].arms[r["arm"].removeprefix("resnet: ")]
+        budget = ("0", "0") if arm.model == "linear" else ("10", "320")
+        assert (r["steps"], r["images"]) == budget
         expected = arm.share * (0.75 if arm.balance else 1)             # three of four classes are rare
+        share = int(r["synthetic"]) / 320 if arm.model != "linear" else expected
         assert abs(share - expected) < (0.15 if 0 < share < 1 else 1e-9)
+
+
+def test_arms_of_unequal_budget_are_not_compared(smoke, monkeypatch, capsys):
+    stored = experiment.read_results(smoke[0])
+    next(row for row in stored.values() if row["arm"] == "real + copies")["steps"] = 11
+    monkeypatch.setattr(experiment, "read_results", lambda out: stored)
+    with pytest.raises(AssertionError, match="unequal budget"):
+        experiment.main(Config(smoke=True, out=str(smoke[0]), jobs=1))
+
+
+def test_one_job_gives_the_same_results_as_two(smoke, tmp_path, capsys):
+    (tmp_path / "drawn-scenes-30").symlink_to(smoke[0] / "drawn-scenes-30")
+    experiment.main(Config(smoke=True, out=str(tmp_path), leg="scenes", jobs=1,
+                           arms="real + augmentation,real + synthetic + augmentation,linear: real"))
+    alone, two = ({r.pop("run"): r for r in results(out) if r.pop("seconds")} for out in (tmp_path, smoke[0]))
+    assert len(alone) >= 12 and {r["arm"] for r in alone.values()} > {"linear: real"}
+    for name, row in alone.items():
+        assert row == {column: two[name][column] for column in row}
+        assert (tmp_path / "predicted" / name).read_bytes() == (smoke[0] / "predicted" / name).read_bytes()
 
 
 def test_the_rows_are_the_scores_of_the_answers(smoke):
@@ -78,7 +106,7 @@ def test_the_rows_are_the_scores_of_the_answers(smoke):
 def test_a_second_start_runs_nothing_and_says_the_same(smoke, capsys):
     out, done = smoke
     before = {p: p.stat().st_mtime_ns for p in [*out.rglob("*.pt"), *(out / "predicted").iterdir()]}
-    experiment.main(Config(smoke=True, out=str(out)))
+    experiment.main(Config(smoke=True, out=str(out), jobs=1))
     assert capsys.readouterr().out.split("\nSCENES")[1] == done.stdout.split("\nSCENES")[1]
     assert before == {p: p.stat().st_mtime_ns for p in [*out.rglob("*.pt"), *(out / "predicted").iterdir()]}
 
@@ -87,7 +115,7 @@ def test_a_lost_run_is_run_again_with_the_same_result(smoke):
     out, rows = smoke[0], results(smoke[0])
     kept = [r for r in rows if not (r["arm"] == "real + synthetic" and r["count"] == "8")]
     data.save_csv(out / "results.csv", list(rows[0]), [list(r.values()) for r in kept])
-    experiment.main(Config(smoke=True, out=str(out)))
+    experiment.main(Config(smoke=True, out=str(out), jobs=1))
     score = {r["run"]: r["macro_f1"] for r in rows}
     assert {r["run"]: r["macro_f1"] for r in results(out)} == score
 
@@ -102,7 +130,7 @@ def trees(out):
 
 def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, monkeypatch, capsys):
     cfg = Config(smoke=True, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), counts="4",
-                 arms="real,real + augmentation")
+                 arms="real,real + augmentation", jobs=1)
     fit, calls = experiment.train_cls.fit, []
 
     def fit_thrice(real, synthetic, cfg, *args, **kw):
@@ -116,7 +144,8 @@ def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, m
         experiment.main(cfg)
     assert len(results(tmp_path)) == 3 and "No answer yet" in (tmp_path / "report.html").read_text()
     experiment.main(cfg)
-    assert len(results(tmp_path)) == 4 and "1 classifiers of 10 steps" in capsys.readouterr().out
+    assert len([r for r in results(tmp_path) if "resnet" not in r["arm"]]) == 4
+    assert "1 classifiers of 10 steps" in capsys.readouterr().out
 
 
 def test_generators_saw_the_training_images_of_their_arm_and_nothing_else(smoke):
@@ -145,7 +174,7 @@ def test_the_page_needs_nothing_but_itself(smoke):
     # per leg a grid and confusions, per count suspects; a chart per leg, a curve if there are two counts
     assert page.count("data:image/png;base64,") == page.count('<img alt="') == 7
     assert page.count("<svg") == page.count("aria-label") == 3
-    assert re.search("python experiment.py --out [^ ]+ --smoke", page)
+    assert re.search("python experiment.py --out [^ ]+ --smoke --jobs [12]", page)
     for name in (*LEGS["scenes"].arms, *LEGS["buildings"].arms):
         assert f"<td>{html.escape(name)}<td>" in page
     for leg in LEGS:
@@ -155,23 +184,24 @@ def test_the_page_needs_nothing_but_itself(smoke):
 
 def test_sharing_a_subset_trains_one_generator_per_count_and_the_conditions_say_so(smoke, tmp_path, capsys):
     cfg = Config(smoke=True, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), subsets=1, counts="4",
-                 arms="real,real + synthetic")
+                 arms="real + synthetic", jobs=1)
     experiment.main(cfg)
     said = capsys.readouterr().out
     assert "draws of training images: 1" in said and "do not cover another draw" in said
-    assert len(list((tmp_path / "generators").glob("*.pt"))) == 1 and len(results(tmp_path)) == 4
+    assert len(list((tmp_path / "generators").glob("*.pt"))) == 1
+    assert len([r for r in results(tmp_path) if r["arm"] == "real + synthetic"]) == 2
 
 
 def test_an_xbd_tree_is_compared_with_and_without_an_event_held_out(tmp_path, capsys):
     root = data.draw_xbd(tmp_path / "xbd", 32, side=160)
-    flags = dict(smoke=True, data=str(root), out=str(tmp_path / "x"), counts="12", seeds=1)
+    flags = dict(smoke=True, data=str(root), out=str(tmp_path / "x"), counts="12", seeds=1, jobs=1)
     experiment.main(Config(**flags, arms="real,balanced + copy-paste", label="type"))
     assert "always" in (said := capsys.readouterr().out) and "F1 flooding" in said
     held = dict(hold_out="drawn-wildfire", arms="balanced,balanced + synthetic")
     experiment.main(Config(**flags, **held))                        # so few images are judged by no distance
     said = capsys.readouterr().out
     assert "drawn-wildfire held out" in said and "macro-F1 in" not in said
-    assert len(results(tmp_path / "x")) == 4
+    assert len([r for r in results(tmp_path / "x") if "resnet" not in r["arm"]]) == 4
     with pytest.raises(data.Problem, match="no such event"):
         experiment.main(Config(**flags, hold_out="joplin"))
     with pytest.raises(data.Problem, match="no building is fire"):        # the only event of its type
@@ -188,25 +218,17 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(smoke, tmp_path, capsys):
 
 def test_studies_vary_the_mix_and_share_what_is_there(smoke, tmp_path, capsys):
     cfg = Config(smoke=True, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), counts="4", seeds=1,
-                 arms="real + synthetic", study="share,filter,soft,counts")
+                 arms="real + synthetic", study="share,filter,soft,counts", jobs=1)
     experiment.main(cfg)
     rows = results(tmp_path)
     said = capsys.readouterr().out
-    # 1 + 4 + 3 + 2 arms, of which three are the mix again, x 4 and the curve's 2 images per class
-    assert len(rows) == 2 * (1 + 3 + 2 + 1) and "share: 0.25" in said and "soft: True" in said
+    # 1 + 4 + 3 + 2 arms, of which three are the same mix with augmentation, x 4 and the curve's 2 per class
+    assert len([r for r in rows if "resnet" not in r["arm"]]) == 2 * (1 + 4 + 2 + 1)
+    assert "share: 0.25" in said and "soft: True" in said
     page = (tmp_path / "report.html").read_text()
     assert "Study: share" in page and "Study: filter" in page
     assert len(list((tmp_path / "teachers").glob("*"))) == 2
     assert len(list((tmp_path / "generators").glob("*.pt"))) == 2
-
-
-def test_every_study_changes_what_an_arm_is(tmp_path):
-    for study, changes in STUDIES.items():
-        arms = [Arm(**{"source": "generator", "share": 0.5, **change}) for change in changes]
-        assert len(set(arms)) == len(arms)
-        named = Config(study=study, leg="scenes").wanted(LEGS["scenes"])
-        pasting = study == "augment"                                    # scenes have no masks to paste by
-        assert len(named) - len(LEGS["scenes"].arms) == len(arms) - pasting
 
 
 # ---- the pieces
@@ -442,6 +464,9 @@ def test_flags_change_what_they_name_and_nothing_else():
     assert Config(study="counts").resolved("scenes").counts == (3, 5, 10, 20, 40)
     s = Config(scale="full", size=32, gen_steps=11, cls_steps=12).resolved("scenes")
     assert (s.gen.size, s.cls.size, s.cls.patch, s.gen.steps, s.cls.steps) == (32, 32, 4, 11, 12)
+    patches = {size: Config(scale="small", size=size).resolved("scenes").cls.patch for size in range(8, 129, 8)}
+    assert patches == {8: 2, 16: 2, 24: 4, 32: 4, 40: 8, 48: 8, 56: 8, 64: 8, 72: 8, 80: 16, 88: 8, 96: 16,
+                       104: 8, 112: 16, 120: 8, 128: 16}                # powers of 2, as convolutions need them
     line = experiment.command(Config(data="my data", counts="5", w=3.0, dry_run=True))
     assert line == "python experiment.py --data 'my data' --dry-run --counts 5 --w 3.0"
     assert experiment.command(Config(w=0.0)) == "python experiment.py --w 0.0"

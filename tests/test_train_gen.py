@@ -11,8 +11,10 @@ from torch.testing import assert_close
 
 import data
 import train_gen
+from augment import compose
 from data import Problem, Scenes
 from train_gen import Config, generate, load_generator, train, update_ema
+from unet import Condition
 
 TINY = Config(size=8, width=16, mults=(1, 2), blocks=1, timesteps=100, steps=6, batch=8, lr=1e-3, warmup=2,
               augment="none")
@@ -36,6 +38,31 @@ def test_a_diffusion_model_learns_which_half_is_bright():
     assert likeness[y == 0].mean() > 0.7 and likeness[y == 1].mean() > 0.7
     plain, swapped = (generate(generator, which, seed=1, calls=5, w=0.0) for which in (y, 1 - y))
     assert_close(plain, swapped, rtol=0, atol=0)                         # w = 0 does not know the class
+
+
+def test_training_is_this_loop_written_out(adamw_by_hand, in_float64):
+    """Draw, augment, loss, clip, learning rate, AdamW, and an average that forgets its start sooner."""
+    real = halves(12, noise=0.5)
+    cfg = replace(TINY, steps=4, warmup=2, lr=2e-2, ema=0.2, drop=0.4, seed=7, augment="hflip,rot90,crop")
+    generator = train(real, cfg)
+
+    diffusion, model = train_gen.networks(cfg, 2, channels=1)
+    by_hand, norms = adamw_by_hand(model.parameters(), (0.9, 0.99), lambda p: 0.01), []
+    average = [p.detach().clone() for p in by_hand.parameters]
+    for step, rate in enumerate((1e-2, 2e-2, 2e-2, 1e-2)):               # 2 steps up, then along a cosine
+        g = data.rng(7, step)
+        places = torch.randint(12, (8,), generator=g)
+        x0, _ = compose(cfg.augment)(real.images[places] / 127.5 - 1, None, g)
+        loss, _ = diffusion.loss(model, x0, Condition(real.labels[places]), 0.4, g)
+        gradients = torch.autograd.grad(loss.mean(), by_hand.parameters)
+        norms.append(sum(d.square().sum() for d in gradients).sqrt().item())
+        by_hand.move([d / max(1.0, norms[-1] + 1e-6) for d in gradients], rate)
+        decay = (0.1, 2 / 11, 0.2, 0.2)[step]                            # (1 + step) / (10 + step), up to .2
+        average = [decay * a + (1 - decay) * p.detach()
+                   for a, p in zip(average, by_hand.parameters, strict=True)]
+    assert min(norms) < 1 < max(norms)                                   # some are clipped, some are not
+    for (name, a), b in zip(generator.model.named_parameters(), average, strict=True):
+        assert_close(a, b, rtol=0, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
 
 
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch):
