@@ -167,9 +167,9 @@ _SMOKE = Scale(
     cls=train_cls.Config(size=16, patch=4, dim=32, depth=1, heads=2, steps=10, batch=32, warmup=5))
 _SMALL = Scale(
     counts=(10,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
-    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1500, batch=32,
+    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1200, batch=32,
                          lr=2e-3, warmup=50, ema=0.99, augment="none"),
-    cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=250, batch=64, lr=4e-3, warmup=50))
+    cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=200, batch=64, lr=4e-3, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
     counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=12, w=1.5, drawn=700, curve=(5, 20, 40, 150),
@@ -179,7 +179,7 @@ SCALES = {
     "buildings": dict(
         smoke=replace(_SMOKE, counts=(12,), drawn=64, curve=(8, 16)),
         small=replace(_SMALL, counts=(10,), drawn=256, curve=(10, 20, 40, 80),
-                      gen=replace(_SMALL.gen, steps=900), cls=replace(_SMALL.cls, steps=300)),
+                      gen=replace(_SMALL.gen, steps=900), cls=replace(_SMALL.cls, steps=250)),
         full=replace(_FULL, counts=(0,), made=5000, drawn=1000, subsets=1, curve=(100, 400, 1600))),
 }
 
