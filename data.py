@@ -291,7 +291,7 @@ def progress(items, title, *args, **how):
 
 def jobs(asked):
     """How many tasks to run at a time if so many are asked for: 0 stands for a core each, or 1 on a GPU."""
-    return asked or (len(os.sched_getaffinity(0)) if pick_device().type == "cpu" else 1)
+    return asked or (os.cpu_count() if pick_device().type == "cpu" else 1)
 
 
 class Inline:

@@ -97,8 +97,8 @@ LEGS = {
             "linear: real + synthetic":        Arm("generator", 0.5, model="linear"),
         },
         mix="real + synthetic + augmentation", bases=("real", "real + augmentation"),
-        claims=(("real + synthetic", "real", "synthetic images"),
-                ("real + synthetic + augmentation", "real + augmentation", "synthetic images"),
+        claims=(("real + synthetic + augmentation", "real + augmentation", "synthetic images"),
+                ("real + synthetic", "real", "synthetic images"),
                 ("real + fresh real", "real + augmentation", "fresh real images"),
                 ("real + copies", "real + augmentation", "copies of the real images")),
         controls={"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True)},
@@ -116,7 +116,6 @@ LEGS = {
         },
         mix="balanced + synthetic", bases=("balanced",),
         claims=(("balanced + synthetic", "balanced", "synthetic images of the rare classes"),
-                ("balanced + copy-paste", "balanced", "buildings pasted onto others"),
                 ("balanced + fresh real", "balanced", "fresh real images of the rare classes"),
                 ("balanced + copies", "balanced", "copies of the rare real images")),
         controls={"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True),
@@ -178,7 +177,7 @@ SCALES = {
     "scenes": dict(smoke=_SMOKE, small=_SMALL, full=_FULL),
     "buildings": dict(
         smoke=replace(_SMOKE, counts=(12,), drawn=64, curve=(8, 16)),
-        small=replace(_SMALL, counts=(10,), drawn=256, curve=(10, 20, 40, 80),
+        small=replace(_SMALL, counts=(8,), drawn=256, curve=(8, 16, 32, 64),
                       gen=replace(_SMALL.gen, steps=900), cls=replace(_SMALL.cls, steps=250)),
         full=replace(_FULL, counts=(0,), made=5000, drawn=1000, subsets=1, curve=(100, 400, 1600))),
 }
@@ -1066,7 +1065,7 @@ def claim_rows(case):
 
 
 def footing(case, count):
-    """Say what the recognisers can do: the sentence that stands above every answer."""
+    """Say what the recognisers can do: (is it the ViT's verdict that counts, a sentence)."""
     first, name = case.leg.scores[0], TITLES[case.leg.scores[0]]
     who = {"": "the ViT", RESNET: "a small ResNet", LINEAR: "a linear classifier on colours and edges"}
     parts = []
@@ -1079,11 +1078,11 @@ def footing(case, count):
     said = f"With {amount(case, count)}, {name} at best: {', '.join(parts)}."
     chosen = recogniser(case, count)
     if not able(case, count, chosen, "test"):
-        return ("No network reaches what a linear classifier or the commonest class does, so nothing follows "
-                f"from how its arms differ. {said}")
+        return False, ("No network reaches what a linear classifier or the commonest class does, so nothing "
+                       f"follows from how its arms differ. {said}")
     if chosen == RESNET:
-        return f"The ViT stays below the linear floor, so the verdict is the ResNet's. {said}"
-    return said
+        return False, f"The ViT stays below the linear floor, so the verdict is the ResNet's. {said}"
+    return True, said
 
 
 def answer(case):
@@ -1106,9 +1105,11 @@ def answer(case):
                 "no verdict": f"No verdict, since both arms are below the floor: {listed}.",
                 "too few seeds": f"Too few seeds to say (at least three): {listed}."}[word])
     done = len({r["seed"] for r in case.rows})
-    so_far = f"So far, with {done} of {case.s.seeds} seeds:" * (done < case.s.seeds)
-    return " ".join(filter(None, [so_far, *(footing(case, count) for count in case.s.counts
-                                            if any(claim.count == count for claim in found)), *sentences]))
+    so_far = [f"So far, with {done} of {case.s.seeds} seeds:"] * (done < case.s.seeds)
+    footings = [footing(case, count) for count in dict.fromkeys(claim.count for claim in found)]
+    warnings = [said for is_sound, said in footings if not is_sound]
+    assurances = [said for is_sound, said in footings if is_sound]
+    return " ".join(so_far + warnings + sentences + assurances)
 
 
 def instead(case):
@@ -1119,7 +1120,8 @@ def instead(case):
         for base in dict.fromkeys(claim.base for claim in mine):
             gains = [f"{claim.what} {points(claim.gain)}" for claim in mine if claim.base == base]
             if len(gains) > 1:
-                lines.append(f"Gains over {base} with {amount(case, count)}, in points: {'; '.join(gains)}.")
+                lines.append(f"In the place of real images with {amount(case, count)}, gains over {base} in "
+                             f"points: {'; '.join(gains)}.")
     return lines
 
 
@@ -1552,7 +1554,7 @@ STYLE = """
   :root { --ink: #e6e9ee; --paper: #14181f; --line: #3a424e;
           --c0: #6cb2ff; --c1: #ff9d66; --c2: #5fd3a0; --c3: #b79bff; --c4: #e3b341; --c5: #f78fb3 } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+       max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
 .scroll { overflow-x: auto } pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line) }
 table { border-collapse: collapse; white-space: nowrap; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line) }

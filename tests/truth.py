@@ -40,7 +40,7 @@ def main(out, repeats=10):
                 sure = kind == "copies" or claim.gain.p * claims < 0.05
                 helped[kind] += claim.word == "help" and sure
                 print(f"{leg} {k + 1:3}  {kind:7} {experiment.points(claim.gain):24} p {claim.gain.p:.4f} "
-                      f"{claim.word}; {experiment.footing(case, count)}", flush=True)
+                      f"{claim.word}; {experiment.footing(case, count)[1]}", flush=True)
         print(f"{leg}: of {repeats}, fresh drawings were said to help {helped['fresh']} times, copies "
               f"{helped['copies']} times; a ViT above the linear floor {above} times", flush=True)
         right &= helped["fresh"] >= 0.9 * repeats and helped["copies"] <= 0.1 * repeats
