@@ -226,6 +226,8 @@ class Config:
                 raise ValueError(f"unknown {what} {unknown}; known: {allowed}")
         if self.counts and not (self.data or self.leg):
             raise ValueError(f"--counts {self.counts}: of which --leg, scenes or buildings?")
+        if self.size < 0 or self.size % 8:
+            raise ValueError(f"--size {self.size} is not a multiple of 8")
         s = self.resolved("scenes")           # a bad size or count is told before anything is done
         if min(s.counts) < 0:
             raise ValueError(f"--counts {self.counts}: below 0")
