@@ -605,6 +605,7 @@ def worth(out, curve, mix, count=5):
 @pytest.mark.parametrize("curve, mix, expected", [
     ((0.3, 0.5, 0.7), 0.6, 10 * 2**0.5),                                 # half way, of their logarithms
     ((0.3, 0.5, 0.7), 0.35, 5 * 2**0.25), ((0.3, 0.5, 0.7), 0.5, 10),
+    ((0.3, 0.5, 0.4), 0.45, 5 * 2**0.75), ((0.5, 0.3, 0.7), 0.4, 5),     # more images never hurt
     ((0.3, 0.5, 0.7), 0.95, 20), ((0.3, 0.5, 0.7), 0.1, 5)])             # the curve ends there
 def test_images_are_worth_where_the_curve_reaches_their_score(tmp_path, curve, mix, expected):
     low, mean, high = worth(tmp_path, curve, mix)
