@@ -39,9 +39,10 @@ import train_cls
 import train_gen
 from augment import AUGMENTATIONS, OVERHEAD
 from data import Problem, Scenes, flag
-from train_cls import accuracy, f1, harmonic_f1, macro_f1, tally, totals
+from train_cls import accuracy, f1, harmonic_f1, macro_f1, macro_precision, macro_recall, tally, totals
 
-SCORES = dict(accuracy=accuracy, macro_f1=macro_f1, harmonic_f1=harmonic_f1)
+SCORES = dict(accuracy=accuracy, macro_f1=macro_f1, harmonic_f1=harmonic_f1, macro_precision=macro_precision,
+              macro_recall=macro_recall)
 TITLES = dict(accuracy="accuracy", macro_f1="macro-F1", harmonic_f1="harmonic F1")
 
 
@@ -132,7 +133,7 @@ STUDIES = {       # what an arm does not say here is as in its leg's mix of real
     "made": {f"{n} {how}": dict(made=n, share=p)
              for n in (10, 30, 100, 300) for how, p in (("mixed", 0.5), ("alone", 1.0))},
     "guidance": {str(w): dict(w=w) for w in (1.0, 1.5, 3.0, 5.0)},
-    "calls": {str(n): dict(calls=n) for n in (4, 8, 12, 20, 50)},
+    "calls": {str(n): dict(calls=n, share=1.0) for n in (4, 8, 12, 20, 50)},
     "filter": {str(k): dict(keep=k) for k in (0.0, 1.0, 3.0)},
     "soft": {str(on): dict(soft=on) for on in (False, True)},
     "generator": {str(k): dict(generator=k) for k in (0, 1, 2)},
@@ -166,9 +167,9 @@ _SMOKE = Scale(
     cls=train_cls.Config(size=16, patch=4, dim=32, depth=1, heads=2, steps=10, batch=32, warmup=5))
 _SMALL = Scale(
     counts=(10,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
-    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1500, batch=32,
+    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1200, batch=32,
                          lr=2e-3, warmup=50, ema=0.99, augment="none"),
-    cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=250, batch=64, lr=4e-3, warmup=50))
+    cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=200, batch=64, lr=4e-3, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
     counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=12, w=1.5, drawn=700, curve=(5, 20, 40, 150),
@@ -177,8 +178,8 @@ SCALES = {
     "scenes": dict(smoke=_SMOKE, small=_SMALL, full=_FULL),
     "buildings": dict(
         smoke=replace(_SMOKE, counts=(12,), drawn=64, curve=(8, 16)),
-        small=replace(_SMALL, counts=(20,), drawn=256, curve=(10, 20, 40, 80),
-                      gen=replace(_SMALL.gen, steps=900)),
+        small=replace(_SMALL, counts=(10,), drawn=256, curve=(10, 20, 40, 80),
+                      gen=replace(_SMALL.gen, steps=900), cls=replace(_SMALL.cls, steps=250)),
         full=replace(_FULL, counts=(0,), made=5000, drawn=1000, subsets=1, curve=(100, 400, 1600))),
 }
 
@@ -629,15 +630,19 @@ def score(cell, run, arm, title):
                   pretrain=arm.pretrain, model=arm.model or cls.model, dim=round(cls.dim * arm.wide))
     model, seen = train_cls.fit(real, pool, cfg, soft=soft, title=title)
     K, first = len(test.classes), SCORES[case.leg.scores[0]]
-    logits = train_cls.outputs(model, test.images)
-    predicted = logits.argmax(1)
+    logits = {name: train_cls.outputs(model, scenes.images).log_softmax(1)
+              for name, scenes in (("train", real), ("val", val), ("test", test))}    # train: the real images
+    if arm.balance:
+        shift = train_cls.put_back(logits["val"], val.labels, real.labels.bincount(minlength=K))
+        logits = {name: each + shift for name, each in logits.items()}
+    predicted = logits["test"].argmax(1)
     with data.replacing(case.out / "predicted" / run) as temporary, open(temporary, "wb") as file:
         np.save(file, predicted.numpy().astype(np.int16))
     counts = totals(test.labels, predicted, K)
     row = {name: float(of(counts)) for name, of in SCORES.items()}
-    row["top5"] = train_cls.topk(logits, test.labels)
-    for name, scenes in (("train", real), ("val", val)):       # train: on the real training images
-        row[name] = float(first(totals(scenes.labels, train_cls.predict(model, scenes.images), K)))
+    row["top5"] = train_cls.topk(logits["test"], test.labels)
+    for name, scenes in (("train", real), ("val", val)):
+        row[name] = float(first(totals(scenes.labels, logits[name].argmax(1), K)))
     row |= {f"f1 {name}": float(v) for name, v in zip(test.classes, f1(counts), strict=True)}
     for event, mine in case.events.items():
         row[f"macro_f1 {event}"] = float(macro_f1(totals(test.labels[mine], predicted[mine], K)))
