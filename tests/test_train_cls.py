@@ -441,7 +441,7 @@ def test_frequencies_are_put_back_as_far_as_the_held_out_images_say():
     frequency = torch.tensor([0.8, 0.2, 0.01]).log()              # a class without images counts as one
     sure = 9 * torch.eye(3)[labels]
     assert_close(train_cls.put_back(sure, labels, counts), torch.zeros(3))        # right already: tau = 0
-    for tau, margin in ((0.25, 0.2), (0.5, 0.6), (1.0, 1.3)):           # by so much too much for the rare class
+    for tau, margin in ((0.25, 0.2), (0.5, 0.6), (1.0, 1.3)):    # by so much too much for the rare class
         wrong = torch.tensor([0, margin, -9.0]).repeat(10, 1)
         wrong[8:, 1] += 9
         assert_close(train_cls.put_back(wrong, labels, counts), tau * frequency)
