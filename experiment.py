@@ -226,6 +226,8 @@ class Config:
                 raise ValueError(f"unknown {what} {unknown}; known: {allowed}")
         if self.counts and not (self.data or self.leg):
             raise ValueError(f"--counts {self.counts}: of which --leg, scenes or buildings?")
+        if self.size < 0 or self.size % 8:
+            raise ValueError(f"--size {self.size} is not a multiple of 8")
         s = self.resolved("scenes")           # a bad size or count is told before anything is done
         if min(s.counts) < 0:
             raise ValueError(f"--counts {self.counts}: below 0")
@@ -1128,9 +1130,9 @@ def instead(case):
 def worth(case, count):
     """How many real images per class `count` of them with synthetic ones are worth: (low, mean, high).
 
-    The number at which the curve of the base, over the logarithm of the number of real images, reaches the
-    score of the mix; found in every seed and every resampled test set, so that its interval is like that of
-    a gain. It ends where the curve ends. None unless both ran at two counts or more.
+    The number at which the curve of the base, over the logarithm of the number of real images, first reaches
+    the score of the mix; found in every seed and every resampled test set, so that its interval is like that
+    of a gain. It ends where the curve ends. None unless both ran at two counts or more.
     """
     arm, base = next((arm, base) for arm, base, _ in case.leg.claims if arm == case.leg.mix)
     counts, statistic = [n for n in case.s.counts if n], SCORES[case.leg.scores[0]]
@@ -1139,7 +1141,8 @@ def worth(case, count):
     if len(counts) < 2 or any(c is None or len(c) < 2 or c.shape != curve[0].shape for c in [mix, *curve]):
         return None
     curve = np.maximum.accumulate(np.stack(curve, -1), -1)                       # more images never hurt
-    found = [[np.interp(*pair, np.log(counts)) for pair in zip(*rows, strict=True)]
+    logs = np.log(counts[::-1])        # backwards, since interp takes the last of equal scores, not the first
+    found = [[np.interp(-score, -base[::-1], logs) for score, base in zip(*rows, strict=True)]
              for rows in zip(mix, curve, strict=True)]
     g = gain(np.array(found), 0, len(case.test.groups.unique()))
     return tuple(float(np.exp(g.mean + side * g.half).clip(counts[0], counts[-1])) for side in (-1, 0, 1))

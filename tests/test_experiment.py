@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -22,6 +22,12 @@ from experiment import LEGS, STUDIES, Arm, Config
 
 def run(*argv):
     return subprocess.run([sys.executable, "experiment.py", *map(str, argv)], capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True)
+def no_stopwatch(monkeypatch):
+    """In this process the plan does not try out how long steps take; in the smoke run it does."""
+    monkeypatch.setattr(experiment, "step_times", lambda case: (0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +86,10 @@ def test_arms_of_unequal_budget_are_not_compared(smoke, monkeypatch, capsys):
 def test_one_job_gives_the_same_results_as_two(smoke, tmp_path, capsys):
     (tmp_path / "drawn-scenes-30").symlink_to(smoke[0] / "drawn-scenes-30")
     experiment.main(Config(smoke=True, out=str(tmp_path), leg="scenes", jobs=1,
-                           arms="real + augmentation,real + synthetic + augmentation,linear: real"))
+                           arms="real + augmentation,synthetic only,linear: synthetic only"))
     alone, two = ({r.pop("run"): r for r in results(out) if r.pop("seconds")} for out in (tmp_path, smoke[0]))
-    assert len(alone) >= 12 and {r["arm"] for r in alone.values()} > {"linear: real"}
+    assert {"real + augmentation", "synthetic only", "linear: synthetic only"} <= {
+        row["arm"] for row in alone.values()}
     for name, row in alone.items():
         assert row == {column: two[name][column] for column in row}
         assert (tmp_path / "predicted" / name).read_bytes() == (smoke[0] / "predicted" / name).read_bytes()
@@ -140,7 +147,6 @@ def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, m
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(experiment.train_cls, "fit", fit_thrice)
-        m.setattr(experiment, "step_times", lambda case: (0, 0))
         experiment.main(cfg)
     assert len(results(tmp_path)) == 3 and "No answer yet" in (tmp_path / "report.html").read_text()
     experiment.main(cfg)
@@ -235,7 +241,8 @@ def test_studies_vary_the_mix_and_share_what_is_there(smoke, tmp_path, capsys):
 
 def case_of(tmp_path, leg="scenes", **flags):
     """A case of the smallest kind, nothing run yet."""
-    return experiment.prepare(Config(smoke=True, out=str(tmp_path), leg=leg, **flags), leg, tmp_path)
+    cfg = Config(smoke=True, out=str(tmp_path), leg=leg, jobs=1, **flags)
+    return experiment.prepare(cfg, leg, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +251,13 @@ def scenes_case(smoke):
 
 
 def case_by_hand(n, K):
-    """A Case of n black images of K classes in turn, nothing run yet; the last K are the test split."""
+    """A Case of n black images of K classes in turn, nothing run yet; K are val, and the last K test."""
     names = [f"c{c:02d}" for c in range(K)]
     scenes = data.Scenes(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), torch.arange(n) % K, names,
                          [f"{k}.png" for k in range(n)], torch.arange(n))
     leg, cfg = LEGS["scenes"], Config(scale="smoke", leg="scenes")
-    parts = dict(train=torch.arange(n - K), test=torch.arange(n - K, n))
+    parts = torch.arange(n).split([n - 2 * K, K, K])
+    parts = dict(zip(("train", "val", "test"), parts, strict=True))
     return experiment.Case("scenes", leg, leg.arms, cfg.resolved("scenes"), cfg, "", scenes, parts,
                            scenes[parts["test"]], None)
 
@@ -259,15 +267,40 @@ def test_doubles_of_a_chosen_image_are_not_fresh():
     case.scenes.groups[:] = torch.arange(40) // 4                        # two of each class are doubles
     for draw in range(3):
         real, fresh = case.choose(3, draw)
-        assert len(real) == 6 and len(fresh) > 10
+        assert len(real) == 6 and len(fresh) > 8
         assert not set(real.groups.tolist()) & set(fresh.groups.tolist())
 
 
 def test_w_0_is_a_guidance_scale_and_none_is_that_of_the_scale():
+    cell = case_by_hand(40, 2).cell(4, 0)
+    scales = [experiment.recipe(cell, Arm("generator", 0.5, w=w))["w"] for w in (None, 0.0, 3.0)]
+    assert scales == [1.5, 0.0, 3.0]
+
+
+def test_every_study_changes_what_a_run_is():
+    cell = case_by_hand(40, 2).cell(4, 0)
+    for name, leg in LEGS.items():
+        plain = Config(leg=name).wanted(leg)
+        assert plain == leg.arms
+        for study, changes in (STUDIES | dict(controls=leg.controls)).items():
+            wanted = Config(study=study, leg=name).wanted(leg)
+            arms = {arm: how for arm, how in wanted.items() if arm not in plain}
+            pasting = study == "augment" and not leg.rare               # scenes have no masks to paste by
+            assert len(arms) == len(changes) - pasting and all(arm.startswith(study) for arm in arms)
+            assert len({experiment.run_id(cell, arm) for arm in arms.values()}) == len(arms)
+
+
+def test_a_run_is_another_if_anything_that_decides_it_is():
     case = case_by_hand(40, 2)
-    real, _ = case.choose(4, 0)
-    assert [experiment.recipe(case, Arm("generator", 0.5, w=w), real, 0)["w"] for w in (None, 0.0, 3.0)] == [
-        1.5, 0.0, 3.0]
+    cell, arm = case.cell(4, 0), Arm("generator", 0.5)
+    other = replace(case, s=replace(case.s, made=9))
+    changes = dict(share=0.4, augment="hflip", balance=True, model="resnet", wide=2.0, pretrain=True,
+                   shuffle=True, grey=True, w=3.0, calls=5, made=7, generator=1, keep=1.0, soft=True)
+    runs = [(case.cell(*where), arm) for where in ((4, 0), (4, 1), (8, 0))] + [(other.cell(4, 0), arm)]
+    runs += [(cell, replace(arm, **{name: value})) for name, value in changes.items()]
+    assert len({experiment.run_id(*run) for run in runs}) == len(runs)
+    assert experiment.run_id(cell, Arm(w=3.0)) == experiment.run_id(cell, Arm())       # nothing is generated
+    assert set(changes) | {"source"} == {f.name for f in fields(Arm)}
 
 
 def test_the_grid_shows_every_class():
@@ -295,23 +328,60 @@ def test_a_class_that_no_arm_ever_recognises_has_no_gain(monkeypatch):
 
 def test_a_source_gives_what_its_arm_says(scenes_case, smoke):
     case = replace(scenes_case, s=replace(scenes_case.s, made=3))
-    real, fresh = case.choose(4, 0)
+    cell = case.cell(4, 0)
+    real, fresh = cell.real, cell.fresh
     assert not set(real.names) & set(fresh.names)
     train = {case.scenes.names[i] for i in case.parts["train"].tolist()}
     assert set(real.names) | set(fresh.names) == train
     for name, pool in (("copies", real), ("fresh", fresh)):
-        got, soft = experiment.source(case, Arm(name, 0.5), real, fresh, 0, 0, "")
+        got, soft = experiment.source(cell, Arm(name, 0.5))
         assert soft is None and set(got.names) <= set(pool.names)
         assert got.labels.bincount().tolist() == [4 if pool is real else 3] * 8           # all real, or made
-    got, _ = experiment.source(case, Arm("fresh", 0.5, ratio=0.5), real, fresh, 0, 0, "")
-    assert got.labels.bincount().tolist() == [2] * 8
-    assert experiment.source(case, Arm(), real, fresh, 0, 0, "") == (None, None)
+    assert experiment.source(cell, Arm()) == (None, None)
+
+
+def test_shuffled_labels_are_as_many_of_each_class_on_the_same_images_but_of_others(scenes_case):
+    cell = scenes_case.cell(4, 0)
+    plain, _ = experiment.source(cell, Arm("copies", 0.5))
+    shuffled, _ = experiment.source(cell, Arm("copies", 0.5, shuffle=True))
+    assert torch.equal(plain.images, shuffled.images) and plain.names == shuffled.names
+    assert torch.equal(plain.labels.bincount(), shuffled.labels.bincount())
+    assert (plain.labels == shuffled.labels).float().mean() < 0.4       # an eighth by chance
+    assert torch.equal(plain.labels, experiment.source(cell, Arm("copies", 0.5))[0].labels)
+
+
+def test_a_grey_surrounding_leaves_the_building_and_its_mask_as_they_were():
+    images = torch.randint(256, (5, 4, 8, 8), dtype=torch.uint8, generator=data.rng(0))
+    images[:, 3] = 255 * (images[:, 3] > 100)
+    y, before = torch.arange(5), images.clone()
+    plain = data.Scenes(images, y, list("abcde"), [""] * 5, y)
+    grey = experiment.grey_outside(plain)
+    inside = images[:, 3:] > 0
+    assert torch.equal(plain.images, before) and torch.equal(grey.images[:, 3], images[:, 3])
+    assert torch.equal(grey.images[:, :3] * inside, images[:, :3] * inside)
+    assert (grey.images[:, :3][(~inside).expand(-1, 3, -1, -1)] == 128).all()
+
+
+def test_a_greyed_arm_is_trained_and_tested_on_greyed_images(smoke, monkeypatch, tmp_path):
+    cell = replace(case_of(smoke[0], "buildings"), out=tmp_path).cell(12, 0)
+    seen, fit, outputs = [], experiment.train_cls.fit, experiment.train_cls.outputs
+    monkeypatch.setattr(experiment.train_cls, "fit", lambda real, pool, *args, **kw: (
+        seen.extend([real.images, pool.images]) or fit(real, pool, *args, **kw)))
+    monkeypatch.setattr(experiment.train_cls, "outputs", lambda model, images, *args: (
+        seen.append(images) or outputs(model, images, *args)))
+    for grey in (False, True):
+        seen.clear()
+        arm = Arm("copies", 0.5, model="linear", grey=grey)
+        experiment.score(cell, "run", arm, "")
+        assert len(seen) == 5                                   # real, copies, test, train again, val
+        for images in seen:
+            outside = images[:, :3][(images[:, 3:] == 0).expand(-1, 3, -1, -1)]
+            assert (outside == 128).all().item() is grey
 
 
 def test_a_teacher_filters_and_teaches(scenes_case):
-    real, fresh = scenes_case.choose(4, 0)
-    kept = [experiment.source(scenes_case, Arm("fresh", 0.5, keep=k, soft=True), real, fresh, 0, 0, "")
-            for k in (0.0, 1.0, 8.0)]
+    cell = scenes_case.cell(4, 0)
+    kept = [experiment.source(cell, Arm("fresh", 0.5, keep=k, soft=True)) for k in (0.0, 1.0, 8.0)]
     counts = [len(pool) for pool, _ in kept]
     assert counts[0] > counts[1] > counts[2] == 0
     for pool, soft in kept[:2]:
@@ -322,42 +392,33 @@ def test_a_teacher_filters_and_teaches(scenes_case):
 
 def test_rare_classes_are_those_below_the_mean_and_only_they_are_replaced(smoke):
     case = case_of(smoke[0], "buildings")
-    real, fresh = case.choose(12, 0)
-    assert experiment.rare(real) == [1, 2, 3]
+    cell = case.cell(12, 0)
+    assert experiment.rare(cell.real) == [1, 2, 3]
     for name in ("copies", "fresh"):
-        got, _ = experiment.source(case, Arm(name, 0.5), real, fresh, 0, 0, "")
+        got, _ = experiment.source(cell, Arm(name, 0.5))
         assert set(got.labels.tolist()) == {1, 2, 3}
-    assert experiment.recipe(case, Arm("generator", 0.5), real, 0)["classes"] == [1, 2, 3]
+    assert experiment.recipe(cell, Arm("generator", 0.5))["classes"] == [1, 2, 3]
 
 
 def test_leaks_are_caught(smoke, scenes_case):
-    with pytest.raises(RuntimeError, match="in the test split"):
-        experiment.check_leaks(scenes_case, scenes_case.test)
+    cell = scenes_case.cell(4, 0)
+    experiment.check_leaks(cell)
+    for part in ("real", "fresh"):
+        with pytest.raises(RuntimeError, match="in the test split"):
+            experiment.check_leaks(replace(cell, **{part: scenes_case.test}))
     case = case_of(smoke[0], "buildings", hold_out="drawn-flood")
-    real, _ = case.choose(12, 0)
-    experiment.check_leaks(case, real)
-    smuggled = replace(real, names=[case.test.names[0], *real.names[1:]])
+    cell = case.cell(12, 0)
+    experiment.check_leaks(cell)
+    smuggled = replace(cell.real, names=[case.test.names[0], *cell.real.names[1:]])
     with pytest.raises(RuntimeError, match="drawn-flood is to be held out"):
-        experiment.check_leaks(case, smuggled)
+        experiment.check_leaks(replace(cell, real=smuggled))
 
 
-def test_the_answer_follows_gain_and_p_in_the_words_of_the_claims(monkeypatch, scenes_case):
-    gains = {"+": 0.1, "-": -0.1, "0": 0.001}
-
-    def said(signs):
-        """The answer if the claims' gains have these signs, count by count."""
-        g = [experiment.Gain(gains[c], ((0.01**2, 10),)) for c in signs]
-        found = [(count, *claim) for count in (4, 8) for claim in LEGS["scenes"].claims]
-        both = [(*f, x, x.p) for f, x in zip(found, g, strict=True)]
-        monkeypatch.setattr(experiment, "claims", lambda case: both)
-        return experiment.answer(replace(scenes_case, rows=[dict(seed=0), dict(seed=1)]))
-
-    assert said("++++++++").startswith("Synthetic images help. Fresh real images help.")
-    assert said("--0+--0+").startswith("Synthetic images hurt. Fresh real images make no difference")
-    assert "Copies of the real images help (real + copies against real with 8 real images per class)" not in (
-        said("00000000"))
-    mixed = said("+0000000")
-    assert "help (real + synthetic against real with 4 real images per class); they make no" in mixed
+def test_a_ceiling_takes_as_many_fresh_images_as_real_ones():
+    case = case_by_hand(28, 2)                                           # 12 training images of each class
+    for count, possible in ((4, True), (6, True), (7, False)):
+        cell = case.cell(count, 0)
+        assert cell.possible(Arm("fresh", 0.5)) is possible and cell.possible(Arm("copies", 0.5))
 
 
 def test_the_conditions_say_that_there_is_no_ceiling(scenes_case):
@@ -374,30 +435,6 @@ def test_a_class_without_synthetic_images_keeps_its_real_ones_at_share_1(smoke):
     cfg = replace(case.s.cls, share=1.0, balance=True, batch=64)
     _, seen = experiment.train_cls.fit(real, rare, cfg)
     assert 0.6 < seen["synthetic"] / seen["images"] < 0.9
-
-
-def test_more_test_images_or_a_clearer_gain_narrow_the_claims(smoke, scenes_case, tmp_path):
-    """Answers written by hand go all the way to the claim."""
-    s = replace(scenes_case.s, counts=(4,), seeds=4)
-    case = replace(scenes_case, out=tmp_path, rows=[], memory={}, s=s)
-    (tmp_path / "predicted").mkdir()
-    truth, rng = case.test.labels.numpy(), np.random.default_rng(0)
-    for arm, right in (("real", 0.3), ("real + fresh real", 0.65), ("real + copies", 0.3)):
-        for seed in range(4):
-            answer = np.where(rng.random(len(truth)) < right, truth, (truth + 1) % 8)
-            np.save(tmp_path / "predicted" / f"{arm} {seed}.npy", answer)
-            (tmp_path / "predicted" / f"{arm} {seed}.npy").rename(tmp_path / "predicted" / f"{arm} {seed}")
-            case.rows.append(dict(run=f"{arm} {seed}", arm=arm, count=4, seed=seed,
-                                  accuracy=(answer == truth).mean()))
-    said = experiment.answer(case)
-    assert said == ("Fresh real images help. Copies of the real images make no difference that so few runs "
-                    "could show.")
-    (_, arm, base, _, g, p), _ = experiment.claims(case)
-    per_seed = [np.mean(experiment.values(case, who, 4, "accuracy")) for who in (arm, base)]
-    assert 100 * g.mean == pytest.approx(per_seed[0] - per_seed[1]) and p / g.p == pytest.approx(2)
-    assert experiment.points(g) in experiment.as_text(*experiment.claim_rows(case))
-    half_done = experiment.answer(replace(case, s=replace(s, seeds=5)))
-    assert half_done.startswith("So far, with 4 of 5 seeds: Fresh")
 
 
 def test_a_generator_that_memorised_is_caught_and_one_that_did_not_is_not(scenes_case, tmp_path):
@@ -422,6 +459,234 @@ def test_the_floor_of_every_distance_is_measured_on_as_many_images_of_the_same_c
     found = experiment.compare(lambda x: x.flatten(1)[:, :8], a, a, b)
     assert found["real frechet"] == pytest.approx(0, abs=1e-6) and found["synthetic frechet"] > 0.001
 
+
+# ---- what can be said
+
+def compared(out, rates, seeds=4, counts=(4,)):
+    """A Case whose runs are done: rates are {arm: share of the test images told right}, exactly so per seed.
+
+    A share may be a pair, for test and val, or a dict with one for each count.
+    """
+    case = case_by_hand(160, 4)
+    case.parts = dict(zip(("train", "val", "test"), torch.arange(160).split([80, 40, 40]), strict=True))
+    case.out, case.test, case.s.counts, case.s.seeds = out, case.scenes[case.parts["test"]], counts, seeds
+    (out / "predicted").mkdir(exist_ok=True)
+    truth = case.test.labels.numpy()
+    for k, (arm, rate) in enumerate(rates.items()):
+        for count, each in (rate if isinstance(rate, dict) else dict.fromkeys(counts, rate)).items():
+            right, val = each if isinstance(each, tuple) else (each, each)
+            for seed in range(seeds):
+                name = f"{arm} {count} {seed}"
+                order = np.random.default_rng([k, count, seed]).permutation(40)
+                with open(out / "predicted" / name, "wb") as file:
+                    np.save(file, np.where(order < round(40 * right), truth, (truth + 1) % 4))
+                case.rows.append(dict(run=name, arm=arm, count=count, seed=seed, accuracy=right, val=val,
+                                      train=1.0, **{f"f1 {c}": right for c in case.test.classes}))
+    return case
+
+
+@pytest.mark.parametrize("base, arm, floor, seeds, word", [
+    (0.3, 0.8, 0.5, 4, "help"), (0.8, 0.3, 0.5, 4, "hurt"), (0.6, 0.6, 0.5, 4, "no difference"),
+    (0.5, 0.55, 0.5, 4, "no difference"),
+    (0.3, 0.8, 0.9, 4, "no verdict"), (0.0, 0.2, 0.0, 4, "no verdict"),          # a quarter is the commonest
+    (0.3, 0.8, 0.5, 2, "too few seeds"), (0.3, 0.8, 0.5, 3, "help")])
+def test_a_verdict_takes_three_seeds_and_an_arm_above_the_floor(tmp_path, base, arm, floor, seeds, word):
+    rates = {"real": base, "real + synthetic": arm, "linear: real": floor}
+    claim, = experiment.claims(compared(tmp_path, rates, seeds))
+    assert (claim.word, claim.arm, claim.base) == (word, "real + synthetic", "real")
+    assert claim.gain.mean == pytest.approx(arm - base)
+
+
+def test_the_ceiling_does_not_lift_a_recogniser_over_the_floor_and_the_floor_is_the_best_linear_arm(tmp_path):
+    case = compared(tmp_path, {"real": 0.5, "real + fresh real": 0.9, "linear: real": 0.4,
+                               "linear: real + synthetic": 0.6})
+    assert experiment.standing(case, 4, "", "accuracy") == ("real", 50)
+    assert experiment.bar(case, 4) == pytest.approx(60) and not experiment.able(case, 4, "", "test")
+
+
+def test_p_is_corrected_for_the_number_of_claims(tmp_path):
+    rates = {"real": 0.4, "real + synthetic": 0.5, "real + augmentation": 0.5, "real + copies": 0.75}
+    small, large = sorted(experiment.claims(compared(tmp_path, rates)), key=lambda claim: -claim.p)
+    assert large.p == pytest.approx(2 * large.gain.p) and small.p == pytest.approx(small.gain.p)
+    header, rows = experiment.claim_rows(compared(tmp_path, rates))
+    assert [row[2] for row in rows] == [experiment.points(claim.gain) for claim in (small, large)]
+
+
+def test_a_resnet_is_asked_only_where_the_vit_is_below_the_floor_on_val(tmp_path):
+    case = compared(tmp_path, {"real": {4: (0.9, 0.2), 8: (0.1, 0.9)}, "linear: real": 0.5}, counts=(4, 8))
+    tasks = experiment.second_opinion(case)
+    claimed = {name for claim in case.leg.claims for name in claim[:2]}
+    assert {(task.cell[1:], task.title) for task in tasks} == {
+        ((4, seed), f"resnet: {name}") for seed in range(4) for name in claimed}
+    for task in tasks:
+        name = task.title.removeprefix("resnet: ")
+        assert task.arms == (replace(case.arms[name], model="resnet"),)
+    assert experiment.second_opinion(replace(case, rows=[])) == []
+
+
+RATES = {"real": 0.3, "real + synthetic": 0.2, "linear: real": 0.5,
+         "resnet: real": 0.6, "resnet: real + synthetic": 0.9}
+
+
+def test_the_verdict_then_follows_the_resnet_and_the_claim_of_the_vit_stands_beside_it(tmp_path):
+    case = compared(tmp_path, RATES)
+    _, rows = experiment.claim_rows(case)
+    assert [(row[1], row[-1]) for row in rows] == [
+        ("resnet: real + synthetic against resnet: real", "help"),
+        ("real + synthetic against real", "(not followed)")]
+    assert experiment.answer(case) == (
+        "The ViT stays below the linear floor, so the verdict is the ResNet's. With 4 real images per class, "
+        "accuracy at best: the ViT 30.0 % (real), a small ResNet 90.0 % (real + synthetic), a linear "
+        "classifier on colours and edges 50.0 % (real), always c00 25.0 %. Synthetic images: help.")
+
+
+def test_whose_verdict_counts_is_chosen_on_val_and_not_on_test(tmp_path):
+    for vit, resnet, chosen in (((0.3, 0.6), 0.9, ""), ((0.9, 0.4), 0.6, "resnet: "), (0.3, (0.9, 0.4), "")):
+        rates = RATES | {"real": vit, "resnet: real": resnet, "resnet: real + synthetic": (0.9, 0.1)}
+        case = compared(tmp_path, rates)
+        assert experiment.recogniser(case, 4) == chosen
+        assert {claim.arm for claim in experiment.claims(case)} == {f"{chosen}real + synthetic"}
+        assert experiment.claim_rows(case)[1][-1][-1] == "(not followed)"
+
+
+def test_the_answer_begins_with_what_the_recognisers_can_do(tmp_path):
+    strong = experiment.answer(compared(tmp_path, RATES | {"real": 0.6}))
+    assert strong.startswith("With 4 real images per class, accuracy at best: the ViT 60.0 % (real), a small")
+    weak = experiment.answer(compared(tmp_path, RATES | {"linear: real": 0.95}))
+    assert weak.startswith("No network reaches what a linear classifier or the commonest class does")
+    assert weak.endswith("No verdict, since both arms are below the floor: synthetic images.")
+    luck = experiment.answer(compared(tmp_path, RATES | {"real": (0.3, 0.6)}))       # on val, but not on test
+    assert luck.startswith("No network reaches")
+    page = experiment.section(compared(tmp_path, RATES))
+    assert page.index("<p class=lead>The ViT stays below") < page.index("<table>")
+
+
+def test_the_answer_says_of_every_question_what_became_of_it(monkeypatch, scenes_case):
+    words = {"+": "help", "-": "hurt", "0": "no difference", "?": "no verdict", "2": "too few seeds"}
+
+    def said(signs, seeds=2):
+        """The answer, but for its footing, if the verdicts on the claims are these, count by count."""
+        found = [(count, *claim) for count in (4, 8) for claim in LEGS["scenes"].claims]
+        both = [experiment.Claim(*claim, experiment.Gain(0.1, ()), 1.0, words[sign])
+                for claim, sign in zip(found, signs, strict=True)]
+        monkeypatch.setattr(experiment, "claims", lambda case: both)
+        monkeypatch.setattr(experiment, "footing", lambda case, count: "")
+        return experiment.answer(replace(scenes_case, rows=[dict(seed=seed) for seed in range(seeds)]))
+
+    assert said("++++++++") == "Synthetic images; fresh real images; copies of the real images: help."
+    assert said("--+0--+0") == ("Fresh real images: help. Synthetic images: hurt. "
+                                "No difference detected with this many runs: copies of the real images.")
+    one, rest = said("+0000000").split(": help. ")
+    assert one == "Synthetic images (real + synthetic against real with 4 real images per class)"
+    assert rest.count("against") == 3 and rest.endswith("; fresh real images; copies of the real images.")
+    assert said("??00??00").endswith("No verdict, since both arms are below the floor: synthetic images.")
+    assert said("22222222", seeds=1).startswith("So far, with 1 of 2 seeds: Too few seeds to say")
+    monkeypatch.setattr(experiment, "claims", lambda case: [])
+    assert experiment.answer(scenes_case).startswith("No answer yet")
+
+
+def test_what_else_the_images_could_have_been_stands_beside_the_gain(tmp_path):
+    rates = {"real": 0.4, "real + synthetic": 0.5, "real + augmentation": 0.5, "real + fresh real": 0.75,
+             "real + synthetic + augmentation": 0.6, "real + copies": 0.45}
+    line, = experiment.instead(compared(tmp_path, rates))
+    assert re.sub(r" \[.*?\]", "", line) == (
+        "Gains over real + augmentation with 4 real images per class, in points: synthetic images +10.0; "
+        "fresh real images +25.0; copies of the real images -5.0.")
+    assert experiment.instead(compared(tmp_path, rates, seeds=2)) == []
+
+
+def worth(out, curve, mix, count=5):
+    """What 5 real images with synthetic ones are worth, if the base scores `curve` at 5, 10 and 20."""
+    rates = {"real + augmentation": dict(zip((5, 10, 20), curve, strict=False)),
+             "real + synthetic + augmentation": {5: mix}}
+    return experiment.worth(compared(out, rates, counts=(5, 10, 20)), count)
+
+
+@pytest.mark.parametrize("curve, mix, expected", [
+    ((0.3, 0.5, 0.7), 0.6, 10 * 2**0.5),                                 # half way, of their logarithms
+    ((0.3, 0.5, 0.7), 0.35, 5 * 2**0.25), ((0.3, 0.5, 0.7), 0.5, 10),
+    ((0.3, 0.5, 0.4), 0.45, 5 * 2**0.75), ((0.5, 0.3, 0.7), 0.4, 5),     # more images never hurt
+    ((0.3, 0.5, 0.7), 0.95, 20), ((0.3, 0.5, 0.7), 0.1, 5)])             # the curve ends there
+def test_images_are_worth_where_the_curve_reaches_their_score(tmp_path, curve, mix, expected):
+    low, mean, high = worth(tmp_path, curve, mix)
+    assert low <= mean <= high and 5 <= low and high <= 20
+    assert mean == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("curve", [(0.5, 0.5, 0.5), (1.0, 1.0, 1.0)])
+def test_where_more_images_bring_nothing_synthetic_ones_are_worth_nothing(tmp_path, curve):
+    rates = {"real + augmentation": dict(zip((5, 10, 20), curve, strict=True))}
+    case = compared(tmp_path, rates, counts=(5, 10, 20))
+    case.rows += [row | dict(arm="real + synthetic + augmentation") for row in case.rows if row["count"] == 5]
+    assert experiment.worth(case, 5)[1] == pytest.approx(5)            # the same answers: worth what they are
+
+
+def test_what_images_are_worth_takes_a_curve(tmp_path):
+    assert worth(tmp_path, (0.3, 0.5), 0.4) is None                      # at 20 the base was not run
+    assert worth(tmp_path, (0.3, 0.5, 0.7), 0.4, count=10) is None       # at 10 the mix was not
+    case = compared(tmp_path, {"real + augmentation": 0.5, "real + synthetic + augmentation": 0.6})
+    assert experiment.worth(case, 4) is None and experiment.worths(case) == []
+    line, = experiment.worths(compared(tmp_path, {"real + augmentation": {5: 0.3, 10: 0.5, 20: 0.7},
+                                                  "real + synthetic + augmentation": {5: 0.6}},
+                                       counts=(5, 10, 20)))
+    assert line.startswith("5 real images per class with synthetic ones are worth 14 [")
+
+
+# ---- tasks
+
+def test_of_each_seed_generators_come_first_and_seeds_come_in_order(scenes_case):
+    wanted = experiment.runs(scenes_case, scenes_case.arms, scenes_case.s.counts)
+    tasks = experiment.whole([scenes_case], {"scenes": wanted}, {})
+    assert len(wanted) == 40 and [task.cell[2] for task in tasks] == sorted(task.cell[2] for task in tasks)
+    for seed in (0, 1):
+        kinds = [(task.kind == "make", bool(task.after)) for task in tasks if task.cell[2] == seed]
+        assert kinds == [(True, False)] * 2 + [(False, False)] * 10 + [(False, True)] * (10 + 2 * (seed == 0))
+    missing = {run.name: {} for run in wanted[1:]}
+    assert experiment.whole([scenes_case], {"scenes": wanted[:1]}, missing) == wanted[:1]
+
+
+def test_a_task_waits_for_its_generator_and_no_more_run_than_jobs(scenes_case, tmp_path, monkeypatch):
+    case, events, lock = replace(scenes_case, out=tmp_path, runs=[], rows=[], judged={}), [], threading.Lock()
+
+    def work(task):
+        with lock:
+            events.append(("start", task))
+        time.sleep(0.1 if task.kind == "make" else 0.001)
+        with lock:
+            events.append(("end", task))
+        return dict(run=task.name, arm=task.title)
+
+    for name, instead in (("work", work), ("tell", lambda cell: None), ("report", lambda *_: None),
+                          ("look", lambda *_: None)):
+        monkeypatch.setattr(experiment, name, instead)
+    wanted, stored = experiment.runs(case, case.arms, case.s.counts), {}
+    with ThreadPoolExecutor(8) as pool:
+        experiment.run_all([case], {"scenes": wanted}, stored, pool, 3)
+    made = {task.name: k for k, (what, task) in enumerate(events) if what == "end" and task.kind == "make"}
+    starts = {task: k for k, (what, task) in enumerate(events) if what == "start"}
+    assert len(made) == 4 and all(made[task.after] < k for task, k in starts.items() if task.after)
+    running = np.cumsum([1 if what == "start" else -1 for what, _ in events])
+    assert running.max() == 3 and running[-1] == 0
+    assert set(stored) == {run.name for run in wanted} == {row["run"] for row in results(tmp_path)}
+    assert len(case.rows) == len(wanted)
+
+
+def test_what_a_process_cannot_do_is_one_line(smoke, tmp_path, capsys):
+    root, out = str(smoke[0] / "drawn-scenes-30"), str(tmp_path)
+    flags = dict(data=root, counts="4", out=out, arms="real + synthetic")
+    argv = ["--smoke", "--seeds", "1", *(f"--{name}={value}" for name, value in flags.items())]
+    case, = experiment.main(Config(smoke=True, seeds=1, **flags, dry_run=True))
+    broken = tmp_path / "generators" / f"{experiment.generator_id(case.cell(4, 0), Arm('generator', 0.5))}.pt"
+    broken.parent.mkdir()
+    broken.write_bytes(b"no checkpoint")
+    with pytest.raises(SystemExit) as error:
+        data.launch(experiment.main, Config, [*argv, "--jobs", "2"])
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and f"{broken} is no checkpoint of ours" in err and err.count("\n") == 1
+    assert "Traceback" not in err and not (tmp_path / "results.csv").exists()
+
+
+# ---- flags
 
 SCENES, BUILDINGS = ["--smoke", "--data", "drawn-scenes-30"], ["--smoke", "--data", "drawn-buildings-64"]
 
@@ -464,9 +729,10 @@ def test_flags_change_what_they_name_and_nothing_else():
     assert Config(study="counts").resolved("scenes").counts == (3, 5, 10, 20, 40)
     s = Config(scale="full", size=32, gen_steps=11, cls_steps=12).resolved("scenes")
     assert (s.gen.size, s.cls.size, s.cls.patch, s.gen.steps, s.cls.steps) == (32, 32, 4, 11, 12)
-    patches = {size: Config(scale="small", size=size).resolved("scenes").cls.patch for size in range(8, 129, 8)}
+    patches = {size: Config(scale="small", size=size).resolved("scenes").cls.patch
+               for size in range(8, 129, 8)}
     assert patches == {8: 2, 16: 2, 24: 4, 32: 4, 40: 8, 48: 8, 56: 8, 64: 8, 72: 8, 80: 16, 88: 8, 96: 16,
-                       104: 8, 112: 16, 120: 8, 128: 16}                # powers of 2, as convolutions need them
+                       104: 8, 112: 16, 120: 8, 128: 16}              # powers of 2, as convolutions need them
     line = experiment.command(Config(data="my data", counts="5", w=3.0, dry_run=True))
     assert line == "python experiment.py --data 'my data' --dry-run --counts 5 --w 3.0"
     assert experiment.command(Config(w=0.0)) == "python experiment.py --w 0.0"

@@ -126,5 +126,33 @@ def test_what_runs_in_one_process_refuses_torchrun_in_a_line(monkeypatch, launch
     assert refused.returncode == 2 and "torchrun" in refused.stderr and refused.stderr.count("\n") == 1
 
 
+# ---- several tasks at a time, each in a process of its own
+
+def test_a_pool_computes_in_other_processes_of_one_thread_each_and_says_if_one_died():
+    with pytest.raises(Problem, match="one of 2 processes died.*--jobs"), data.pool(2, abs, 1) as pool:
+        assert pool.submit(os.getpid).result() != os.getpid()
+        assert pool.submit(torch.get_num_threads).result() == 1
+        pool.submit(os._exit, 1).result()
+
+
+def test_one_job_is_this_process_which_computes_in_one_thread_until_it_is_done():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with data.pool(1, None) as pool:
+            assert pool.submit(os.getpid).result() == os.getpid()
+            assert pool.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_unless_a_number_is_asked_for_there_is_a_job_for_each_core_or_one_for_a_gpu(monkeypatch):
+    for device, expected in (("cpu", 3), ("cuda", 1)):
+        monkeypatch.setattr(data, "pick_device", lambda device=device: torch.device(device))
+        monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: {0, 1, 5}, raising=False)
+        assert data.jobs(0) == expected and data.jobs(4) == 4
+
+
 if __name__ == "__main__":
     data.launch(main, train_gen.Script, several=True)

@@ -436,6 +436,17 @@ def test_confusion_counts_truth_by_row_and_answer_by_column():
     assert matrix.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
 
 
+def test_frequencies_are_put_back_as_far_as_the_held_out_images_say():
+    counts, labels = torch.tensor([80, 20, 0]), torch.tensor([0] * 8 + [1] * 2)
+    frequency = torch.tensor([0.8, 0.2, 0.01]).log()              # a class without images counts as one
+    sure = 9 * torch.eye(3)[labels]
+    assert_close(train_cls.put_back(sure, labels, counts), torch.zeros(3))        # right already: tau = 0
+    for tau, margin in ((0.25, 0.2), (0.5, 0.6), (1.0, 1.3)):    # by so much too much for the rare class
+        wrong = torch.tensor([0, margin, -9.0]).repeat(10, 1)
+        wrong[8:, 1] += 9
+        assert_close(train_cls.put_back(wrong, labels, counts), tau * frequency)
+
+
 def test_the_first_command_shown_augments_as_the_default_does():
     assert f"--augment {OVERHEAD}\n" in train_cls.__doc__ and Config().augment == OVERHEAD
 
