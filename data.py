@@ -291,7 +291,8 @@ def progress(items, title, *args, **how):
 
 def jobs(asked):
     """How many tasks to run at a time if so many are asked for: 0 stands for a core each, or 1 on a GPU."""
-    return asked or (os.cpu_count() if pick_device().type == "cpu" else 1)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return asked or (allowed if pick_device().type == "cpu" else 1)
 
 
 class Inline:

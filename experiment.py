@@ -165,8 +165,8 @@ _SMOKE = Scale(
                          augment="none"),
     cls=train_cls.Config(size=16, patch=4, dim=32, depth=1, heads=2, steps=10, batch=32, warmup=5))
 _SMALL = Scale(
-    counts=(10,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
-    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1200, batch=32,
+    counts=(5,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
+    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1000, batch=32,
                          lr=2e-3, warmup=50, ema=0.99, augment="none"),
     cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=200, batch=64, lr=4e-3, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
@@ -178,7 +178,7 @@ SCALES = {
     "buildings": dict(
         smoke=replace(_SMOKE, counts=(12,), drawn=64, curve=(8, 16)),
         small=replace(_SMALL, counts=(8,), drawn=256, curve=(8, 16, 32, 64),
-                      gen=replace(_SMALL.gen, steps=900), cls=replace(_SMALL.cls, steps=250)),
+                      gen=replace(_SMALL.gen, steps=900), cls=replace(_SMALL.cls, steps=300)),
         full=replace(_FULL, counts=(0,), made=5000, drawn=1000, subsets=1, curve=(100, 400, 1600))),
 }
 
@@ -1019,8 +1019,10 @@ class Claim:
     base: str
     what: str                                 # in question: the images, in words
     gain: Gain
-    p: float                                  # after Holm, among all claims of a recogniser
-    word: str                                 # the verdict
+    asks: bool                                # is it about synthetic images, or about a control?
+    p: float = 1.0                            # after Holm, among the claims of this kind
+    family: int = 1                           # how many these are
+    word: str = ""                            # the verdict
 
     def where(self, case):
         """Say which comparison it is."""
@@ -1038,10 +1040,14 @@ def claims(case, given=None):
         for arm, base, what in case.leg.claims:
             g = difference(case, prefix + arm, prefix + base, count, SCORES[case.leg.scores[0]])
             if g:
-                found.append(Claim(count, prefix + arm, prefix + base, what, g, 1.0, ""))
-    for claim, p in zip(found, holm([claim.gain.p for claim in found]), strict=True):
-        claim.p = p
-        claim.word = verdict(case, claim)
+                asks = case.leg.arms[arm].source == "generator"
+                found.append(Claim(count, prefix + arm, prefix + base, what, g, asks))
+    for family in (True, False):               # the question; and the controls, which only try the instrument
+        mine = [claim for claim in found if claim.asks == family]
+        for claim, p in zip(mine, holm([claim.gain.p for claim in mine]), strict=True):
+            claim.p = p
+            claim.family = len(mine)
+            claim.word = verdict(case, claim)
     return found
 
 
@@ -1062,7 +1068,7 @@ def claim_rows(case):
               if claim.arm not in [mine.arm for mine in found if mine.count == claim.count]]
     header = [case.leg.per, "claim", "gain", "p after Holm", "detectable gain", "verdict"]
     return header, [[str(claim.count or "all"), f"{claim.arm} against {claim.base}", points(claim.gain),
-                     p_text(claim.p), f"{100 * claim.gain.detectable(len(found)):.1f}",
+                     p_text(claim.p), f"{100 * claim.gain.detectable(claim.family):.1f}",
                      claim.word if claim in found else "(not followed)"] for claim in found + others]
 
 

@@ -312,7 +312,8 @@ def test_the_grid_shows_every_class():
 def test_a_class_that_no_arm_ever_recognises_has_no_gain(monkeypatch):
     case = case_by_hand(40, 4)
     case.s.counts = (4,)
-    scores = {"real": (0.0, 0.5, 0.0, 0.2), "real + synthetic": (0.0, 0.6, 0.3, 0.0)}
+    arm, base, _ = case.leg.claims[0]
+    scores = {base: (0.0, 0.5, 0.0, 0.2), arm: (0.0, 0.6, 0.3, 0.0)}
     for arm, f1 in scores.items():
         case.rows += [dict(arm=arm, count=4, seed=seed, **{f"f1 c{c:02d}": f1[c] for c in range(4)})
                       for seed in range(2)]
@@ -504,12 +505,15 @@ def test_the_ceiling_does_not_lift_a_recogniser_over_the_floor_and_the_floor_is_
     assert experiment.bar(case, 4) == pytest.approx(60) and not experiment.able(case, 4, "", "test")
 
 
-def test_p_is_corrected_for_the_number_of_claims(tmp_path):
-    rates = {"real": 0.4, "real + synthetic": 0.5, "real + augmentation": 0.5, "real + copies": 0.75}
-    small, large = sorted(experiment.claims(compared(tmp_path, rates)), key=lambda claim: -claim.p)
+def test_p_is_corrected_among_the_claims_on_synthetic_images_and_among_the_controls(tmp_path):
+    rates = {"real": 0.4, "real + synthetic": 0.5, "real + augmentation": 0.5, "real + fresh real": 0.75,
+             "real + copies": 0.6}
+    alone, *controls = experiment.claims(compared(tmp_path, rates))
+    assert alone.asks and alone.p == pytest.approx(alone.gain.p)
+    small, large = sorted(controls, key=lambda claim: -claim.p)
     assert large.p == pytest.approx(2 * large.gain.p) and small.p == pytest.approx(small.gain.p)
     header, rows = experiment.claim_rows(compared(tmp_path, rates))
-    assert [row[2] for row in rows] == [experiment.points(claim.gain) for claim in (small, large)]
+    assert [row[2] for row in rows] == [experiment.points(claim.gain) for claim in (alone, *controls)]
 
 
 def test_a_resnet_is_asked_only_where_the_vit_is_below_the_floor_on_val(tmp_path):
@@ -551,7 +555,8 @@ def test_whose_verdict_counts_is_chosen_on_val_and_not_on_test(tmp_path):
 
 def test_the_answer_begins_with_what_the_recognisers_can_do(tmp_path):
     strong = experiment.answer(compared(tmp_path, RATES | {"real": 0.6}))
-    assert strong.startswith("With 4 real images per class, accuracy at best: the ViT 60.0 % (real), a small")
+    assert "With 4 real images per class, accuracy at best: the ViT 60.0 % (real), a small" in strong
+    assert not strong.startswith("With")                                 # the answer first, then its footing
     weak = experiment.answer(compared(tmp_path, RATES | {"linear: real": 0.95}))
     assert weak.startswith("No network reaches what a linear classifier or the commonest class does")
     assert weak.endswith("No verdict, since both arms are below the floor: synthetic images.")
@@ -567,17 +572,19 @@ def test_the_answer_says_of_every_question_what_became_of_it(monkeypatch, scenes
     def said(signs, seeds=2):
         """The answer, but for its footing, if the verdicts on the claims are these, count by count."""
         found = [(count, *claim) for count in (4, 8) for claim in LEGS["scenes"].claims]
-        both = [experiment.Claim(*claim, experiment.Gain(0.1, ()), 1.0, words[sign])
+        both = [experiment.Claim(*claim, experiment.Gain(0.1, ()), True, word=words[sign])
                 for claim, sign in zip(found, signs, strict=True)]
         monkeypatch.setattr(experiment, "claims", lambda case: both)
-        monkeypatch.setattr(experiment, "footing", lambda case, count: "")
-        return experiment.answer(replace(scenes_case, rows=[dict(seed=seed) for seed in range(seeds)]))
+        monkeypatch.setattr(experiment, "footing", lambda case, count: (True, ""))
+        rows = [dict(seed=seed) for seed in range(seeds)]
+        return experiment.answer(replace(scenes_case, rows=rows)).strip()
 
     assert said("++++++++") == "Synthetic images; fresh real images; copies of the real images: help."
     assert said("--+0--+0") == ("Fresh real images: help. Synthetic images: hurt. "
                                 "No difference detected with this many runs: copies of the real images.")
     one, rest = said("+0000000").split(": help. ")
-    assert one == "Synthetic images (real + synthetic against real with 4 real images per class)"
+    assert one == ("Synthetic images (real + synthetic + augmentation against real + augmentation with 4 "
+                   "real images per class)")
     assert rest.count("against") == 3 and rest.endswith("; fresh real images; copies of the real images.")
     assert said("??00??00").endswith("No verdict, since both arms are below the floor: synthetic images.")
     assert said("22222222", seeds=1).startswith("So far, with 1 of 2 seeds: Too few seeds to say")
@@ -590,7 +597,8 @@ def test_what_else_the_images_could_have_been_stands_beside_the_gain(tmp_path):
              "real + synthetic + augmentation": 0.6, "real + copies": 0.45}
     line, = experiment.instead(compared(tmp_path, rates))
     assert re.sub(r" \[.*?\]", "", line) == (
-        "Gains over real + augmentation with 4 real images per class, in points: synthetic images +10.0; "
+        "In the place of real images with 4 real images per class, gains over real + augmentation in points: "
+        "synthetic images +10.0; "
         "fresh real images +25.0; copies of the real images -5.0.")
     assert experiment.instead(compared(tmp_path, rates, seeds=2)) == []
 

@@ -138,7 +138,7 @@ def test_blur_is_the_gaussian_it_says():
 def test_a_planted_blur_lowers_precision_density_and_coverage_and_raises_the_distance(pool):
     """Of other real images, and by a classifier whose own features hardly see it."""
     teach, a, b = deal(pool, (20, 15, 15), 0)
-    cfg = train_cls.Config(size=24, patch=6, dim=32, depth=2, heads=2, steps=60, batch=64, warmup=20)
+    cfg = train_cls.Config(size=24, patch=4, dim=32, depth=1, heads=2, steps=60, batch=64, warmup=20)
     embed = train_cls.fit(teach, None, cfg)[0].features
     blurred = replace(b, images=blur(b.images, 1.0))
     for got in (compare(embed, a, b, b), compare(embed, a, b, blurred)):
