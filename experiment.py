@@ -1445,8 +1445,8 @@ def copying(found):
     share = (f"{100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {n} synthetic images are nearer to "
              f"a training image of their class ({found['trained_on']} in all) than any of {n} held-out real "
              f"images is; were they as new, {100 * found['by_chance'] / n:.1f} % would be (p "
-             f"{found['copies_p']:.2g}). Near is what correlates in {CELLS} x {CELLS} cells, whatever its "
-             "light, turn or flip.")
+             f"{p_text(found['copies_p'])}). Near is what correlates in {CELLS} x {CELLS} cells, whatever "
+             "its light, turn or flip.")
     if found["copies_p"] < ALARM:
         return f"There are copies, or nearly so: {share}"
     if enough > n:
