@@ -1052,11 +1052,15 @@ def claims(case, given=None):
 
 
 def verdict(case, claim):
-    """One of VERDICTS. None is given where both arms are below the bar, or with fewer than three seeds."""
+    """Choose one of VERDICTS: none with fewer than three seeds, or below the bar.
+
+    That is where both arms are, or the best of the recogniser's arms but the ceiling is.
+    """
     scores = [values(case, name, claim.count, case.leg.scores[0]) for name in (claim.arm, claim.base)]
     if len(scores[0]) < 3:
         return "too few seeds"
-    if max(map(np.mean, scores)) < bar(case, claim.count):
+    prefix = RESNET if claim.arm.startswith(RESNET) else ""
+    if max(map(np.mean, scores)) < bar(case, claim.count) or not able(case, claim.count, prefix, "test"):
         return "no verdict"
     return "no difference" if claim.p >= 0.05 else "help" if claim.gain.mean > 0 else "hurt"
 
@@ -1110,7 +1114,7 @@ def answer(case):
                 "help": f"{listed[0].upper()}{listed[1:]}: help.",
                 "hurt": f"{listed[0].upper()}{listed[1:]}: hurt.",
                 "no difference": f"No difference detected with this many runs: {listed}.",
-                "no verdict": f"No verdict, since both arms are below the floor: {listed}.",
+                "no verdict": f"No verdict, as they are below the floor: {listed}.",
                 "too few seeds": f"Too few seeds to say (at least three): {listed}."}[word])
     done = len({r["seed"] for r in case.rows})
     so_far = [f"So far, with {done} of {case.s.seeds} seeds:"] * (done < case.s.seeds)

@@ -505,6 +505,14 @@ def test_the_ceiling_does_not_lift_a_recogniser_over_the_floor_and_the_floor_is_
     assert experiment.bar(case, 4) == pytest.approx(60) and not experiment.able(case, 4, "", "test")
 
 
+def test_a_ceiling_above_the_floor_is_no_verdict_while_all_other_arms_are_below_it(tmp_path):
+    rates = {"real + augmentation": 0.4, "real + fresh real": 0.75, "linear: real": 0.55}
+    claim, = experiment.claims(compared(tmp_path, rates))
+    assert claim.gain.p < 0.001 and claim.word == "no verdict"
+    claim, = experiment.claims(compared(tmp_path, rates | {"linear: real": 0.35}))
+    assert claim.word == "help"
+
+
 def test_p_is_corrected_among_the_claims_on_synthetic_images_and_among_the_controls(tmp_path):
     rates = {"real": 0.4, "real + synthetic": 0.5, "real + augmentation": 0.5, "real + fresh real": 0.75,
              "real + copies": 0.6}
@@ -559,7 +567,7 @@ def test_the_answer_begins_with_what_the_recognisers_can_do(tmp_path):
     assert not strong.startswith("With")                                 # the answer first, then its footing
     weak = experiment.answer(compared(tmp_path, RATES | {"linear: real": 0.95}))
     assert weak.startswith("No network reaches what a linear classifier or the commonest class does")
-    assert weak.endswith("No verdict, since both arms are below the floor: synthetic images.")
+    assert weak.endswith("No verdict, as they are below the floor: synthetic images.")
     luck = experiment.answer(compared(tmp_path, RATES | {"real": (0.3, 0.6)}))       # on val, but not on test
     assert luck.startswith("No network reaches")
     page = experiment.section(compared(tmp_path, RATES))
@@ -586,7 +594,7 @@ def test_the_answer_says_of_every_question_what_became_of_it(monkeypatch, scenes
     assert one == ("Synthetic images (real + synthetic + augmentation against real + augmentation with 4 "
                    "real images per class)")
     assert rest.count("against") == 3 and rest.endswith("; fresh real images; copies of the real images.")
-    assert said("??00??00").endswith("No verdict, since both arms are below the floor: synthetic images.")
+    assert said("??00??00").endswith("No verdict, as they are below the floor: synthetic images.")
     assert said("22222222", seeds=1).startswith("So far, with 1 of 2 seeds: Too few seeds to say")
     monkeypatch.setattr(experiment, "claims", lambda case: [])
     assert experiment.answer(scenes_case).startswith("No answer yet")
