@@ -95,7 +95,9 @@ class Diffusion(nn.Module):
         """The weight of the error at t, (B,): min-SNR (Hang et al. 2023, 2303.09556).
 
         It is min(SNR, gamma) in units of x0, with SNR = abar / (1 - abar). One unit of x0 is SNR units of eps
-        and SNR + 1 of v, so with gamma = inf the mean is XX        """
+        and SNR + 1 of v, so with gamma = inf the mean is L_simple (Eq. 14), whatever is predicted. That
+        spends most of the gradient on small t, where only the grain of the image is left to learn.
+        """
         snr = (self.signal[t] / self.noise[t]) ** 2
         return snr.clamp(max=self.gamma) / {"x0": 1, "eps": snr, "v": snr + 1}[self.predict]
 
@@ -112,9 +114,8 @@ class Diffusion(nn.Module):
         """Images (B, C, H, W) in [-1, 1]; `noise()` returns N(0, I) of that shape at every call.
 
         order=2 is UniPC-2, for 8 to 20 steps; order=1, eta=0 is DDIM; order=1, eta=1, steps=T is DDPM
-        (Algorithm 2). Few steps with eta > 0 lose variance (of a Gaussian with std .2,
-        12 steps return .141 and 50 .185): keep eta = 0 there. graph: replay steps from a CUDA graph (None:
-        wherever there is CUDA).
+        (Algorithm 2). Few steps with eta > 0 lose variance (of a Gaussian with std .2, 12 steps return .141
+        and 50 .185): keep eta = 0 there. graph: replay steps from a CUDA graph (None: where there is CUDA).
         """
         assert not model.training, "call model.eval() first: dropout would stay on"
 
