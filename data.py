@@ -299,6 +299,7 @@ class Inline:
     """The pool of one: a call is done at once, in this process."""
 
     def submit(self, function, *args):
+        """Call function(*args). -> a Future that is done; an exception is raised here."""
         future = Future()
         future.set_result(function(*args))
         return future

@@ -72,7 +72,7 @@ class Leg:
     arms: dict
     mix: str                      # the arm that the studies vary
     bases: tuple                  # the table says what each arm gains over these
-    claims: tuple                 # the verdict: (arm, base, what is in question), a family for Holm
+    claims: tuple                 # the verdict: (arm, base, what is in question)
     controls: dict                # of --study controls, changes of the mix
     scores: tuple                 # of SCORES; claims are about the first
     per: str                      # what --counts counts
@@ -415,39 +415,40 @@ def runs(case, arms, counts):
             cell = case.cell(count, seed)
             for name, arm in arms.items():
                 if cell.possible(arm):
+                    after = generator_id(cell, arm) if arm.source == "generator" else ""
                     found.append(Task((case.name, count, seed), "run", name, (arm,), run_id(cell, arm),
-                                      arm.source == "generator" and generator_id(cell, arm) or ""))
+                                      after))
     return found
 
 
-def whole(cases, wanted, stored):
-    """All that is to be done for the runs wanted, {case name: [Task]}, that are not stored, in a good order.
+def whole(cases, planned, stored):
+    """All that is to be done for the planned runs, {case name: [Task]}, that are not stored, in a good order.
 
     Of each seed first the generators, then what needs none, at last what does.
     """
-    todo = [run for case in cases for run in wanted[case.name] if run.name not in stored]
+    todo = [run for case in cases for run in planned[case.name] if run.name not in stored]
     needed = {}
     for run in todo:
         needed.setdefault(run.after, []).append(run)
     looks = []
     for case in cases:
         mix = case.leg.arms[case.leg.mix]
-        for run in wanted[case.name]:
+        for run in planned[case.name]:
             if run.arms == (mix,) and run.cell[2] == 0:
                 looks.append(replace(run, kind="judge", name=""))
                 needed.setdefault(run.after, []).append(run)
-    makes = [Task(runs[0].cell, "make", "", tuple(dict.fromkeys(run.arms[0] for run in runs)), generator)
-             for generator, runs in needed.items() if generator]
+    makes = [Task(mine[0].cell, "make", "", tuple(dict.fromkeys(run.arms[0] for run in mine)), generator)
+             for generator, mine in needed.items() if generator]
     return sorted(makes + looks + todo, key=lambda task: (task.cell[2], task.kind != "make", task.after > ""))
 
 
-def run_all(cases, wanted, stored, pool, jobs):
-    """Do what is missing of the runs wanted, `jobs` tasks at a time, each when what it needs is there."""
-    waiting, running, done = whole(cases, wanted, stored), {}, {""}
+def run_all(cases, planned, stored, pool, jobs):
+    """Do what is missing of the planned runs, `jobs` tasks at a time, each when what it needs is there."""
+    waiting, running, done = whole(cases, planned, stored), {}, {""}
     left, bar = Counter(task.cell for task in waiting), data.progress(None, "comparison", len(waiting))
     cases = {case.name: case for case in cases}
     for name, case in cases.items():
-        case.runs += wanted[name]
+        case.runs += planned[name]
         case.collect(stored)
     while waiting or running:
         for task in [task for task in waiting if task.after in done][:jobs - len(running)]:
@@ -467,7 +468,7 @@ def run_all(cases, wanted, stored, pool, jobs):
             bar.update()
             if not left[task.cell]:
                 tell(cases[name].cell(count, seed))
-                report(cases.values(), case.cfg, case.out)      # a comparison half done has its page already
+                report(cases.values(), cases[name].cfg, cases[name].out)         # half done, it has its page
     bar.close()
 
 
@@ -683,14 +684,14 @@ def amount(case, *counts):
     return f"{' and '.join(str(n or 'all') for n in counts)} {case.leg.per}"
 
 
-def plan(case, runs, stored, jobs):
+def plan(case, planned, stored, jobs):
     """Say what is to be run, and from a few steps of each kind how long it takes here."""
-    s, made, missing = case.s, {}, [run for run in runs if run.name not in stored]
+    s, made, missing = case.s, {}, [run for run in planned if run.name not in stored]
     for run in missing:
         if run.after:
             cell = case.cell(*run.cell[1:])
             how = recipe(cell, run.arms[0])
-            made[digest(how, cell.real.digest)] = how, run.after
+            made[digest(how, run.after)] = how, run.after            # the generator's name tells its images
     missing = len([run for run in missing if run.arms[0].model != "linear"])
     images = [how["made"] * len(how["classes"]) for how, _ in made.values()]
     generators = len({name for _, name in made.values()})
@@ -981,13 +982,14 @@ def class_rows(case):
 # What a recogniser can be believed about: one that is worse than a linear classifier on colours and edges, or
 # than always the commonest class, has not learned the task, and its arms differ in how fast they begin to.
 
-def standing(case, count, prefix, column):
-    """The best arm of a recogniser, and its mean of a column of results.csv, per cent: ("", 0.0) if none ran.
+def standing(case, count, prefix, part="test"):
+    """The best arm of a recogniser on a split, and its mean first score, per cent: ("", 0.0) if none ran.
 
     Of the ViT (prefix ""), the ResNet or the linear classifier; without the ceiling, which has more images.
     """
     names = [prefix + name if prefix == RESNET else name for name, arm in case.leg.arms.items()
              if arm.source != "fresh" and (arm.model == "linear") == (prefix == LINEAR)]
+    column = "val" if part == "val" else case.leg.scores[0]
     scores = {name: float(np.mean(found)) for name in names if (found := values(case, name, count, column))}
     best = max(scores, key=scores.get, default="")
     return best, scores.get(best, 0.0)
@@ -995,15 +997,13 @@ def standing(case, count, prefix, column):
 
 def bar(case, count, part="test"):
     """What a recogniser must reach on a split, per cent: the linear floor, and always the commonest class."""
-    first = case.leg.scores[0]
-    floor = standing(case, count, LINEAR, "val" if part == "val" else first)[1]
-    return max(floor, 100 * float(SCORES[first](trivial(case, part)[1])))
+    commonest = SCORES[case.leg.scores[0]](trivial(case, part)[1])
+    return max(standing(case, count, LINEAR, part)[1], 100 * float(commonest))
 
 
 def able(case, count, prefix, part):
     """Does the best arm of a recogniser reach the bar?"""
-    column = "val" if part == "val" else case.leg.scores[0]
-    return standing(case, count, prefix, column)[1] >= bar(case, count, part)
+    return standing(case, count, prefix, part)[1] >= bar(case, count, part)
 
 
 def recogniser(case, count):
@@ -1082,7 +1082,7 @@ def footing(case, count):
     who = {"": "the ViT", RESNET: "a small ResNet", LINEAR: "a linear classifier on colours and edges"}
     parts = []
     for prefix, title in who.items():
-        arm, score = standing(case, count, prefix, first)
+        arm, score = standing(case, count, prefix)
         if arm:
             parts.append(f"{title} {score:.1f} % ({arm.removeprefix(prefix)})")
     common, counts = trivial(case)

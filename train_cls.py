@@ -19,7 +19,7 @@ from torch import nn
 import data
 from augment import OVERHEAD, compose
 from data import Problem, flag
-from vit import Convolutions, Patches, ViT, mean_token, zero
+from vit import Convolutions, Patches, ViT, head, mean_token, zero
 
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
 
@@ -103,9 +103,7 @@ class ResNet(nn.Module):
             Residual(width, width, stride=1),
             Residual(width, 2 * width, stride=2),
             Residual(2 * width, 4 * width, stride=2))
-        self.head = nn.Linear(4 * width, classes)
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = head(4 * width, classes)
 
     def features(self, x):
         """Return the mean over all places, (B, 4 width)."""

@@ -21,6 +21,16 @@ def zero(layer):
     return layer
 
 
+def head(dim, classes):
+    """Make the linear head of a classifier. Its first logits are small, so that the first loss is near ln K.
+
+    At 0 no gradient would reach the other layers at first: short runs then found the classes later.
+    """
+    linear = zero(nn.Linear(dim, classes))
+    nn.init.normal_(linear.weight, std=0.02)
+    return linear
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (B, L, D) -> (B, L, D).
 
@@ -128,9 +138,8 @@ def mean_token(tokens, x):
 class ViT(nn.Module):
     """Images (B, C, H, W) in [-1, 1] to class logits (B, K); stem: Convolutions or Patches.
 
-    The first loss is ln K but for a percent, since the head starts small. (Not at 0, where no gradient would
-    reach the other layers at first: short runs found the classes later.) Positions are added at a tenth of
-    their length: at full length they drown the features that a stem of convolutions brings.
+    The first loss is ln K but for a percent. Positions are added at a tenth of their length: at full length
+    they drown the features that a stem of convolutions brings.
     """
 
     def __init__(self, classes, size=64, patch=8, dim=192, depth=6, heads=3, channels=3, stem=Convolutions):
@@ -142,9 +151,7 @@ class ViT(nn.Module):
         self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, classes)
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = head(dim, classes)
 
     def features(self, x):
         """Return what the head sees, the mean token, (B, D). Distances between images are measured here."""
