@@ -123,6 +123,21 @@ def lr_at(step, steps, lr, warmup):
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def descend(model, optimizer, loss, step, cfg):
+    """Take one optimizer step; cfg has steps, lr and warmup.
+
+    loss is a sum over this process's images, divided by the images of all processes. Gradients are clipped to
+    norm 1, so that one odd batch cannot throw the weights far.
+    """
+    loss.backward()
+    sum_gradients(model)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def to_float(images):
     """uint8 -> float in [-1, 1]. With to_uint8 the only crossing, for real and synthetic images alike."""
     return (images / 127.5).sub_(1)

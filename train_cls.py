@@ -293,13 +293,7 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
         x, y = augment(data.to_float(mixture.images[index]), mixture.targets[index], g)
         with data.autocast(device):
             loss = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
-        (loss / cfg.batch).backward()
-        data.sum_gradients(model)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = data.lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
+        data.descend(model, optimizer, loss / cfg.batch, step, cfg)
         if (step + 1) % every == 0 or step + 1 == cfg.steps:
             if not math.isfinite(mean := data.total(loss.detach()).item() / cfg.batch):
                 raise Problem(f"the loss is {mean} at step {step + 1}: lower --lr")

@@ -133,13 +133,7 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
         x0, _ = augment(data.to_float(images[index]), None, g)
         with data.autocast(device):
             loss, t = diffusion.loss(model, x0, Condition(labels[index]), cfg.drop, g, part)
-        (loss.sum() / cfg.batch).backward()
-        data.sum_gradients(model)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = data.lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
+        data.descend(model, optimizer, loss.sum() / cfg.batch, step, cfg)
         decay = min(cfg.ema, (1 + step) / (10 + step))              # a young average forgets the start sooner
         update_ema(ema, model, decay)
         quarters.index_add_(1, t * 4 // cfg.timesteps, torch.stack([loss.detach(), torch.ones_like(loss)]))
