@@ -17,7 +17,7 @@ from torch import nn
 import data
 from augment import compose
 from data import Problem, flag
-from ddpm import PREDICTS, SCHEDULES, Diffusion, noise_of
+from ddpm import PREDICTS, SCHEDULES, Diffusion
 from unet import Condition, UNet
 
 
@@ -177,6 +177,15 @@ def load_generator(path):
     model.load_state_dict(saved["ema"])
     device = data.pick_device()
     return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg)
+
+
+def noise_of(seeds, shape, device="cpu"):
+    """Make a source of N(0, I): every call returns (B, *shape), B = len(seeds).
+
+    Each image has a generator of its own, so that it does not depend on which others share its batch.
+    """
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    return lambda: torch.stack([torch.randn(shape, generator=g, device=device) for g in generators])
 
 
 def generate(generator, y, seed, calls=12, w=1.5, batch=256, title="images"):
