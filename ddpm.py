@@ -107,14 +107,21 @@ class Diffusion(nn.Module):
     # ---- sampling: from noise to x0, Algorithm 2 and its shortcuts
 
     @torch.no_grad()
-    def sample(self, model, cond, noise, steps=12, eta=0.0, order=2, w=1.0, clip=True, graph=None):
+    def sample(self, model, cond, noise, steps=12, eta=0.0, order=2, w=1.0, clip=True, graph=None,
+               start=None, known=None, rounds=10):
         """Images (B, C, H, W) in [-1, 1]; `noise()` returns N(0, I) of that shape at every call.
 
         order=2 is UniPC-2, for 8 to 20 steps; order=1, eta=0 is DDIM; order=1, eta=1, steps=T is DDPM
         (Algorithm 2). Few steps with eta > 0 lose variance (of a Gaussian with std .2, 12 steps return .141
         and 50 .185). graph: replay the steps from a CUDA graph (None: where there is CUDA).
+
+        start = (x0, t) begins at the images x0 with the noise of t instead of at pure noise, and takes those
+        of the steps that are left (SDEdit, Meng et al. 2022, 2108.01073). known = (x0, mask) keeps x0 where
+        mask (B, 1, H, W) is 1 and paints the rest, by RePaint (Lugmayr et al. 2022, 2201.09865, Algorithm 1):
+        every step is done in so many rounds, between which noise brings x back, so that both parts agree.
         """
         assert not model.training, "call model.eval() first: dropout would stay on"
+        assert order == 1 or not known, "what is put into x breaks the line through the last x0: order = 1"
 
         def step(x, x0s, t, row):
             signal, noise, a, b0, b1, b2 = row
@@ -126,25 +133,46 @@ class Diffusion(nn.Module):
 
         x = noise()
         x0s = torch.zeros(3, *x.shape, dtype=x.dtype, device=x.device)            # the newest first
-        ts, rows, sigmas = self.plan(steps, eta, order)
+        ts, rows, sigmas = self.plan(steps, eta, order, start[1] if start else None)
         ts, rows, sigmas = ts.to(x.device), rows.to(x.dtype).to(x.device), sigmas.to(x.dtype).to(x.device)
+        if start:
+            x = rows[0, 0] * start[0] + rows[0, 1] * x                                              # Eq. 4
         if graph or (graph is None and x.is_cuda):
             step = Replay(step)
-        for t, row, sigma in zip(ts, rows, sigmas, strict=True):         # nothing in here waits for the GPU
-            x, x0s = step(x, x0s, t, row)
-            if eta:
-                x = x + sigma * noise()
+        for k, (t, row, sigma) in enumerate(zip(ts, rows, sigmas, strict=True)):
+            for left in reversed(range(rounds if known else 1)):         # nothing in here waits for the GPU
+                x, x0s = step(x, x0s, t, row)
+                if eta:
+                    x = x + sigma * noise()
+                if known:
+                    x = self.keep(x, *known, rows, k, noise, back=left > 0)
         return x
 
-    def plan(self, steps, eta=0.0, order=2):
+    def keep(self, x, x0, mask, rows, k, noise, back):
+        """Put the known pixels at the noise that follows step k into x; with `back` return to that of step k.
+
+        Back is q(x_t | x_s), t > s: with r = signal_t / signal_s it is r x_s + sqrt(1 - abar_t / abar_s) eps.
+        """
+        here, last = rows[k, :2], k + 1 == len(rows)
+        signal, grain = (torch.ones_like(here[0]), torch.zeros_like(here[1])) if last else rows[k + 1, :2]
+        x = torch.where(mask > 0, signal * x0 + grain * noise(), x)
+        ratio = here[0] / signal
+        return ratio * x + (1 - ratio**2).sqrt() * noise() if back else x
+
+    def plan(self, steps, eta=0.0, order=2, start=None):
         """Tabulate the steps of the loop, the noisiest first: t (steps,), rows (steps, 6) and sigma (steps,).
 
         Columns of rows: signal, noise = sqrt(abar), sqrt(1 - abar) at t, and a, b0, b1, b2, the weights of x
         and of the last three x0 in the next x. To this sigma times fresh noise is added. All are float64 but
-        t. The last step leads to abar = 1, the image itself: there b0 = 1, and the other weights are 0.
+        t. The last step leads to abar = 1, the image itself: there b0 = 1, and the other weights are 0. With
+        start, a t, only the steps from there on are taken; ValueError if there is none.
         """
         assert order == 1 or (order == 2 and eta == 0), "order 2 is for sampling without fresh noise: eta = 0"
         ts = self.levels(steps)
+        if start is not None:
+            ts = ts[ts <= start]
+            if len(ts) == 0:
+                raise ValueError(f"none of {steps} steps is at t = {start} or below: take more")
         abar = self.abar[ts]
         abar_next = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])
         a, b, sigma = posterior(abar, abar_next, eta)

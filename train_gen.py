@@ -2,6 +2,7 @@
 
     python train_gen.py --data data/NWPU-RESISC45 --out runs/gen
     python train_gen.py --sample runs/gen/generator.pt --classes river,forest --count 16 --out runs/made
+    python train_gen.py --data data/xbd --given pre,mask       # told the picture from before
     torchrun --nproc-per-node 4 train_gen.py ...               # the same, on 4 GPUs
 
 The loss barely moves after the first minutes, and a lower one is no better image: look at samples-*.png.
@@ -12,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import data
@@ -39,11 +41,14 @@ class Config:
     warmup: int = flag(500, "steps to reach it")
     ema: float = flag(0.999, "decay of the averaged weights, with which images are made")
     drop: float = flag(0.1, "share of the images trained without their class, for guidance")
+    given: str = flag("", "what it is told beside the class, by comma: pre, mask, lowres, edges, numbers")
     augment: str = flag("hflip,rot90", "augmentations that keep images likely: the generator learns them")
     seed: int = flag(0, "fixes the choice of images, weights and noise")
 
     def __post_init__(self):
         compose(self.augment)
+        if unknown := set(self.told) - {*HINTS, "numbers"}:
+            raise ValueError(f"--given {', '.join(sorted(unknown))}: known are {', '.join(HINTS)}, numbers")
         if self.width % 8:
             raise ValueError(f"--width {self.width} must be divisible by 8")
         if self.schedule == "linear" and self.timesteps <= 20:
@@ -57,6 +62,12 @@ class Config:
                              "times 2 for every resolution in --mults after the first")
 
 
+    @property
+    def told(self):
+        """List the names in --given."""
+        return [name.strip() for name in self.given.split(",") if name.strip()]
+
+
 @dataclass
 class Script(Config):
     """Config, and the settings that only the command line needs."""
@@ -68,8 +79,56 @@ class Script(Config):
     sample: str = flag("", "make images with this checkpoint instead of training one")
     classes: str = flag("", "with --sample: which classes, by comma (empty: all)")
     count: int = flag(16, "with --sample: images per class")
+    like: str = flag("", "with --sample: picture, folder or xBD tree that tells the rest, or where to start")
+    start: float = flag(0.0, "with --like: share of the chain at which to start from it (0: from noise)")
+    paint: str = flag("", "with --like: picture that is white where to paint anew")
     calls: int = flag(12, "network calls per image")
     w: float = flag(1.5, "guidance scale (1: no guidance, 0: no class)")
+
+
+# ---- hints: what a generator is told in pixels, made from the batch that is on the device
+
+def lowres(x, factor=4):
+    """Reduce x (B, 3, H, W) by area, and enlarge it again bilinearly: what a coarser satellite sees."""
+    return F.interpolate(F.avg_pool2d(x, factor), scale_factor=factor, mode="bilinear")
+
+
+def edges(x, threshold=0.15):
+    """Mark where the grey of x (B, 3, H, W) in [-1, 1] rises by more than threshold per pixel: (B, 1, H, W).
+
+    1 at an edge, -1 elsewhere. Sobel's filter: central differences, smoothed 1 2 1 across.
+    """
+    grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    slope, smooth = x.new_tensor([-0.5, 0, 0.5]), x.new_tensor([0.25, 0.5, 0.25])
+    kernels = torch.stack([smooth[:, None] * slope, slope[:, None] * smooth])[:, None]          # d/dx, d/dy
+    strength = F.conv2d(grey, kernels).square().sum(1, keepdim=True).sqrt()
+    return 2.0 * (strength > threshold) - 1
+
+
+HINTS = {"pre": 3, "mask": 1, "lowres": 3, "edges": 1}                   # and how many channels each has
+
+
+def divide(x, told):
+    """Divide a batch (B, C, H, W) into what is generated of it, and the hint, (B, J, H, W) or None.
+
+    C is 3, RGB; 4 with the mask of a building; 6 with the picture from before the disaster; 7 with both.
+    """
+    C = x.shape[1]
+    before, mask = [3, 4, 5] * (C >= 6), [C - 1] * (C % 3)
+    made = [0, 1, 2] + before * ("pre" not in told) + mask * ("mask" not in told)
+    hints = {"pre": lambda: x[:, before], "mask": lambda: x[:, mask],
+             "lowres": lambda: lowres(x[:, :3]), "edges": lambda: edges(x[:, :3])}
+    parts = [hint() for name, hint in hints.items() if name in told]
+    return x[:, made], torch.cat(parts, 1) if parts else None
+
+
+def check(cfg, scenes, where):
+    """Raise Problem if scenes lack what --given names."""
+    C = scenes.images.shape[1]
+    lacking = {"pre": C < 6, "mask": C % 3 == 0, "numbers": scenes.numbers is None}
+    if missing := [name for name in cfg.told if lacking.get(name)]:
+        raise Problem(f"--given {', '.join(missing)}: {where} has none; pre and mask are those of an xBD "
+                      "tree, numbers those of xBD and of a folder with a numbers.csv")
 
 
 @dataclass
@@ -79,12 +138,18 @@ class Generator:
     model: nn.Module
     classes: list[str]
     config: Config
+    channels: int                             # of the images in training, hints among them
 
 
-def networks(cfg, classes, channels):
-    """Make the noise process and a fresh network, its weights fixed by the seed."""
+def networks(cfg, classes, channels, numbers=0):
+    """Make the noise process and a fresh network, its weights fixed by the seed.
+
+    channels: of the images in training, those of their hints among them; numbers: how many are told.
+    """
     torch.manual_seed(cfg.seed)
-    model = UNet(classes, channels, cfg.width, cfg.mults, cfg.blocks, cfg.patch)
+    made, hint = divide(torch.zeros(1, channels, 8, 8), cfg.told)
+    model = UNet(classes, made.shape[1], cfg.width, cfg.mults, cfg.blocks, cfg.patch,
+                 0 if hint is None else hint.shape[1], numbers)
     model = model.to(memory_format=torch.channels_last)                  # a quarter faster, also on a CPU
     return Diffusion(cfg.timesteps, cfg.schedule, cfg.predict, cfg.gamma), model
 
@@ -108,17 +173,22 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     goes on at its last checkpoint and ends with the numbers of one that was not (on a CPU to the bit). Raises
     Problem if the checkpoint is of other settings or images, or if the loss is not finite.
     """
-    device = data.pick_device()
-    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1])
+    check(cfg, real, "the data")
+    device, numbers = data.pick_device(), real.numbers if "numbers" in cfg.told else None
+    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1],
+                                0 if numbers is None else numbers.shape[1])
+    if numbers is not None:
+        model.numbers.fit(numbers)
+        numbers = numbers.to(device)
     diffusion, model = diffusion.to(device), model.to(device)
     ema = copy.deepcopy(model).eval()
-    generator = Generator(diffusion, ema, real.classes, cfg)
+    generator = Generator(diffusion, ema, real.classes, cfg, real.images.shape[1])
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
     identity = dict(config=settings, classes=real.classes, names=real.names, images=real.digest,
-                    channels=real.images.shape[1])
+                    channels=real.images.shape[1], numbers=0 if numbers is None else numbers.shape[1])
     saved = data.resume(path, "generator", identity, parts) or dict(step=0, log=[])
     start, log = saved["step"], saved["log"]
 
@@ -129,9 +199,13 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     for step in data.progress(range(start, cfg.steps), title, cfg.steps, initial=start):
         g = data.rng(cfg.seed, step, device=device)
         index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
-        x0, _ = augment(data.to_float(images[index]), None, g)
+        x, _ = augment(data.to_float(images[index]), None, g)
+        x0, hint = divide(x, cfg.told)
+        cond = Condition(labels[index], None if numbers is None else numbers[index], hint)
+        if cfg.told:
+            cond = cond.hide_each(cfg.drop, g)
         with data.autocast(device):
-            loss, t = diffusion.loss(model, x0, Condition(labels[index]), cfg.drop, g, part)
+            loss, t = diffusion.loss(model, x0, cond, cfg.drop, g, part)
         data.descend(model, optimizer, loss.sum() / cfg.batch, step, cfg)
         update_ema(ema, model, min(cfg.ema, (1 + step) / (10 + step)))    # early, forget the start faster
         quarters.index_add_(1, t * 4 // cfg.timesteps, torch.stack([loss.detach(), torch.ones_like(loss)]))
@@ -140,11 +214,11 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
             log.append(log_row(step + 1, data.total(quarters)))
             quarters.zero_()
             if path:
-                save(generator, Path(path), identity, parts, log, look)
+                save(generator, Path(path), identity, parts, log, real, look)
     return generator
 
 
-def save(generator, path, identity, parts, log, look):
+def save(generator, path, identity, parts, log, real, look):
     """Write the checkpoint, the log as a table, and with look > 0 a grid with a row of images per class."""
     step, cfg = log[-1][0], generator.config
     if data.rank() == 0:
@@ -152,7 +226,8 @@ def save(generator, path, identity, parts, log, look):
         data.save_csv(path.with_suffix(".csv"), ["step", "loss", "t_1", "t_2", "t_3", "t_4"], log)
     if look:
         y = torch.arange(len(generator.classes)).repeat_interleave(look)
-        images = generate(generator, y, seed=0, calls=min(12, cfg.timesteps))          # by all processes
+        like = real[torch.arange(len(y)) % len(real)] if cfg.told else None
+        images = generate(generator, y, 0, min(12, cfg.timesteps), like=like)           # by all processes
         if data.rank() == 0:
             grid = data.grid(images, look, zoom=max(1, 64 // cfg.size))
             data.save_picture(grid, path.with_name(f"samples-{step:06d}.png"))
@@ -173,10 +248,10 @@ def load_generator(path):
     """Read the Generator of a checkpoint. Raises Problem if the file is none."""
     saved = data.load_checkpoint(path, "generator")
     cfg = Config(**saved["config"])
-    diffusion, model = networks(cfg, len(saved["classes"]), saved["channels"])
+    diffusion, model = networks(cfg, len(saved["classes"]), saved["channels"], saved["numbers"])
     model.load_state_dict(saved["ema"])
     device = data.pick_device()
-    return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg)
+    return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg, saved["channels"])
 
 
 def noise_of(seeds, shape, device="cpu"):
@@ -188,47 +263,87 @@ def noise_of(seeds, shape, device="cpu"):
     return lambda: torch.stack([torch.randn(shape, generator=g, device=device) for g in generators])
 
 
-def generate(generator, y, seed, calls=12, w=1.5, batch=256, title="images"):
-    """Make images of the classes y (N,) int64: uint8 (N, C, H, W) on the CPU.
+def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=None, batch=256,
+             title="images"):
+    """Make images of the classes y (N,) int64, -1: not told. -> uint8 (N, C, H, W) on the CPU.
 
+    like: Scenes of N real images, for what else the generator is told. start: at which share of the chain, in
+    0..1, to begin, at like with the noise of it. paint: what to paint anew of like, (N, 1, H, W) bool.
     Image k follows from (seed, k), whatever the batch and the number of processes. Each process makes its
     part, and all get all of them.
     """
     diffusion, model, cfg = generator.diffusion, generator.model, generator.config
+    assert like is not None or not (cfg.told or start or paint is not None), "like what?"
     device = diffusion.signal.device
     shape = (model.channels, cfg.size, cfg.size)
     images = torch.zeros(len(y), *shape, dtype=torch.uint8, device=device)
-    part = data.share(len(y))
+    part, how = data.share(len(y)), dict(steps=calls, w=w, order=1 if paint is not None else 2)
     for first in data.progress(range(part.start, part.stop, batch), title):
-        last = min(first + batch, part.stop)
-        noise = noise_of([(seed * 1_000_003 + k) % 2**32 for k in range(first, last)], shape, device)
-        cond = Condition(y[first:last].to(device))
+        these = slice(first, min(first + batch, part.stop))
+        seeds = [(seed * 1_000_003 + k) % 2**32 for k in range(these.start, these.stop)]
+        noise = noise_of(seeds, shape, device)
+        cond = Condition(y[these].to(device))
+        if like is not None:
+            x0, cond.hint = divide(data.to_float(like.images[these]).to(device), cfg.told)
+            if "numbers" in cfg.told:
+                cond.numbers = like.numbers[these].to(device)
+            if start:
+                how["start"] = x0, round(start * (cfg.timesteps - 1))
+            if paint is not None:
+                how["known"] = x0, ~paint[these].to(device)
         with data.autocast(device):
-            images[first:last] = data.to_uint8(diffusion.sample(model, cond, noise, calls, w=w))
+            images[these] = data.to_uint8(diffusion.sample(model, cond, noise, **how))
     return data.total(images).cpu()                      # zeros stand where the others' images go
 
 
 # ---- the script
 
+def read_like(cfg, generator):
+    """Read what --like names, with the size and channels that the generator knows. -> Scenes or None."""
+    size, told = generator.config.size, generator.config.told
+    if not cfg.like:
+        if told or cfg.start or cfg.paint:
+            what = ", ".join(told) or "where to start"
+            raise Problem(f"--like is missing: {cfg.sample} must be told {what}")
+        return None
+    if data.is_xbd(cfg.like):
+        like = data.read_xbd(cfg.like, size, pre=generator.channels >= 6, mask=generator.channels % 3 == 1)
+    else:
+        like = data.read_pictures(cfg.like, size)
+    check(generator.config, like, cfg.like)
+    if like.images.shape[1] != generator.channels:
+        raise Problem(f"--like {cfg.like}: images of {like.images.shape[1]} channels, and {cfg.sample} knows "
+                      f"{generator.channels}; give an xBD tree for one that was trained on xBD")
+    return like
+
+
 def sample(cfg):
     """Write images of a checkpoint as a tree with a folder per class, and a grid of them."""
     generator = load_generator(cfg.sample)
+    known = dict(zip([*generator.classes, "any"], [*range(len(generator.classes)), -1], strict=True))
     names = cfg.classes.split(",") if cfg.classes else generator.classes
-    if unknown := set(names) - set(generator.classes):
+    if unknown := set(names) - set(known):
         raise Problem(f"{cfg.sample} knows no class {', '.join(sorted(unknown))}; "
-                      f"it knows {', '.join(generator.classes)}")
-    y = torch.tensor([generator.classes.index(name) for name in names]).repeat_interleave(cfg.count)
+                      f"it knows {', '.join(generator.classes)}, and any")
     if not 1 <= cfg.calls <= generator.config.timesteps:
         raise Problem(f"--calls {cfg.calls}: {cfg.sample} has a chain of {generator.config.timesteps} steps")
     if full := [name for name in names if any((Path(cfg.out) / name).glob("*.png"))]:
         raise Problem(f"{cfg.out} holds pictures of {full[0]} already: give another --out, or remove them")
-    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w)
+    like, paint = read_like(cfg, generator), None
+    each = cfg.count * len(like or [0])                                  # images of a class
+    y = torch.tensor([known[name] for name in names]).repeat_interleave(each)
+    if like:
+        like = like[torch.arange(len(like)).repeat_interleave(cfg.count).repeat(len(names))]
+    if cfg.paint:
+        hole = torch.from_numpy(data.decode(cfg.paint, generator.config.size))
+        paint = (hole.float().mean(0) > 127).expand(len(y), 1, -1, -1)
+    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint)
     if data.rank():
         return
     for k, image in enumerate(images):
-        name = generator.classes[y[k]]
-        data.save_picture(data.picture(image), Path(cfg.out) / name / f"{name}_{k % cfg.count + 1:05d}.png")
-    data.save_picture(data.grid(images, cfg.count), Path(cfg.out) / "grid.png")
+        name = names[k // each]
+        data.save_picture(data.picture(image), Path(cfg.out) / name / f"{name}_{k % each + 1:05d}.png")
+    data.save_picture(data.grid(images, min(each, 16)), Path(cfg.out) / "grid.png")
     print(f"{len(images)} images of {len(names)} classes in {cfg.out}, all of them in {cfg.out}/grid.png")
 
 
@@ -236,7 +351,10 @@ def main(cfg):
     """Train on the training split of a tree, or make images with a checkpoint."""
     if cfg.sample:
         return sample(cfg)
-    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
+    if data.is_xbd(cfg.data):
+        scenes = data.read_xbd(cfg.data, cfg.size, pre="pre" in cfg.told, mask="mask" in cfg.told)
+    else:
+        scenes = data.read_folder(cfg.data, cfg.size, cfg.skip_broken)
     index = data.split(scenes, cfg.data)["train"]
     if cfg.per_class:
         index = data.subset(scenes, index, cfg.per_class, cfg.seed)

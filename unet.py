@@ -3,7 +3,7 @@
 Letters: B batch, C image channels, H W image sides, D width of the embedding, K classes.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +15,44 @@ from vit import Attention, zero
 
 @dataclass
 class Condition:
-    """What the generator is told of each image; nothing where y is -1, the null condition of guidance."""
-    y: torch.Tensor                                                      # (B,) int64: class 0 .. K - 1, or -1
+    """Everything a generator can be told of each image. What is not told is -1 in y and nan elsewhere.
 
-    def __getitem__(self, part):
-        """Of the images in part, a slice or (M,) int64."""
-        return Condition(y=self.y[part])
+    y: (B,) int64, class 0 .. K - 1; numbers: (B, M), metadata; hint: (B, J, H, W), pixels beside the image.
+    A part that the generator does not know is None.
+    """
+    y: torch.Tensor
+    numbers: torch.Tensor | None = None
+    hint: torch.Tensor | None = None
+
+    def each(self, change):
+        """Return the Condition whose parts are change(part)."""
+        parts = [getattr(self, f.name) for f in fields(self)]
+        return Condition(*(None if part is None else change(part) for part in parts))
+
+    def __getitem__(self, index):
+        """Select the images of index, a slice or (M,) int64."""
+        return self.each(lambda part: part[index])
 
     def hide(self, mask):
-        """The same without what is said of the images in mask, (B,) bool."""
-        return Condition(y=torch.where(mask, -1, self.y))
+        """Tell nothing of the images in mask, (B,) bool."""
+        return self.each(lambda part: torch.where(mask.view(-1, *[1] * (part.ndim - 1)), nothing(part), part))
+
+    def hide_each(self, share, generator=None):
+        """Hide each part, and each of the numbers, of a share of the images: any may then be missing."""
+        def hide(part):
+            shape = part.shape[:2] if part.ndim == 2 else part.shape[:1]
+            mask = torch.rand(shape, device=part.device, generator=generator) < share
+            return torch.where(mask.view(*shape, *[1] * (part.ndim - len(shape))), nothing(part), part)
+        return self.each(hide)
 
     def and_null(self):
-        """The condition, then as many rows that say nothing: (2 B,)."""
-        return Condition(y=torch.cat([self.y, torch.full_like(self.y, -1)]))
+        """Append as many rows that tell nothing, (2 B,): the null condition of guidance."""
+        return self.each(lambda part: torch.cat([part, nothing(part).expand_as(part)]))
+
+
+def nothing(part):
+    """The value that says of a part of a Condition that it is not told."""
+    return torch.full((), math.nan if part.is_floating_point() else -1, dtype=part.dtype, device=part.device)
 
 
 def timestep_embedding(t, dim):
@@ -39,6 +63,34 @@ def timestep_embedding(t, dim):
     omega = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Numbers(nn.Module):
+    """Metadata (B, M), nan where it is not told, to an embedding (B, D): DiffusionSat, section 3.1.
+
+    Sinusoids of each number, which is scaled to 0 .. 1000 over the training images, then two layers. A number
+    that is not told has sinusoids of its own, which are learned. (Khanna et al. 2024, 2312.03606.)
+    """
+
+    def __init__(self, M, width, D):
+        super().__init__()
+        self.register_buffer("least", torch.zeros(M))
+        self.register_buffer("most", torch.ones(M))                    # see fit()
+        self.untold = nn.Parameter(torch.randn(M, width))
+        self.layers = nn.Sequential(nn.Linear(M * width, D), nn.SiLU(), nn.Linear(D, D))
+
+    def fit(self, numbers):
+        """Take the range of each number from the training images, (N, M)."""
+        told = ~numbers.isnan()
+        self.least.copy_(torch.where(told, numbers, math.inf).amin(0))
+        self.most.copy_(torch.where(told, numbers, -math.inf).amax(0))
+
+    def forward(self, numbers):
+        M, width = self.untold.shape
+        scaled = 1000 * (numbers - self.least) / (self.most - self.least).clamp(min=1e-9)
+        waves = timestep_embedding(scaled.nan_to_num().flatten(), width).view(-1, M, width)
+        waves = torch.where(numbers.isnan()[..., None], self.untold, waves)
+        return self.layers(waves.flatten(1))
 
 
 class Norm(nn.GroupNorm):
@@ -101,17 +153,19 @@ class UNet(nn.Module):
     mults are the widths of the resolutions in units of `width`, each half as fine as the one before;
     attention at all but the finest. With patch > 1, squares of patch x patch pixels are folded into channels
     first and unfolded at the end: at patch = 2 a quarter of the work, which makes 32 px feasible on a CPU.
+    A hint is stacked onto x, with one channel more that says whether it is told; numbers join the embedding.
     """
 
-    def __init__(self, classes, channels=3, width=64, mults=(1, 2, 4), blocks=2, patch=1):
+    def __init__(self, classes, channels=3, width=64, mults=(1, 2, 4), blocks=2, patch=1, hint=0, numbers=0):
         super().__init__()
         if width % 8:
             raise ValueError(f"the U-Net's width must be divisible by 8, for its norms, and {width} is not")
-        self.classes, self.channels, self.width, self.patch = classes, channels, width, patch
+        self.classes, self.channels, self.width, self.patch, self.hint = classes, channels, width, patch, hint
         D, last = 4 * width, len(mults) - 1
         self.time = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
         self.label = nn.Embedding(classes + 1, D)                 # the last row stands for y = -1, "not told"
-        self.stem = nn.Conv2d(channels * patch**2, width, 3, padding=1)
+        self.numbers = Numbers(numbers, width, D) if numbers else None
+        self.stem = nn.Conv2d((channels + hint + (hint > 0)) * patch**2, width, 3, padding=1)
 
         c, skips = width, []                                # skips: their channels; in forward, their tensors
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -141,6 +195,11 @@ class UNet(nn.Module):
         p = self.patch
         y = torch.where(cond.y < 0, self.classes, cond.y)
         emb = self.time(timestep_embedding(t, self.width)) + self.label(y)           # (B, D)
+        if self.numbers:
+            emb = emb + self.numbers(cond.numbers)
+        if self.hint:
+            told = 1.0 - cond.hint[:, :1].isnan().to(x.dtype)                        # (B, 1, H, W)
+            x = torch.cat([x, cond.hint.nan_to_num(0.0), told], dim=1)               # (B, C + J + 1, H, W)
 
         h = self.stem(rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p))    # (B, width, H/p, W/p)
         skips = []
