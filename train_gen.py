@@ -113,19 +113,21 @@ def divide(x, told):
 
     C is 3, RGB; 4 with the mask of a building; 6 with the picture from before the disaster; 7 with both.
     """
-    C = x.shape[1]
-    before, mask = [3, 4, 5] * (C >= 6), [C - 1] * (C % 3)
-    made = [0, 1, 2] + before * ("pre" not in told) + mask * ("mask" not in told)
-    hints = {"pre": lambda: x[:, before], "mask": lambda: x[:, mask],
-             "lowres": lambda: lowres(x[:, :3]), "edges": lambda: edges(x[:, :3])}
+    x0 = x
+    if "mask" in told:
+        x0, mask = x0[:, :-1], x0[:, -1:]
+    if "pre" in told:
+        x0, pre = torch.cat([x0[:, :3], x0[:, 6:]], 1), x0[:, 3:6]
+    hints = {"pre": lambda: pre, "mask": lambda: mask, "lowres": lambda: lowres(x[:, :3]),
+             "edges": lambda: edges(x[:, :3])}
     parts = [hint() for name, hint in hints.items() if name in told]
-    return x[:, made], torch.cat(parts, 1) if parts else None
+    return x0, torch.cat(parts, 1) if parts else None
 
 
 def check(cfg, scenes, where):
     """Raise Problem if scenes lack what --given names."""
     C = scenes.images.shape[1]
-    lacking = {"pre": C < 6, "mask": C % 3 == 0, "numbers": scenes.numbers is None}
+    lacking = {"pre": C < 6, "mask": C not in (4, 7), "numbers": scenes.numbers is None}
     if missing := [name for name in cfg.told if lacking.get(name)]:
         raise Problem(f"--given {', '.join(missing)}: {where} has none; pre and mask are those of an xBD "
                       "tree, numbers those of xBD and of a folder with a numbers.csv")
@@ -307,7 +309,7 @@ def read_like(cfg, generator):
             raise Problem(f"--like is missing: {cfg.sample} must be told {what}")
         return None
     if data.is_xbd(cfg.like):
-        like = data.read_xbd(cfg.like, size, pre=generator.channels >= 6, mask=generator.channels % 3 == 1)
+        like = data.read_xbd(cfg.like, size, pre=generator.channels >= 6, mask=generator.channels in (4, 7))
     else:
         like = data.read_pictures(cfg.like, size)
     check(generator.config, like, cfg.like)

@@ -497,3 +497,74 @@ def test_the_toy_learns_its_spiral():
     data = ddpm.spiral(4000).flatten(1)
     far = [torch.cdist(x.flatten(1), data).amin(1).mean() for x in (stages[0], samples)]
     assert len(stages) == 12 and far[1] < 0.08 < 0.4 < far[0]
+
+
+# ---- a start, and a known region
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
+def test_a_start_goes_on_as_the_flow_of_a_gaussian_does(share):
+    """Of N(m, s^2) it takes x_t to m + s (x_t - signal m) / sqrt(signal^2 s^2 + noise^2)."""
+    diffusion, m, s, t = Diffusion(1000), 0.2, 0.3, round(999 * share)
+    model = Exact(diffusion, torch.full((1, 4), m, dtype=torch.float64), s)
+    x0, y = gaussian(50, 1, 2, 2), Condition(torch.zeros(50, dtype=torch.long))
+    out = diffusion.sample(model, y, source(50, 1, 2, 2), steps=200, clip=False, start=(x0, t))
+    t = diffusion.levels(200)[diffusion.levels(200) <= t][0]                 # the first level of the plan
+    signal, noise = diffusion.abar[t].sqrt(), (1 - diffusion.abar[t]).sqrt()
+    x = signal * x0 + noise * source(50, 1, 2, 2)()
+    expected = m + s * (x - signal * m) / (signal**2 * s**2 + noise**2).sqrt()
+    assert_close(out, expected, rtol=0, atol=5e-3)
+
+
+def test_a_start_at_the_end_of_the_chain_is_none_and_one_before_the_last_step_is_told():
+    diffusion, y = Diffusion(1000), Condition(torch.zeros(2, dtype=torch.long))
+    model, x0 = Exact(diffusion, torch.full((1, 4), 0.2, dtype=torch.float64), 0.3), gaussian(2, 1, 2, 2)
+    plain = diffusion.sample(model, y, source(2, 1, 2, 2), steps=8)
+    assert_close(diffusion.sample(model, y, source(2, 1, 2, 2), steps=8, start=(x0, 999)), plain, atol=1e-3,
+                 rtol=0)
+    with pytest.raises(ValueError, match="at t = 3 or below"):
+        diffusion.sample(model, y, source(2, 1, 2, 2), steps=8, start=(x0, 3))
+
+
+class Correlated(nn.Module):
+    """The perfect network for images of two pixels from N(0, C)."""
+
+    def __init__(self, diffusion, C):
+        super().__init__()
+        self.diffusion, self.C = diffusion, C
+        self.eval()
+
+    def forward(self, x, t, cond=None):
+        abar = self.diffusion.abar[t][0]
+        gain = abar.sqrt() * self.C @ torch.linalg.inv(abar * self.C + (1 - abar) * torch.eye(2).double())
+        x0 = (x.flatten(1) @ gain.T).view_as(x)
+        return abar.sqrt() / (1 - abar).sqrt() * x - x0 / (1 - abar).sqrt()             # v, of x and x0
+
+
+def test_a_painted_pixel_agrees_with_a_known_one_the_more_rounds_the_more():
+    """Of two pixels that correlate by .9 one is known: the other should be .9 of it on average, std .436."""
+    C = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+    diffusion, y = Diffusion(1000), Condition(torch.zeros(4000, dtype=torch.long))
+    model, x0 = Correlated(diffusion, C), gaussian(4000, 1, 1, 2)
+    mask, slopes, spreads = torch.tensor([True, False]).expand(4000, 1, 1, 2), [], []
+    for rounds in (1, 5, 20):
+        out = diffusion.sample(model, y, source(4000, 1, 1, 2, seed=1), steps=40, order=1, clip=False,
+                               known=(x0, mask), rounds=rounds)
+        assert (out[mask] == x0[mask]).all()                                 # exactly
+        known, painted = out.flatten(1).T
+        slopes.append(((known @ painted) / (known @ known)).item())
+        spreads.append((painted - slopes[-1] * known).std().item())
+    assert slopes[0] < 0.5 and slopes[1] > 0.75 and slopes[2] == pytest.approx(0.9, abs=0.05)
+    assert spreads[0] > 0.6 and spreads[2] == pytest.approx(0.436, abs=0.05)
+
+
+def test_between_rounds_x_goes_back_to_the_noise_that_it_had():
+    diffusion = Diffusion(1000)
+    _, rows, _ = diffusion.plan(10, order=1)
+    x, mask = torch.full((20_000, 1, 1, 1), 0.5).double(), torch.zeros(20_000, 1, 1, 1)
+    for k in (3, 9):
+        signal, noise = rows[k, :2]
+        after = rows[k + 1, :2] if k < 9 else torch.tensor([1.0, 0.0])
+        start = after[0] * x + after[1] * gaussian(20_000, 1, 1, 1, seed=5)  # q(x_s | x0 = .5)
+        back = diffusion.keep(start, x, mask, rows, k, source(20_000, 1, 1, 1), back=True)
+        assert back.mean() == pytest.approx(0.5 * signal.item(), abs=0.02)
+        assert back.std() == pytest.approx(noise.item(), abs=0.02)           # is q(x_t | x0 = .5)

@@ -1,5 +1,7 @@
 """unet.py: what goes in decides what comes out, nothing is built in vain, any channels and sides."""
 import copy
+from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -115,3 +117,83 @@ def test_norms_keep_the_precision_of_their_input_and_are_group_norm():
     assert half.dtype == torch.bfloat16
     assert_close(half.float(), plain, rtol=0, atol=0.05)
     assert_close(norm(x), plain)
+
+
+# ---- numbers and hints
+
+def told(B=3):
+    """A U-Net that is told three numbers and a hint of two channels, and inputs for it."""
+    model, (x, t, cond) = awake(hint=2, numbers=3), inputs(B)
+    model.numbers.fit(torch.tensor([[0.0, -5, 10], [1, 5, 20]]))
+    cond.numbers = torch.rand(B, 3) * torch.tensor([1.0, 10, 10]) + torch.tensor([0.0, -5, 10])
+    cond.hint = torch.rand(B, 2, 16, 16)
+    return model, x, t, cond
+
+
+@pytest.mark.parametrize("part", ["y", "numbers", "hint"])
+def test_each_part_of_a_condition_changes_the_answer_and_hidden_it_leaves_no_trace(part):
+    model, x, t, cond = told()
+    base, value = model(x, t, cond), getattr(cond, part)
+    other = replace(cond, **{part: (value + 1) % 3 if part == "y" else 0.5 * value + 0.2})
+    assert ((model(x, t, other) - base).abs().amax((1, 2, 3)) > 1e-4).all()
+    everyone = torch.tensor([True, True, True])
+    assert_close(model(x, t, other.hide(everyone)), model(x, t, cond.hide(everyone)))
+    assert (model(x, t, cond.hide(everyone)) - base).abs().max() > 1e-4
+
+
+def test_each_number_alone_may_be_missing():
+    model, x, t, cond = told()
+    base = model(x, t, cond)
+    answers = [base]
+    for k in range(3):
+        less = cond.numbers.clone()
+        less[:, k] = float("nan")
+        answers.append(model(x, t, replace(cond, numbers=less)))
+        assert answers[-1].isfinite().all()
+    for a, b in combinations(answers, 2):
+        assert (a - b).abs().max() > 1e-4
+
+
+def test_a_hint_that_is_not_told_differs_from_one_of_grey():
+    model, x, t, cond = told()
+    grey, hidden = replace(cond, hint=0 * cond.hint), replace(cond, hint=float("nan") * cond.hint)
+    assert (model(x, t, grey) - model(x, t, hidden)).abs().max() > 1e-4
+
+
+def test_numbers_are_scaled_to_the_range_of_the_training_images():
+    numbers = unet.Numbers(2, 8, 16)
+    numbers.fit(torch.tensor([[0.0, 3], [float("nan"), 1], [5, 2]]))
+    assert numbers.least.tolist() == [0, 1] and numbers.most.tolist() == [5, 3]
+    seen = []
+    numbers.layers = nn.Sequential(nn.Identity())
+    numbers.layers.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    numbers(torch.tensor([[2.5, float("nan")]]))
+    assert_close(seen[0][0, :8], timestep_embedding(torch.tensor([500.0]), 8)[0])
+    assert_close(seen[0][0, 8:], numbers.untold[1].detach())
+
+
+def test_every_part_is_sliced_hidden_and_followed_by_nothing_alike():
+    _, _, _, cond = told()
+    for index in (slice(1, 3), torch.tensor([1, 2])):
+        part = cond[index]
+        assert_close((part.y, part.numbers, part.hint), (cond.y[1:], cond.numbers[1:], cond.hint[1:]))
+    hidden = cond.hide(torch.tensor([False, True, False]))
+    assert hidden.y.tolist() == [0, -1, 2]
+    for a, b in ((hidden.numbers, cond.numbers), (hidden.hint, cond.hint)):
+        assert a[1].isnan().all() and (a[[0, 2]] == b[[0, 2]]).all()
+    both = cond.and_null()
+    assert both.y.tolist() == [0, 1, 2, -1, -1, -1] and both.numbers[3:].isnan().all()
+    assert (both.hint[:3] == cond.hint).all() and both.hint[3:].isnan().all()
+    assert Condition(cond.y).and_null().hint is None
+
+
+def test_each_part_and_each_number_is_hidden_alone():
+    cond = Condition(torch.zeros(4000, dtype=torch.long), torch.zeros(4000, 3), torch.zeros(4000, 2, 1, 1))
+    hidden = cond.hide_each(0.2, torch.Generator().manual_seed(0))
+    gone = torch.cat([(hidden.y < 0)[:, None], hidden.numbers.isnan(), hidden.hint.isnan().flatten(1)], 1)
+    gone = gone.double()
+    assert_close(gone.mean(0), torch.full((6,), 0.2).double(), atol=0.03, rtol=0)
+    together = torch.corrcoef(gone.T)
+    assert together[4, 5] == pytest.approx(1)                                # the channels of a hint
+    together[4, 5] = together[5, 4] = 0
+    assert (together - torch.eye(6)).abs().max() < 0.06
