@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import cached_property
+from itertools import product
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from time import sleep
@@ -827,226 +828,189 @@ def survey_xbd(root):
     return dict(tiles=len(tiles), polygons=polygons, events=events, pairs=pairs, gaps=gaps), lines
 
 
-# ---- drawn scenes: a stand-in for RESISC45 where there are no data
+# ---- drawn pictures: a stand-in for RESISC45 and xBD where there are no data
 
-# Muted colours; each use picks one and moves it a little. A fourth number makes a colour translucent.
+# Muted colours, in families: each use picks one and shifts it a little. A fourth number is its opacity.
 LAND = [(90, 108, 62), (142, 128, 88), (114, 94, 72), (66, 84, 50), (156, 146, 122), (124, 130, 76)]
-WATER, SAND = [(36, 64, 80), (60, 82, 68), (64, 108, 118)], [(200, 183, 146), (174, 156, 124)]
-PAVING = [(82, 82, 84), (122, 120, 116), (166, 162, 150)]
-ROOFS = [(150, 96, 76), (166, 122, 98), (122, 114, 108), (94, 90, 90), (188, 180, 168), (132, 104, 86)]
-CROWNS = [(54, 76, 38), (70, 88, 46), (40, 62, 40), (50, 70, 46), (90, 90, 44), (120, 84, 48), (92, 88, 68)]
-CARS = [(214, 214, 210), (46, 48, 54), (130, 60, 54)]
-LIDS = [(204, 204, 200), (176, 176, 172), (160, 154, 144)]
-WHITE, FOAM = [(224, 220, 208)], [(238, 240, 234, 200)]
-SHADE, LIT, PALE, DARK = [(10, 12, 26, 120)], [(236, 240, 190, 50)], [(160, 180, 160, 40)], [(30, 30, 10, 50)]
+WATER, FOAM = [(36, 64, 80), (60, 82, 68), (64, 108, 118)], [(238, 240, 234, 200)]
+SAND, PAVING = [(200, 183, 146), (180, 162, 128)], [(82, 82, 84), (122, 120, 116), (166, 162, 150)]
+ROOFS = [(150, 96, 76), (166, 122, 98), (122, 114, 108), (94, 90, 90), (188, 180, 168)]
+LIDS, MARKS = [(204, 204, 200), (176, 176, 172), (160, 154, 144)], [(224, 220, 208)]
+CROWNS, CARS = [(54, 76, 38), (70, 88, 46), (90, 90, 44)], [(214, 214, 210), (46, 48, 54), (130, 60, 54)]
+SHADE, LIT = [(10, 12, 26, 120)], [(236, 240, 190, 50)]
 SQUARE = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 33)), np.sin(np.linspace(0, 2 * np.pi, 33))], 1)
 
 
+def rotation(angle):
+    """Return the (2, 2) matrix that turns points (n, 2) by an angle in radians: points @ rotation(angle)."""
+    return np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
+
+
+def curve(dice, bend=0.0, level=0.0, angle=0.0, start=-3.0):
+    """Draw a line (90, 2) from u = start out of the picture, about v = level, then turned by the angle."""
+    u = np.linspace(start, 3, 90)
+    waves = [dice.normal(0, bend / k) * np.sin(k * dice.uniform(1, 2) * u + dice.uniform(0, 6))
+             for k in (1, 2, 4)]
+    return np.stack([u, level + sum(waves)], 1) @ rotation(angle)
+
+
 class Canvas:
-    """A picture at twice its final size; points (u, v) run about -1..1 along axes turned at random."""
+    """A picture of some land, at twice its final size. All chance comes from dice, a numpy Generator.
 
-    def __init__(self, rng, size):
-        self.rng, self.image = rng, Image.new("RGB", (2 * size, 2 * size))
-        self.draw = ImageDraw.Draw(self.image, "RGBA")
-        turn, sun = rng.uniform(0, 2 * np.pi), CIRCLE[rng.integers(32)]
-        a, b = np.cos(turn), np.sin(turn)
-        self.axes = size * rng.uniform(0.75, 1.25) * np.array([(a, b), (-b, a)])
-        self.origin = size * rng.uniform(0.75, 1.25, 2)
-        self.shadow = rng.uniform(0.5, 1.3) * sun  # cast by one unit of height
-        self.crowns = [CROWNS[i] for i in rng.integers(0, len(CROWNS), 3)]
-        self.paint(4 * SQUARE, LAND)
+    Points (u, v), about -1..1, are on axes turned at random: points @ axes + origin are pixels of the image.
+    """
 
-    def paint(self, points, colours, amount=8):
-        """A polygon in one of the colours."""
-        *moved, together = (self.rng.standard_normal(4) * amount).tolist() if amount else (0, 0, 0, 0)
-        red, green, blue, *alpha = colours[int(self.rng.random() * len(colours))]
-        colour = [int(c + together + m / 3) for c, m in zip((red, green, blue), moved, strict=True)]
-        points = np.asarray(points) @ self.axes + self.origin
-        self.draw.polygon(points.ravel().tolist(), (*(min(max(c, 0), 255) for c in colour), *alpha))
+    def __init__(self, dice, size, land):
+        self.dice = dice
+        self.image = Image.new("RGB", (2 * size, 2 * size))
+        self.pen = ImageDraw.Draw(self.image, "RGBA")
+        self.axes = size * dice.uniform(0.75, 1.25) * rotation(dice.uniform(0, 2 * np.pi))
+        self.origin = size * dice.uniform(0.75, 1.25, 2)
+        self.shadow = dice.uniform(0.5, 1.3) * CIRCLE[dice.integers(32)]         # cast by one unit of height
+        noise = [Image.fromarray(dice.standard_normal((n, n), np.float32)) for n in (4, 11, 37, 101)]
+        self.texture = sum(np.asarray(grid.resize((size, size), Image.BICUBIC)) / grid.width ** 0.3
+                           for grid in noise)                                    # the coarsest is strongest
+        self.paint(4 * SQUARE, land)
 
-    def solid(self, spot, outline, colours, height=0.06, top=(1, 0.5)):
-        """A house, tree or tank: its shadow, its body, and a lighter top moved towards the sun."""
-        off = (np.dot(spot, self.axes) + self.origin) / self.image.width - 0.5
-        if abs(off).max() > 0.55 + 0.7 * outline.max():  # out of sight
-            return
-        shift = np.sign(self.shadow) * outline.max(0) * (1 - np.array(top))
+    def paint(self, outline, colours, vary=8):
+        """Fill a polygon (n, 2) with one of the colours, whose brightness varies by so many grey levels."""
+        red, green, blue, *opacity = colours[self.dice.integers(len(colours))]
+        shift = vary * (self.dice.standard_normal() + self.dice.standard_normal(3) / 3)
+        colour = (shift + (red, green, blue)).clip(0, 255).astype(int).tolist()
+        points = np.asarray(outline) @ self.axes + self.origin
+        self.pen.polygon(points.ravel().tolist(), (*colour, *opacity))
+
+    def strip(self, line, half_width, colours):
+        """Paint a line (n, 2) so thick; half_width, a number or (n,), may vary along it."""
+        along = np.gradient(line, axis=0)
+        across = along[:, ::-1] * [-1, 1] / np.hypot(*along.T)[:, None]
+        side = across * np.reshape(half_width, (-1, 1))
+        self.paint(np.concatenate([line + side, (line - side)[::-1]]), colours)
+
+    def dashes(self, start, end, count, half_width, colours=MARKS, part=0.5):
+        """Paint lane marks, or cars, on the way from start to end: part of it is covered."""
+        step = np.subtract(end, start) / count
+        for k in range(count):
+            self.strip(start + np.outer([k, k + part], step), half_width, colours)
+
+    def solid(self, spot, outline, colours, height=0.06):
+        """Paint a house, tree or tank: its shadow, its body, and the part of its top that faces the sun."""
         self.paint(spot + outline + height * self.shadow, SHADE, 0)
         self.paint(spot + outline, colours)
-        self.paint(spot + outline * top - shift, LIT, 0)
+        self.paint(spot + 0.7 * outline - 0.3 * np.sign(self.shadow) * outline.max(0), LIT, 0)
 
-    def tree(self, spot, radius):
-        """A round crown."""
-        self.solid(spot, radius * CIRCLE[::3], self.crowns, radius, (0.75, 0.75))
-
-    def dashes(self, start, end, count, half_width, part=0.5, colours=WHITE):
-        """Marks, or cars, along the line from start to end."""
-        for t in np.arange(count) / count:
-            ends = np.array(start) + np.outer([t, t + part / count], np.subtract(end, start))
-            self.paint(band(ends, half_width), colours)
+    def photograph(self):
+        """Return the picture at its final size, with texture, under some light and haze: PIL RGB."""
+        pixels = np.asarray(self.image.reduce(2), np.float32)
+        pixels *= 1 + self.dice.uniform(0.03, 0.09) * self.texture[..., None]
+        pixels = 115 + self.dice.uniform(0.75, 1.2) * (pixels - 112) + self.dice.uniform(-22, 22)    # light
+        pixels += self.dice.uniform(0, 0.25) * (np.array([190, 198, 206]) - pixels)                   # haze
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def band(line, half_width):
-    """The outline of a thick curve; its half width may vary along it."""
-    along = np.gradient(line, axis=0)
-    across = along[:, ::-1] * [-1, 1] / np.hypot(*along.T)[:, None] * np.reshape(half_width, (-1, 1))
-    return np.concatenate([line + across, (line - across)[::-1]])
+def clutter(c, dice, amount):
+    """Paint what may lie anywhere: fields, houses, groups of trees."""
+    for _ in range(dice.poisson(amount)):
+        c.paint(dice.uniform(-1.2, 1.2, 2) + dice.uniform(0.25, 0.9, 2) * SQUARE, LAND)
+        c.solid(dice.uniform(-1.2, 1.2, 2), dice.uniform(0.04, 0.16, 2) * SQUARE, ROOFS)
+        for spot in dice.normal(dice.uniform(-1.2, 1.2, 2), 0.2, (dice.integers(1, 14), 2)):
+            c.solid(spot, dice.uniform(0.02, 0.07) * CIRCLE[::3], CROWNS)
 
 
-def path(rng, bend=0.0, level=0.0, angle=0.0, start=-3.0):
-    """A curve (straight where bend is 0) out of the picture, along u before it is turned by the angle."""
-    u = np.linspace(start, 3, 90)
-    v = np.full(90, float(level))
-    for k in (1, 2, 4):
-        v += rng.normal(0, bend / k) * np.sin(k * rng.uniform(1, 2) * u + rng.uniform(0, 6))
-    return np.stack([u, v], 1) @ [(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))]
+def beach(c, dice):
+    """Paint sand, water, and the waves that break."""
+    shore, sea = curve(dice, 0.16, dice.uniform(-0.4, 0.3)), [(3, 4), (-3, 4)]
+    c.paint([*(shore - [0, dice.uniform(0.15, 0.7)]), *sea], SAND)
+    c.paint([*shore, *sea], WATER)
+    for reach in np.cumsum(dice.uniform(0.03, 0.15, dice.integers(1, 4))):
+        c.strip(shore + [0, reach], dice.uniform(0.01, 0.03), FOAM)
 
 
-def clutter(c, rng, rich):
-    """What may lie anywhere: fields, tracks, groups of trees, buildings."""
-    for _ in range(rng.poisson(0.7 * rich)):
-        c.paint(rng.uniform(-1.2, 1.2, 2) + rng.uniform(0.25, 0.9, 2) * SQUARE, LAND)
-    for _ in range(rng.poisson(0.3 * rich)):
-        track = path(rng, 0, rng.uniform(-1, 1), rng.uniform(0, 6))
-        c.paint(band(track, rng.uniform(0.01, 0.05)), PAVING + SAND)
-    for _ in range(rng.poisson(1.5 * rich)):
-        for spot in rng.normal(rng.uniform(-1.2, 1.2, 2), rng.uniform(0.03, 0.3), (rng.integers(1, 14), 2)):
-            c.tree(spot, rng.uniform(0.02, 0.07))
-    for _ in range(rng.poisson(0.8 * rich)):
-        c.solid(rng.uniform(-1.2, 1.2, 2), rng.uniform(0.04, 0.16, 2) * SQUARE, ROOFS)
+def circular_farmland(c, dice):
+    """Paint round fields, each with its watering arm, on square ones."""
+    radius = dice.uniform(0.45, 0.95)
+    for cell in [(0, 0), (1, 0), (0, 1), (1, 1)][:dice.choice([1, 1, 2, 4])]:
+        middle = 2.15 * radius * np.array(cell)
+        rim = middle + radius * CIRCLE
+        c.paint(middle + 1.04 * radius * SQUARE, LAND)
+        c.paint(rim, LAND)
+        c.paint([middle, *rim[:dice.integers(2, 33)]], LAND)                     # a sector of another crop
+        c.dashes(middle, rim[dice.integers(32)], 1, 0.012, part=1)
 
 
-# The scenes: each draws the main thing of its class over the clutter.
-def beach(c, rng):
-    """Water, breaking waves, sand and the land behind."""
-    shore, beyond = path(rng, 0.16, rng.uniform(-0.4, 0.3)), [(3, 4), (-3, 4)]
-    back = shore - [0, rng.uniform(0.15, 0.7)] + path(rng, 0.06) * [0, 1]
-    c.paint([*back, *beyond], SAND)
-    c.paint([*shore, *beyond], WATER)
-    for reach in (0.06, 0.12, 0.2):  # shallow water is lighter
-        c.paint(band(shore + [0, reach], reach), PALE, 0)
-    for out in np.cumsum(rng.uniform(0.02, 0.15, rng.integers(1, 4))):  # breaking waves
-        c.paint(band(shore + [0, out], 0.006 + abs(path(rng, 0.03)[:, 1])), FOAM)
+def dense_residential(c, dice):
+    """Paint rows of houses along parallel streets."""
+    plot, block = dice.uniform(0.3, 0.45), dice.uniform(0.38, 0.5)
+    for v in 2 * block * np.arange(-2, 3):
+        c.strip(curve(dice, level=v), 0.06, PAVING)
+        for u, side in product(np.arange(-1.5, 1.5, plot), (-0.55, 0.55)):
+            half = dice.uniform((0.3 * plot, 0.25 * block), (0.46 * plot, 0.36 * block))
+            c.solid((u, v + side * block), half * SQUARE, ROOFS)
 
 
-def circular_farmland(c, rng):
-    """Round fields under their pivots, each on its square."""
-    radius = rng.uniform(0.45, 0.95)
-    for cell in [(0, 0), (1, 0), (0, 1), (1, 1), (-1, 0)][:rng.choice([1, 1, 2, 4, 5])]:
-        middle, crops = 2.15 * radius * np.array(cell), rng.permutation(LAND).tolist()
-        c.paint(middle + 1.04 * radius * SQUARE, crops[:1])
-        for i, j in [(0, 32), *np.sort(rng.integers(0, 33, (rng.integers(3), 2)))]:  # sectors of other crops
-            c.paint(middle + radius * np.array([(0, 0), *CIRCLE[i:j + 1]]), crops[1:])
-        for r in np.linspace(0, radius, rng.integers(5, 12))[1:]:  # wheel tracks
-            c.paint(band(middle + r * CIRCLE, 0.008), DARK, 0)
-        c.dashes(middle, middle + radius * CIRCLE[rng.integers(32)], 1, 0.01, 1)  # the watering arm
-
-
-def dense_residential(c, rng):
-    """Rows of houses along parallel streets, one street across."""
-    plot, block, green = rng.uniform(0.3, 0.45), rng.uniform(0.38, 0.5), rng.uniform(0, 0.5)
-    paving = [PAVING[rng.integers(3)]]
-    for v in np.arange(-2, 3) * 2 * block:
-        for u, side in [(u, side) for u in np.arange(-1.5, 1.5, plot) for side in (-0.5, 0.5)]:
-            half = rng.uniform((0.32 * plot, 0.26 * block), (0.46 * plot, 0.36 * block))
-            c.solid((u, v + side * block * rng.uniform(1, 1.2)), half * SQUARE, ROOFS)
-            if rng.random() < green:
-                c.tree((u + plot / 2, v + side * rng.uniform(0.2, 0.5)), rng.uniform(0.03, 0.07))
-        c.paint(band(path(rng, 0, v), 0.06), paving, 3)
-        c.dashes((-1.5, v + 0.035), (1.5, v + 0.035), rng.integers(1, 14), 0.016, 0.06, CARS)
-    c.paint(band(path(rng, 0, rng.uniform(-0.6, 0.6), np.pi / 2), 0.06), paving, 3)
-
-
-def forest(c, rng):
-    """Crowns, perhaps up to an edge or along a track."""
-    size, gap = rng.uniform(0.12, 0.2), rng.choice([0, 0, 0.05, 0.1])
-    edge, track = path(rng, 0.3, rng.choice([0.5, 0.9, 3, 3])), path(rng, 0.3)
+def forest(c, dice):
+    """Paint crowns beside crowns, perhaps up to an edge."""
+    size, edge = dice.uniform(0.12, 0.2), curve(dice, 0.3, dice.choice([0.5, 0.9, 3]))
     c.paint([*edge, (3, -4), (-3, -4)], [(30, 44, 24, 190)])
-    c.paint(band(track, gap), SAND + LAND)
-    for u, v in rng.uniform(-1.5, 1.5, (int(rng.uniform(2.5, 4) / size ** 2), 2)):
-        if v < np.interp(u, *edge.T) and abs(v - np.interp(u, *track.T)) >= gap * 1.4:
-            c.tree((u, v), size * rng.uniform(0.6, 1.3))
+    for u, v in dice.uniform(-1.5, 1.5, (int(3 / size ** 2), 2)):
+        if v < np.interp(u, *edge.T):
+            c.solid((u, v), size * dice.uniform(0.6, 1.3) * CIRCLE[::3], CROWNS, size)
 
 
-def intersection(c, rng):
-    """Two roads that cross, or a T, with marks and cars."""
-    paving, crossing = [PAVING[rng.integers(3)]], (rng.uniform(0.7, 2.4), rng.choice([-3, -3, 0]))  # 0: a T
-    roads = [(angle, start, rng.uniform(0.16, 0.28)) for angle, start in ((0, -3), crossing)]
+def intersection(c, dice):
+    """Paint two roads that cross, or a T, with lane marks and cars."""
+    half, paving = dice.uniform(0.16, 0.28), [PAVING[dice.integers(3)]]
+    turn, start = dice.uniform(0.7, 2.4), dice.choice([-3, -3, 0])               # 0: a T
+    roads = [curve(dice), curve(dice, angle=turn, start=start)]
     for kerb, colours in ((0.04, PAVING[1:]), (0, paving)):
-        for angle, start, half in roads:
-            c.paint(band(path(rng, 0, 0, angle, start), half + kerb), colours, 3)
-    arms = [(angle + turn, half) for angle, start, half in roads for turn in ((0, np.pi) if start else (0,))]
-    for angle, half in arms:
-        along = np.array([np.cos(angle), np.sin(angle)])
-        across = 0.85 * half * along[::-1] * [-1, 1]
-        c.dashes(0.4 * along, 2.2 * along, rng.integers(6, 14), 0.015)
-        c.dashes(0.32 * along - across, 0.32 * along + across, 5, 0.045)  # where people walk across
-        c.dashes(0.5 * across, 2 * along + 0.5 * across, rng.integers(3, 14), 0.022, 0.05, CARS)
+        for road in roads:
+            c.strip(road, half + kerb, colours)
+    for road, angle in zip(roads, (0, turn), strict=True):
+        lane = half / 2 * rotation(angle)[1]
+        c.dashes(road[0], road[-1], 24, 0.015)
+        c.dashes(road[0] + lane, road[-1] + lane, dice.integers(8, 20), 0.03, CARS, 0.2)
 
 
-def river(c, rng):
-    """A winding band of water between its banks, perhaps with a bridge."""
-    line = path(rng, rng.uniform(0.15, 0.36))
-    half = rng.uniform(0.12, 0.27) * (1 + 0.35 * np.sin(rng.uniform(1, 3) * line[:, 0] + rng.uniform(0, 6)))
-    c.paint(band(line, half + rng.uniform(0.01, 0.14)), LAND + SAND)
-    c.paint(band(line, half), WATER)
-    for i in rng.integers(0, len(line), rng.integers(0, 60)):  # trees on the banks
-        bank = rng.choice([-1, 1]) * (half[i] + rng.uniform(0.03, 0.2))
-        c.tree(line[i] + [0, bank], rng.uniform(0.03, 0.07))
-    if rng.random() < 0.25:  # a bridge
-        c.paint(band(path(rng, 0, rng.uniform(-0.7, 0.7), rng.uniform(1, 2)), 0.05), PAVING)
+def river(c, dice):
+    """Paint a winding band of water between its banks."""
+    line = curve(dice, dice.uniform(0.15, 0.36))
+    half = dice.uniform(0.12, 0.27) * (1 + 0.35 * np.sin(dice.uniform(1, 3) * line[:, 0]))
+    c.strip(line, half + dice.uniform(0.01, 0.14), LAND + SAND)
+    c.strip(line, half, WATER)
 
 
-def runway(c, rng):
-    """A marked strip in mown grass, perhaps with its end and a taxiway."""
-    half, end, paving = rng.uniform(0.16, 0.3), rng.choice([-3, -1, -0.6]), [PAVING[rng.integers(3)]]
-    c.paint(band(path(rng), half + rng.uniform(0.15, 0.4)), LAND)
-    if rng.random() < 0.5:  # a taxiway and the link to it
-        c.paint(band(path(rng, 0, half + 0.4), 0.08), paving, 3)
-        c.paint(band(np.array([(0.4, 0), (rng.uniform(-0.3, 0.8), half + 0.4)]), 0.07), paving, 3)
-    c.paint(band(path(rng, start=end - 0.1), half), paving, 3)
-    for v in (-0.9 * half, 0.9 * half):
-        c.dashes((end, v), (3, v), 1, 0.014, 1)
+def runway(c, dice):
+    """Paint a marked strip in mown grass, perhaps with its end."""
+    half, end = dice.uniform(0.16, 0.3), dice.choice([-3, -1, -0.6])
+    c.strip(curve(dice), half + dice.uniform(0.15, 0.4), LAND)
+    c.strip(curve(dice, start=end - 0.1), half, PAVING)
     c.dashes((end + 0.4, 0), (3, 0), 9, 0.022)
-    c.dashes((end + 0.18, -0.8 * half), (end + 0.18, 0.8 * half), 7, 0.12)  # the threshold
+    c.dashes((end + 0.2, -0.8 * half), (end + 0.2, 0.8 * half), 7, 0.12)         # the threshold
+    for v in (-0.9 * half, 0.9 * half):
+        c.dashes((end, v), (3, v), 1, 0.014, part=1)
 
 
-def storage_tank(c, rng):
-    """One to nine round tanks in rows."""
-    n, lid, top = rng.integers(1, 4), [LIDS[rng.integers(3)]], rng.uniform(0.8, 0.97)
-    radius = rng.uniform(0.55, 0.8) / n
-    pitch = radius * rng.uniform(2.2, 2.7)
+def storage_tank(c, dice):
+    """Paint one, four or nine round tanks in rows."""
+    n, lid = dice.integers(1, 4), [LIDS[dice.integers(3)]]
+    radius = dice.uniform(0.55, 0.8) / n
+    pitch = radius * dice.uniform(2.2, 2.7)
     c.paint(n * pitch * 0.54 * SQUARE, PAVING + LAND + SAND)
     for cell in np.ndindex(n, n):
-        if rng.random() < 0.85 or n == 1:
-            c.solid((np.array(cell) - (n - 1) / 2) * pitch, radius * CIRCLE, lid, 0.4 * radius, (top, top))
+        c.solid((np.array(cell) - (n - 1) / 2) * pitch, radius * CIRCLE, lid, 0.4 * radius)
 
 
-SCENES = {"beach": beach, "circular_farmland": circular_farmland, "dense_residential": dense_residential,
-          "forest": forest, "intersection": intersection, "river": river, "runway": runway,
-          "storage_tank": storage_tank}
+SCENES = {paint.__name__: paint for paint in (beach, circular_farmland, dense_residential, forest,
+                                              intersection, river, runway, storage_tank)}
 
 
-def noise(rng, size):
-    """A natural texture: noise of four scales, the coarse the strongest; about -1..1."""
-    grids = [Image.fromarray(rng.standard_normal((n, n), np.float32)) for n in (4, 11, 37, 101)]
-    return sum(np.asarray(g.resize((size, size), Image.BICUBIC)) / g.width ** 0.3 for g in grids)[..., None]
-
-
-def draw_scene(name, rng, size=128):
-    """One RGB scene; all chance comes from `rng`."""
-    canvas = Canvas(rng, size)
-    clutter(canvas, rng, {"intersection": 2, "dense_residential": 0, "forest": 0}.get(name, 1))
-    SCENES[name](canvas, rng)
-    pixels = np.asarray(canvas.image.reduce(2), np.float32)
-    ground = noise(rng, size)
-    pixels *= 1 + rng.uniform(0.03, 0.09) * ground
-    pixels += rng.uniform(0, 10) * ground[::-1] * (0.8, 0.2, -0.8)                   # dry and lush places
-    grey = pixels.mean(2, keepdims=True)
-    pixels = grey + rng.uniform(0.6, 1.1) * (pixels - grey)                          # season
-    pixels = 115 + rng.uniform(0.75, 1.2) * (pixels - 110) + rng.uniform(-25, 30)    # light
-    pixels += rng.uniform(0, 0.25) * (np.array([190, 198, 206]) - pixels)            # haze
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+def draw_scene(name, dice, size=128):
+    """Draw one scene of a class of SCENES, PIL RGB; all chance comes from dice, a numpy Generator."""
+    c = Canvas(dice, size, LAND)
+    clutter(c, dice, {"dense_residential": 0, "forest": 0}.get(name, 1))
+    SCENES[name](c, dice)
+    return c.photograph()
 
 
 def draw_tree(root, per_class, seed=0, size=128):
@@ -1054,147 +1018,93 @@ def draw_tree(root, per_class, seed=0, size=128):
 
     Scene k follows from (seed, class, k).
     """
-    wanted = [(name, k, Path(root) / name / f"{name}_{k:03d}.jpg")
-              for name in SCENES for k in range(1, per_class + 1)]
-    missing = [(name, k, path) for name, k, path in wanted if not path.exists()]
-    for name, k, path in progress(missing, "drawing scenes"):
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode()), k])
-        save_picture(draw_scene(name, rng, size), path, quality=90)
+    for name, k in progress([*product(SCENES, range(1, per_class + 1))], "drawing scenes"):
+        path = Path(root) / name / f"{name}_{k:03d}.jpg"
+        if not path.exists():
+            dice = np.random.default_rng([seed, zlib.crc32(name.encode()), k])
+            save_picture(draw_scene(name, dice, size), path, quality=90)
     return Path(root)
 
 
-# ---- drawn disasters: a stand-in for xBD where there are no data
-
-LOT = 48                                                                 # pixels from house to house
-EVENTS = {             # type, ground, per cent of each class of DAMAGE and UNKNOWN: 74, 9, 7, 7 and 3 in all
-    "drawn-hurricane": ("wind", [(96, 116, 70), (112, 124, 84), (128, 128, 96)], (52, 29, 9, 7, 3)),
-    "drawn-flood": ("flooding", [(70, 92, 66), (86, 96, 60), (100, 108, 84)], (73, 5, 16, 3, 3)),
-    "drawn-wildfire": ("fire", [(150, 132, 92), (134, 122, 88), (122, 116, 70)], (76, 1, 2, 18, 3)),
-    "drawn-earthquake": ("earthquake", [(160, 150, 134), (146, 132, 116)], (94, 1, 1, 1, 3)),
-}
-ELL = np.array([(-1, -1), (1, -1), (1, 0.1), (0.1, 0.1), (0.1, 1), (-1, 1)])
-HOLES, TARPS, FLOOD = [(44, 38, 34), (72, 62, 54)], [(64, 98, 160), (150, 146, 140)], [(122, 98, 66, 170)]
-RUBBLE = [(196, 190, 180), (150, 138, 124), (96, 88, 82), (60, 54, 50)]
-ASH, MUD, CLOUD = [(52, 46, 44)], [(128, 112, 90)], [(236, 238, 242, 215)]
+# Disasters: of each event its type, its land, and per cent of each class of DAMAGE and of UNKNOWN.
+EVENTS = {"drawn-hurricane": ("wind", [LAND[0], LAND[1]], (52, 29, 9, 7, 3)),
+          "drawn-flood": ("flooding", [LAND[3], LAND[5]], (73, 5, 16, 3, 3)),
+          "drawn-wildfire": ("fire", [LAND[1], LAND[4]], (76, 1, 2, 18, 3)),
+          "drawn-earthquake": ("earthquake", [LAND[2], LAND[4]], (94, 1, 1, 1, 3))}
+LOT = 48                                                                         # pixels from house to house
+HOLE, FLOOD, CLOUD = [(44, 38, 34), (72, 62, 54)], [(122, 98, 66, 170)], [(236, 238, 242, 215)]
+RUBBLE, SOIL, ASH = [(196, 190, 180), (150, 138, 124), (60, 54, 50)], [(128, 112, 90)], [(52, 46, 44)]
 
 
-def plan_houses(rng, side, mix):
-    """The houses of a tile, [dict]: spot + points @ axes turns their own points, -1..1, into pixels."""
-    n, corner, turn = side // LOT + 1, rng.uniform(-LOT, 0, 2), rng.uniform(0, np.pi / 2)
-    spots = corner + (np.argwhere(np.ones((n, n))) + 0.5) * LOT
-    spots = spots[((spots > 0) & (spots < side)).all(1)]                 # a house may reach over the edge
-    houses = []
-    for spot in rng.permutation(spots)[:rng.integers(0, min(len(spots), 76) + 1)]:
-        half = rng.uniform(9, 17, 2) if rng.random() < 0.95 else rng.uniform(2, 3.5, 2)          # a shed
-        angle = turn + rng.normal(0, 0.05)
-        axes = half[:, None] * [(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))]
-        rings = [SQUARE if rng.random() < 0.7 else ELL]
-        if rings[0] is SQUARE and rng.random() < 0.15:                   # a courtyard
-            rings.append(rng.uniform(0.3, 0.45) * SQUARE[::-1])
-        houses.append(dict(spot=spot + rng.uniform(-3, 3, 2), axes=axes, rings=rings,
-                           roof=[ROOFS[rng.integers(len(ROOFS))]],
-                           subtype=[*DAMAGE, UNKNOWN][rng.choice(5, p=np.array(mix) / 100)],
-                           uid=str(uuid.UUID(bytes=rng.bytes(16), version=4))))
-    return corner, houses
+def strike(c, dice, damage, kind):
+    """Paint over a house, the square of -1..1, what a disaster of this kind has done to it."""
+    def scatter(count, reach, half, colours):
+        for spot in dice.uniform(-reach, reach, (count, 2)):
+            c.paint(spot + dice.uniform(0.5, 1, 2) * half * SQUARE, colours)
+
+    scatter(dice.integers(5), 1.7, 0.12, RUBBLE)                                 # blown here from elsewhere
+    if damage == "destroyed":
+        c.paint(dice.uniform(1.3, 1.6) * CIRCLE, ASH if kind == "fire" else SOIL)
+        scatter(30, 1, 0.2, RUBBLE)
+    elif damage == "major-damage" and kind == "flooding":                        # it stands in the water
+        c.strip(dice.uniform(1.5, 1.7) * CIRCLE, 0.4, FLOOD)
+    elif damage == "major-damage":                                               # half of the roof is gone
+        c.paint(SQUARE * (0.5, 1) + (0.5, 0), HOLE)
+        scatter(8, 1, 0.15, RUBBLE)
+    elif damage == "minor-damage":                                               # tiles are off
+        scatter(3, 0.7, 0.25, HOLE)
+    elif damage == UNKNOWN:
+        c.paint(1.5 * CIRCLE, CLOUD)
 
 
-def draw_house(c, rng, house, ground, kind=""):
-    """A house, and with a kind of disaster what that has done to it."""
-    def paint(points, colours, amount=8):
-        c.paint(house["spot"] + np.asarray(points) @ house["axes"], colours, amount)
+def draw_tile(event, dice, side):
+    """Draw a tile of side x side pixels in an event of EVENTS.
 
-    def litter(count, reach, largest):
-        for spot in rng.uniform(-reach, reach, (count, 2)):
-            paint(spot + rng.uniform(0.05, largest, 2) * SQUARE, RUBBLE)
-
-    outline, *holes = house["rings"]
-    fate = house["subtype"] if kind else "no-damage"
-    if fate == "destroyed":
-        paint(rng.uniform(1.2, 1.5) * CIRCLE, ASH if kind == "fire" else MUD)
-        paint(outline, RUBBLE[1:3])
-        return litter(30, 1.15, 0.25)
-    if fate == "major-damage" and kind == "flooding":                    # the house stands in the water
-        paint(rng.uniform(1.6, 2) * CIRCLE, FLOOD)
-    c.paint(house["spot"] + outline @ house["axes"] + (4, 3), SHADE, 0)
-    paint(outline, house["roof"])
-    paint(outline.clip((-1, -1), (1, 0)), LIT, 0)                        # the side of the roof in the sun
-    for hole in holes:
-        paint(hole, ground[:1])
-    if fate == "minor-damage":                                           # tiles are off, or a tarp is on
-        for spot in rng.uniform(-0.7, 0.2, (rng.integers(2, 5), 2)):
-            paint(spot + rng.uniform(0.15, 0.35, 2) * SQUARE, TARPS if rng.random() < 0.3 else HOLES)
-    elif fate == "major-damage" and kind != "flooding":                  # a part of the roof is gone
-        cut, turn = rng.uniform(-0.2, 0.4), rng.choice([-1, 1])
-        paint(turn * (turn * outline).clip((-1, -1), (cut, 1)), HOLES)
-        litter(8, 1.5, 0.2)
-    elif fate == UNKNOWN:
-        for spot in rng.uniform(-0.5, 0.5, (4, 2)):
-            paint(spot + 1.3 * CIRCLE, CLOUD)
-    if kind:
-        litter(rng.integers(5), 1.7, 0.12)
-
-
-def draw_disaster(event, rng, side):
-    """A tile: its pictures from before and after, PIL RGB, and its houses as plan_houses gives them."""
-    kind, ground, mix = EVENTS[event]
-    (corner, houses), grain, c = plan_houses(rng, side, mix), noise(rng, side), Canvas(rng, side)
-    c.axes, c.origin = 2 * np.eye(2), np.zeros(2)                        # from here on points are pixels
-    c.paint(side * (SQUARE + 1), ground)
-    for spot in rng.uniform(0, side, (side // 24, 2)):                   # fields
-        c.paint(spot + rng.uniform(6, 64, 2) * SQUARE, ground)
-    for y in np.arange(corner[1], side, 2 * LOT):                        # streets between the lots
-        c.paint(band(np.array([(-9, y), (side + 9, y)]), 4), PAVING[:1], 3)
-    for spot in rng.uniform(0, side, (side // 10, 2)):
-        c.tree(spot, rng.uniform(2, 6))
-    bare, pictures = c.image.copy(), []
-    for disaster in ("", kind):
-        c.image.paste(bare)
-        for house in houses:
-            draw_house(c, rng, house, ground, disaster)
-        pixels = np.asarray(c.image.reduce(2), np.float32) * (1 + 0.06 * grain)
-        pixels = 115 + rng.uniform(0.8, 1.15) * (pixels - 112) + rng.uniform(-20, 20)            # light
-        pixels += rng.normal(0, 3, (side, side, 1))
-        pictures.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
-    return *pictures, houses
-
-
-def label_of(event, houses, name, side):
-    """What an official label file holds; only those from after the disaster have subtypes."""
-    features = {"lng_lat": [], "xy": []}
-    for house in houses:
-        about = {"feature_type": "building", "uid": house["uid"]}
-        if "_post_" in name:
-            about["subtype"] = house["subtype"]
-        rings = [house["spot"] + ring @ house["axes"] for ring in house["rings"]]
-        for part, scale in (("lng_lat", 1e-5), ("xy", 1)):
-            texts = [", ".join(f"{x * scale} {y * scale}" for x, y in [*ring, ring[0]]) for ring in rings]
-            features[part].append({"properties": about, "wkt": f"POLYGON (({'), ('.join(texts)}))"})
-    about = dict(sensor="DRAWN", provider_asset_type="DRAWN", gsd=2.4, capture_date="2020-01-01T00:00:00.00Z",
-                 off_nadir_angle=15.0, pan_resolution=0.6, sun_azimuth=150.0, sun_elevation=60.0,
-                 target_azimuth=100.0, disaster=event, disaster_type=EVENTS[event][0], catalog_id="drawn",
-                 original_width=side, original_height=side, width=side, height=side, id=name, img_name=name)
-    return {"features": features, "metadata": about}
+    Returns the pictures from before and after, PIL RGB, and as much of the label file from after as
+    read_label reads. The disaster is painted over the picture from before, so that the two fit.
+    """
+    kind, land, mix = EVENTS[event]
+    c = Canvas(dice, side, land)
+    for spot in dice.uniform(-1.5, 1.5, (side // 12, 2)):
+        c.paint(spot + dice.uniform(0.05, 0.4, 2) * SQUARE, land)
+    for spot in dice.uniform(-1.5, 1.5, (side // 6, 2)):
+        c.solid(spot, dice.uniform(0.02, 0.05) * CIRCLE[::3], CROWNS)
+    lots = LOT * np.argwhere(np.ones((side // LOT + 1, side // LOT + 1))) + dice.uniform(0, LOT, 2)
+    lots = lots[(lots < side).all(1)]                                            # a house may cross the edge
+    turn, houses, polygons = dice.uniform(0, np.pi / 2), [], []
+    for spot in dice.permutation(lots)[:dice.integers(len(lots) + 1)]:
+        axes = dice.uniform(9, 17, (2, 1)) * rotation(turn + dice.normal(0, 0.05))
+        damage = [*DAMAGE, UNKNOWN][dice.choice(5, p=np.array(mix) / 100)]
+        c.axes, c.origin = 2 * axes, 2 * spot                                    # the house's own
+        c.solid(0, SQUARE, ROOFS, 0.3)
+        houses.append((c.axes, c.origin, damage))
+        ring = ", ".join(f"{x} {y}" for x, y in spot + SQUARE[[0, 1, 2, 3, 0]] @ axes)
+        about = dict(uid=str(uuid.UUID(bytes=dice.bytes(16))), subtype=damage)
+        polygons.append(dict(properties=about, wkt=f"POLYGON (({ring}))"))
+    before = c.photograph()
+    for axes, origin, damage in houses:
+        c.axes, c.origin = axes, origin
+        strike(c, dice, damage, kind)
+    about = dict(disaster=event, disaster_type=kind, width=side, height=side)
+    return before, c.photograph(), dict(features=dict(xy=polygons), metadata=about)
 
 
 def draw_xbd(root, tiles=24, seed=0, side=256):
-    """Draw so many tiles of an xBD-shaped tree, unless their files are there. -> root
+    """Draw so many tiles of an xBD-shaped tree, unless they are there. -> root
 
     Tile k follows from (seed, k); of sixteen, four are in test and the others in train.
     """
     for k in progress(range(tiles), "drawing disasters"):
         event = list(EVENTS)[k % len(EVENTS)]
         folder = Path(root) / ("test" if k // len(EVENTS) % 4 == 3 else "train")
-        names = [f"{event}_{k:08d}_{time}_disaster" for time in ("pre", "post")]
-        files = [(folder / "images" / f"{name}.png", folder / "labels" / f"{name}.json") for name in names]
-        if all(path.exists() for pair in files for path in pair):
-            continue
-        *pictures, houses = draw_disaster(event, np.random.default_rng([seed, k]), side)
-        for name, pil, (picture, label) in zip(names, pictures, files, strict=True):
-            if not picture.exists():
-                save_picture(pil, picture, compress_level=1)
-            if not label.exists():
-                with replacing(label) as temporary:
-                    temporary.write_text(json.dumps(label_of(event, houses, f"{name}.png", side)))
+        pre, post = (folder / "images" / f"{event}_{k:08d}_{time}_disaster.png" for time in ("pre", "post"))
+        label = folder / "labels" / f"{post.stem}.json"
+        if not (pre.exists() and post.exists() and label.exists()):
+            before, after, content = draw_tile(event, np.random.default_rng([seed, k]), side)
+            save_picture(before, pre, compress_level=1)
+            save_picture(after, post, compress_level=1)
+            with replacing(label) as temporary:
+                temporary.write_text(json.dumps(content))
     return Path(root)
 
 

@@ -16,6 +16,7 @@ REAL = next((p / "shared/data/xbd" for p in Path(__file__).resolve().parents
              if (p / "shared/data/xbd").is_dir()), None)
 real = pytest.mark.skipif(REAL is None, reason="needs shared/data/xbd")
 RED, GREEN, BLUE, GREY = (200, 40, 40), (40, 160, 60), (30, 60, 190), (128, 128, 128)
+ELL = np.array([(-1, -1), (1, -1), (1, 0.1), (0.1, 0.1), (0.1, 1), (-1, 1)])
 
 
 def wkt(*rings):
@@ -61,10 +62,6 @@ def drawn(tmp_path_factory):
     return draw_xbd(tmp_path_factory.mktemp("drawn") / "tree", tiles=24, side=192)
 
 
-def labels_of(root, time="post"):
-    return [json.loads(p.read_bytes()) for p in sorted(root.glob(f"*/labels/*_{time}_*.json"))]
-
-
 # ---- polygons
 
 def test_a_polygon_is_its_outline_and_then_its_holes():
@@ -106,7 +103,7 @@ def test_masks_lie_where_their_polygons_do_to_a_fraction_of_a_pixel():
     assert abs(np.mean(off, 0)).max() < 0.03
 
 
-@pytest.mark.parametrize("shape", [data.CIRCLE, data.SQUARE, data.ELL])
+@pytest.mark.parametrize("shape", [data.CIRCLE, data.SQUARE, ELL])
 def test_masks_have_the_area_of_their_polygons(shape):
     """Houses of 8 to 16 pixels a side in crops of 24, turned at random; a third have a courtyard."""
     rng, counted, true = np.random.default_rng(0), 0, 0
@@ -344,36 +341,44 @@ def test_a_tree_that_has_changed_is_read_again_and_each_option_has_its_own_cache
 def test_a_drawn_tree_is_an_xbd_tree_with_all_that_a_reader_may_meet(drawn):
     assert data.is_xbd(drawn) and not data.is_xbd(drawn / "train") and not data.is_xbd(drawn.parent)
     assert {p.name for p in drawn.iterdir()} == {"train", "test"}
-    names = {p.stem for p in drawn.glob("*/images/*.png")}
-    assert names == {p.stem for p in drawn.glob("*/labels/*.json")} and len(names) == 48
-    after, before = labels_of(drawn), labels_of(drawn, "pre")
-    assert {c["metadata"]["disaster_type"] for c in after} == {"wind", "flooding", "fire", "earthquake"}
-    subtypes, points, rings = set(), [], set()
-    for a, b in zip(after, before, strict=True):
-        assert a["metadata"]["width"] == 192 and a["metadata"]["gsd"] > 2 and len(a["metadata"]) == 18
-        assert a["metadata"]["img_name"].startswith(a["metadata"]["disaster"])
-        assert [p["properties"]["uid"] for p in a["features"]["xy"]] == [
-            p["properties"]["uid"] for p in b["features"]["lng_lat"]]
-        assert not [p for p in b["features"]["xy"] if "subtype" in p["properties"]]
-        for p in a["features"]["xy"]:
-            subtypes.add(p["properties"]["subtype"])
-            rings.add(len(polygon := wkt_polygon(p["wkt"])))
-            points.append(polygon[0])
-    assert subtypes == {*DAMAGE, "un-classified"} and rings == {1, 2}
+    pictures = {path.relative_to(drawn) for path in drawn.glob("*/images/*")}
+    labels = {path.relative_to(drawn) for path in drawn.glob("*/labels/*")}
+    tiles = {path.parent.parent / path.name.removesuffix("_post_disaster.json") for path in labels}
+    assert len(tiles) == 24 and pictures == {tile.parent / f"images/{tile.name}_{time}_disaster.png"
+                                             for tile in tiles for time in ("pre", "post")}
+    subtypes, kinds, points = set(), set(), []
+    for path in labels:
+        polygons, kind, extent = read_label(drawn / path)
+        assert extent == (192, 192) and kind == data.EVENTS[path.name[:path.name.index("_")]][0]
+        subtypes |= {subtype for _, subtype, _ in polygons}
+        kinds.add(kind)
+        for polygon in json.loads((drawn / path).read_bytes())["features"]["xy"]:
+            points += wkt_polygon(polygon["wkt"])
+    assert subtypes == {*DAMAGE, "un-classified"} and len(kinds) == 4
     assert np.concatenate(points).min() < 0 and np.concatenate(points).max() > 192
 
 
-def test_a_tile_follows_from_seed_and_number_and_what_is_there_is_kept(tmp_path, drawn):
+def test_a_tile_follows_from_seed_and_number_and_only_what_is_missing_is_drawn(tmp_path, drawn, monkeypatch):
     again = draw_xbd(tmp_path / "again", tiles=5, side=192)
     other = draw_xbd(tmp_path / "other", tiles=1, side=192, seed=1)
     files = {p.relative_to(again): p.read_bytes() for p in again.glob("*/*/*")}
-    assert len(files) == 20 and all((drawn / name).read_bytes() == content for name, content in files.items())
+    assert len(files) == 15 and all((drawn / name).read_bytes() == content for name, content in files.items())
     assert not [p for p in other.glob("*/*/*") if p.read_bytes() == files[p.relative_to(other)]]
-    kept, gone = sorted(again.glob("*/images/*"))[:2]
-    kept.write_bytes(b"mine")
-    gone.unlink()
+    redrawn, tile = [], data.draw_tile
+    monkeypatch.setattr(data, "draw_tile", lambda event, *how: redrawn.append(event) or tile(event, *how))
+    (again / "train/images/drawn-flood_00000001_pre_disaster.png").unlink()
+    (again / "train/labels/drawn-wildfire_00000002_post_disaster.json").unlink()
     draw_xbd(again, tiles=5, side=192)
-    assert kept.read_bytes() == b"mine" and gone.read_bytes() == files[gone.relative_to(again)]
+    assert redrawn == ["drawn-flood", "drawn-wildfire"]
+    assert {p.relative_to(again): p.read_bytes() for p in again.glob("*/*/*")} == files
+
+
+def test_a_tile_looks_before_as_after_but_for_the_light_and_the_damage(monkeypatch):
+    monkeypatch.setattr(data, "strike", lambda *_: None)
+    before, after, _ = data.draw_tile("drawn-flood", np.random.default_rng(5), 96)
+    x, y = (np.asarray(picture, float).reshape(-1, 3) for picture in (before, after))
+    for channel in range(3):
+        assert np.corrcoef(x[:, channel], y[:, channel])[0, 1] > 0.98
 
 
 def test_damage_shows_after_the_disaster_and_the_rarer_classes_are_rare(drawn, tmp_path):
@@ -389,12 +394,12 @@ def test_damage_shows_after_the_disaster_and_the_rarer_classes_are_rare(drawn, t
 
 @pytest.mark.parametrize("kind", ["wind", "flooding", "fire", "earthquake"])
 def test_each_class_of_damage_looks_unlike_the_others(kind):
-    house = dict(spot=np.array([32, 32]), axes=14 * np.eye(2), rings=[data.SQUARE], roof=[RED])
     views = []
-    for subtype in DAMAGE:
-        c = data.Canvas(np.random.default_rng(0), 64)
-        c.axes, c.origin = 2 * np.eye(2), np.zeros(2)
-        data.draw_house(c, np.random.default_rng(0), {**house, "subtype": subtype}, [GREEN], kind)
+    for damage in DAMAGE:
+        c = data.Canvas(np.random.default_rng(0), 64, [GREEN])
+        c.axes, c.origin = 28 * np.eye(2), np.array([64, 64])
+        c.solid(0, data.SQUARE, [RED])
+        data.strike(c, np.random.default_rng(0), damage, kind)
         views.append(np.asarray(c.image, float)[20:108, 20:108])
     apart = [abs(a - b).mean() for k, a in enumerate(views) for b in views[:k]]
     assert min(apart) > 3, apart
