@@ -313,7 +313,7 @@ class Case:
         Doubles of the former are not among the latter: they would be no fresh images.
         """
         train = self.parts["train"]
-        index = (data.some_tiles if self.leg.rare else data.subset)(self.scenes, train, count, subset)
+        index = data.choose(self.scenes, train, count, subset)
         others = train[~torch.isin(self.scenes.groups[train], self.scenes.groups[index])]
         others = others[torch.randperm(len(others), generator=data.rng(subset))]
         return self.scenes[index], self.scenes[others]
@@ -406,7 +406,7 @@ def prepare(cfg, name, out):
         scenes = data.read_xbd(root, s.cls.size, cfg.label, mask=True, cache=cache)
     else:
         scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache)
-    parts = data.split(scenes, root, hold_out=cfg.hold_out)
+    parts = data.split(scenes, hold_out=cfg.hold_out)
     title = "/".join(root.resolve().parts[-2:]) if cfg.data else f"drawn {name}"
     title += f" with {cfg.hold_out} held out" if cfg.hold_out else ""
     case = Case(name, leg, cfg.wanted(leg), s, cfg, title, scenes, parts, scenes[parts["test"]], out)
@@ -854,7 +854,7 @@ def judge(case, real, synthetic, fresh, what):
     that stands in for them once more, since another real sample is the floor of every number.
     {} if fewer than ten images would be compared.
     """
-    unseen = join(fresh, case.scenes[case.parts["val"]])
+    unseen = fresh + case.scenes[case.parts["val"]]
     unseen = unseen[torch.isin(unseen.labels, synthetic.labels)]
     unseen = unseen[torch.randperm(len(unseen), generator=data.rng(0))]
     heads, group = unseen.groups.unique(return_inverse=True)
@@ -880,12 +880,6 @@ def judge(case, real, synthetic, fresh, what):
 def likeness(case):
     """List (count, what judge() found) wherever it had enough images."""
     return [(count, case.judged[count]) for count in case.s.counts if case.judged.get(count)]
-
-
-def join(a, b):
-    """Join two Scenes of the same classes."""
-    both = [torch.cat([getattr(x, part) for x in (a, b)]) for part in ("images", "labels", "groups")]
-    return Scenes(*both[:2], a.classes, a.names + b.names, both[2])
 
 
 def alike(*several, most=4000):

@@ -65,7 +65,7 @@ class Script(Config):
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
     synthetic: str = flag("", "tree of synthetic images, same class names, as train_gen.py --sample makes")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
-    per_class: int = flag(0, "real training images per class (0: the whole training split)")
+    per_class: int = flag(0, "real training images per class, or tiles of an xBD tree (0: all)")
     out: str = flag("runs/cls", "folder for classifier.pt")
     test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
 
@@ -439,8 +439,8 @@ def harmonic_f1(counts):
 def main(cfg):
     """The script: train on the training split of a tree, score on val, and only if asked to on test."""
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
-    parts = data.split(scenes, cfg.data)
-    index = data.subset(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
+    parts = data.split(scenes)
+    index = data.choose(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
     synthetic = None
     if bool(cfg.synthetic) != (cfg.share > 0):
         raise Problem("--synthetic and --share belong together: "

@@ -62,7 +62,7 @@ class Script(Config):
     """What only the command line needs."""
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
-    per_class: int = flag(0, "training images per class (0: the whole training split)")
+    per_class: int = flag(0, "training images per class, or tiles of an xBD tree (0: all)")
     out: str = flag("runs/gen", "folder for generator.pt, its log and sample grids, or for the images made")
     every: int = flag(1000, "steps between checkpoints, log lines and sample grids")
     sample: str = flag("", "make images with this checkpoint instead of training one")
@@ -232,9 +232,9 @@ def main(cfg):
     if cfg.sample:
         return sample(cfg)
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
-    index = data.split(scenes, cfg.data)["train"]
+    index = data.split(scenes)["train"]
     if cfg.per_class:
-        index = data.subset(scenes, index, cfg.per_class, cfg.seed)
+        index = data.choose(scenes, index, cfg.per_class, cfg.seed)
     path = Path(cfg.out) / "generator.pt"
     print(f"{len(index)} images of {len(scenes.classes)} classes, on {data.pick_device()}; "
           f"look at {cfg.out}/samples-*.png")

@@ -304,11 +304,13 @@ def decode(count=300):
             np.asarray(Image.open(path).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC))
 
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{k}.jpg" for k in range(count)]
+        names = list(data.SCENES)
+        files = [Path(folder) / names[k % len(names)] / f"{k}.jpg" for k in range(count)]
         for k, path in enumerate(files):
-            name = list(data.SCENES)[k % len(data.SCENES)]
-            data.draw_scene(name, np.random.default_rng(k), size=256).save(path, quality=90)
-        ours_s, theirs_s, ratio = in_turns(lambda: data.decode_all(files, 64, ""), lambda: plain(files))
+            scene = data.draw_scene(path.parent.name, np.random.default_rng(k), size=256)
+            data.save_picture(scene, path, quality=90)
+        ours_s, theirs_s, ratio = in_turns(lambda: data.decode_tree(Path(folder), files, 64, False),
+                                           lambda: plain(files))
     return ratio, f"{count / ours_s:.0f} and {count / theirs_s:.0f} pictures/s on {os.cpu_count()} cores"
 
 

@@ -104,7 +104,7 @@ def test_one_job_gives_the_same_results_as_two(smoke, tmp_path, capsys):
 
 def test_the_rows_are_the_scores_of_the_answers(smoke):
     scenes = data.read_xbd(smoke[0] / "drawn-buildings-64", 16, mask=True, cache=smoke[0] / "cache")
-    test = scenes[data.split(scenes, smoke[0] / "drawn-buildings-64")["test"]]
+    test = scenes[data.split(scenes)["test"]]
     row = next(r for r in results(smoke[0]) if r["arm"] == "balanced")
     answers = np.array(experiment.read_runs(smoke[0])[row["run"]]["answers"])
     flood = np.array(["flood" in name for name in test.names])
@@ -137,11 +137,10 @@ def test_a_lost_run_is_run_again_with_the_same_result(smoke):
 
 
 def trees(out):
-    """What the smoke run read: (scenes, parts, choose, counts) of each leg."""
+    """What the smoke run read: (scenes, parts, counts) of each leg."""
     scenes = data.read_folder(out / "drawn-scenes-30", 16, cache=out / "cache")
     buildings = data.read_xbd(out / "drawn-buildings-64", 16, mask=True, cache=out / "cache")
-    return ((scenes, data.split(scenes), data.subset, (4, 8)),
-            (buildings, data.split(buildings, out / "drawn-buildings-64"), data.some_tiles, (12,)))
+    return (scenes, data.split(scenes), (4, 8)), (buildings, data.split(buildings), (12,))
 
 
 def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, monkeypatch, capsys):
@@ -167,11 +166,11 @@ def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, m
 def test_generators_saw_the_training_images_of_their_arm_and_nothing_else(smoke):
     saved = [data.load_checkpoint(p, "generator") for p in (smoke[0] / "generators").glob("*.pt")]
     trained, expected = {tuple(sorted(generator["names"])) for generator in saved}, set()
-    for scenes, parts, choose, counts in trees(smoke[0]):
+    for scenes, parts, counts in trees(smoke[0]):
         for count in counts:
             for draw in (0, 1):
-                real = scenes[choose(scenes, parts["train"], count, draw)]
-                rare = experiment.rare(real) if choose is data.some_tiles else range(8)
+                real = scenes[data.choose(scenes, parts["train"], count, draw)]
+                rare = experiment.rare(real) if scenes.tiles else range(8)
                 names = zip(real.names, real.labels.tolist(), strict=True)
                 expected.add(tuple(sorted(name for name, c in names if c in rare)))
         assert not {name for names in trained for name in names} & set(scenes[parts["test"]].names)
@@ -218,7 +217,7 @@ def test_an_xbd_tree_is_compared_with_and_without_an_event_held_out(tmp_path, ca
     assert len([r for r in results(tmp_path / "x") if "resnet" not in r["arm"]]) == 4
     with pytest.raises(data.Problem, match="no such event"):
         experiment.main(Config(**flags, hold_out="joplin"))
-    with pytest.raises(data.Problem, match="no building is fire"):        # the only event of its type
+    with pytest.raises(data.Problem, match="no image to train on is fire"):    # the only event of its type
         experiment.main(Config(**flags, **held, label="type"))
 
 
@@ -795,9 +794,9 @@ SCENES, BUILDINGS = ["--smoke", "--data", "drawn-scenes-30"], ["--smoke", "--dat
     (["--data", "/nowhere"], "no folder /nowhere"), ([*SCENES, "--leg", "scenes"], "--leg scenes"),
     (["--smoke", "--size", "18"], "--size 18"), (["--label", "colour"], "unknown label colour"),
     ([*SCENES, "--arms", "balanced"], "no arm for scenes"),
-    ([*SCENES, "--counts", "4,99"], "fewer than the 99"),
+    ([*SCENES, "--counts", "4,99"], "99 asked for"),
     ([*SCENES, "--hold-out", "flood"], "only an xBD tree has events"),
-    ([*BUILDINGS, "--counts", "99"], "99 training tiles")])
+    ([*BUILDINGS, "--counts", "99"], "tiles to train on")])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, message, smoke, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(smoke[0])
     with pytest.raises(SystemExit) as error:
