@@ -155,8 +155,11 @@ def find_pictures(root):
     return files
 
 
-def decode_tree(root, files, size, skip_broken):
-    """Decode files, on all cores, into the fields of Scenes. Problem if one is broken, unless skipped."""
+def decode_all(files, size, title, skip_broken=False):
+    """Decode files, on all cores: images (n, 3, size, size) uint8, and which of the files these are, [n].
+
+    Raises Problem if one is broken, unless those are to be skipped.
+    """
     images, broken = torch.empty(len(files), 3, size, size, dtype=torch.uint8), {}
 
     def fill(i):
@@ -165,21 +168,37 @@ def decode_tree(root, files, size, skip_broken):
         except Exception as error:                                       # Pillow raises a dozen kinds
             broken[i] = error
 
-    in_threads(fill, range(len(files)), f"reading {root.name}")
+    in_threads(fill, range(len(files)), title)
     if broken and not skip_broken:
         raise Problem(f"{len(broken)} of {len(files)} pictures do not decode "
                       f"({some_of(files[i] for i in sorted(broken))}): mend them, or give --skip-broken")
     for i, error in sorted(broken.items()):
         print(f"skipped {files[i]}: {error}", file=sys.stderr)
     keep = [i for i in range(len(files)) if i not in broken]
-    names = [files[i].relative_to(root).as_posix() for i in keep]
+    return (images[keep] if broken else images), [files[i] for i in keep]
+
+
+def decode_tree(root, files, size, skip_broken):
+    """Decode the pictures of a tree with a folder per class into the fields of Scenes."""
+    images, files = decode_all(files, size, f"reading {root.name}", skip_broken)
+    names = [path.relative_to(root).as_posix() for path in files]
     classes = sorted({name.split("/")[0] for name in names})
     if len(classes) < 2:
         raise Problem(f"{root}: fewer than two classes have pictures that decode: mend or replace them")
     labels = torch.tensor([classes.index(name.split("/")[0]) for name in names])
     first = {}                                                           # of each picture and its doubles
-    groups = torch.tensor([first.setdefault(images[i].numpy().tobytes(), i) for i in keep])
-    return dict(images=images[keep], labels=labels, classes=classes, names=names, groups=groups)
+    groups = torch.tensor([first.setdefault(image.numpy().tobytes(), i) for i, image in enumerate(images)])
+    return dict(images=images, labels=labels, classes=classes, names=names, groups=groups)
+
+
+def pictures_in(path):
+    """List the pictures in a folder and those below it, or the one that path is. Problem if there are none."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES
+                                                 and not p.name.startswith("."))
+    if not files:
+        raise Problem(f"no pictures in {path}: give one of {', '.join(sorted(SUFFIXES))}, or a folder of them")
+    return files
 
 
 def decode(path, size):
@@ -726,6 +745,21 @@ def lr_at(step, steps, lr, warmup):
     if step < warmup:
         return lr * (step + 1) / warmup
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def descend(model, optimizer, loss, step, cfg):
+    """Take one optimizer step; cfg has steps, lr and warmup.
+
+    loss is a sum over this process's images, divided by the images of all processes. Gradients are clipped to
+    norm 1, so that one odd batch cannot throw the weights far.
+    """
+    loss.backward()
+    sum_gradients(model)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def pick_device():

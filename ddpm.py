@@ -1,8 +1,8 @@
 """The noise process of denoising diffusion: q drowns an image in noise step by step, p brings one back.
 
-There are no weights in this file; the network is an argument. The letters are those of the papers:
+The network is an argument; a tiny one is trained at the end. The letters are those of the papers:
 
-    x0   an image in [-1, 1], (B, C, H, W)        x    the same after t + 1 steps of noise
+    x0   an image in [-1, 1], (B, C, H, W)        x    this image after t + 1 steps of noise
     eps  standard normal noise                    t    0 (least noise) .. T - 1 (nothing but noise)
     abar the share of the image's variance left   eta  1: fresh noise at every step (DDPM), 0: none (DDIM)
     v    sqrt(abar) eps - sqrt(1 - abar) x0       w    guidance scale; w = 1 is no guidance
@@ -16,15 +16,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 
 
 def linear_abar(T):
-    """The schedule of Ho et al. (section 4): beta from 1e-4 to 0.02 at T = 1000. (T,) float64.
+    """Ho et al., section 4: beta from 1e-4 to 0.02 at T = 1000. (T,) float64.
 
-    Shorter chains get proportionally larger betas, or x_T would still show the image: at T = 100
-    sqrt(abar_T) would be .60.
+    Shorter chains get larger betas, or x_T would still show the image: at T = 100 sqrt(abar_T) would be .60.
     """
     if T <= 20:
         raise ValueError(f"the linear schedule needs T > 20, not {T}: below, beta reaches 1")
@@ -41,11 +40,10 @@ def cosine_abar(T):
 
 
 def flow_abar(T):
-    """Rectified flow on the chain: x is (1 - s) x0 + s eps, scaled to variance 1, s = (t + 1) / (T + 1).
+    """Rectified flow: x is (1 - s) x0 + s eps, scaled to variance 1, s = (t + 1) / (T + 1). (T,) float64.
 
-    The straight line between image and noise (Liu et al.) is one more schedule: SNR = ((1 - s) / s)^2, and
-    scaling x changes nothing that a network could not undo. What flow calls the velocity, eps - x0, is a sum
-    of v and x; its Euler step is the step of DDIM (a test shows both). (T,) float64.
+    So its straight line from the image to the noise is one more schedule, with SNR = ((1 - s) / s)^2. Its
+    velocity eps - x0 is a sum of v and x, and its Euler step that of DDIM (a test shows both).
     """
     s = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
     return (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
@@ -79,7 +77,7 @@ class Diffusion(nn.Module):
     def loss(self, model, x0, cond, drop=0.1, generator=None, part=slice(None)):
         """Algorithm 1: the network's weighted error on each image, (B,), and the t it was asked at, (B,).
 
-        A share `drop` of the images is trained without its condition, which guidance needs. Everything is
+        A share `drop` of the images is trained without its condition, as guidance needs. Random numbers are
         drawn for the whole batch, then only `part` of it is computed: the rest is for other processes.
         """
         kw = dict(device=x0.device, generator=generator)
@@ -95,14 +93,13 @@ class Diffusion(nn.Module):
         """The weight of the error at t, (B,): min-SNR (Hang et al. 2023, 2303.09556).
 
         It is min(SNR, gamma) in units of x0, with SNR = abar / (1 - abar). One unit of x0 is SNR units of eps
-        and SNR + 1 of v, so with gamma = inf the mean is L_simple (Eq. 14), whatever is predicted. That
-        spends most of the gradient on small t, where only the grain of the image is left to learn.
+        and SNR + 1 of v: with gamma = inf the mean is L_simple (Eq. 14), which spends itself on the grain.
         """
         snr = (self.signal[t] / self.noise[t]) ** 2
         return snr.clamp(max=self.gamma) / {"x0": 1, "eps": snr, "v": snr + 1}[self.predict]
 
     def x0_of(self, x, out, signal, noise):
-        """The image that the network's answer stands for: the definition of eps (Eq. 4) or v, solved."""
+        """Solve the definition of eps (Eq. 4) or of v for the image: the x0 that the answer `out` implies."""
         if self.predict == "x0":
             return out
         return (x - noise * out) / signal if self.predict == "eps" else signal * x - noise * out
@@ -115,15 +112,14 @@ class Diffusion(nn.Module):
 
         order=2 is UniPC-2, for 8 to 20 steps; order=1, eta=0 is DDIM; order=1, eta=1, steps=T is DDPM
         (Algorithm 2). Few steps with eta > 0 lose variance (of a Gaussian with std .2, 12 steps return .141
-        and 50 .185): keep eta = 0 there. graph: replay steps from a CUDA graph (None: where there is CUDA).
+        and 50 .185). graph: replay the steps from a CUDA graph (None: where there is CUDA).
         """
         assert not model.training, "call model.eval() first: dropout would stay on"
 
         def step(x, x0s, t, row):
             signal, noise, a, b0, b1, b2 = row
             x0 = self.x0_of(x, guided(model, x, t.expand(len(x)), cond, w), signal, noise)
-            # The clip is not in Algorithm 2, but in Ho's code: where abar is tiny, a small error of the
-            # network is a huge one in x0. The step below takes the eps of this x0.
+            # Ho's code clips, Algorithm 2 does not: where abar is tiny, a small error of eps is a huge one.
             x0s = torch.stack([x0.clamp(-1, 1) if clip else x0, x0s[0], x0s[1]])
             # With b1 = b2 = 0 this is Eq. 7 of DDPM and of DDIM; UniPC-2 knows better from the last three x0.
             return a * x + b0 * x0s[0] + b1 * x0s[1] + b2 * x0s[2], x0s
@@ -141,10 +137,11 @@ class Diffusion(nn.Module):
         return x
 
     def plan(self, steps, eta=0.0, order=2):
-        """All that the loop needs to know, from the noisiest step to the last, float64 but for t:
+        """Tabulate the steps of the loop, the noisiest first: t (steps,), rows (steps, 6) and sigma (steps,).
 
-        t (steps,), rows (steps, 6) = (signal, noise, a, b0, b1, b2), and sigma (steps,). a, b and sigma are
-        those of `posterior`. The last step leads to abar = 1, the image itself: there a = sigma = 0, b0 = 1.
+        Columns of rows: signal, noise = sqrt(abar), sqrt(1 - abar) at t, and a, b0, b1, b2, the weights of x
+        and of the last three x0 in the next x. To this sigma times fresh noise is added. All are float64 but
+        t. The last step leads to abar = 1, the image itself: there b0 = 1, and the other weights are 0.
         """
         assert order == 1 or (order == 2 and eta == 0), "order 2 is for sampling without fresh noise: eta = 0"
         ts = self.levels(steps)
@@ -156,7 +153,7 @@ class Diffusion(nn.Module):
         return ts, torch.cat([torch.stack([signal, noise, a], 1), b], 1), sigma
 
     def levels(self, steps):
-        """Which t are visited, (steps,) falling: T - 1, then levels of noise / signal in equal ratios.
+        """Choose the t to visit, (steps,) falling: T - 1, then levels of noise / signal in equal ratios.
 
         What all pixels share, as the brightness of an image, is decided at high noise: averaged over N
         numbers, noise is sqrt(N) times weaker. With t ~ k^2 the cosine schedule went from noise / signal
@@ -167,18 +164,17 @@ class Diffusion(nn.Module):
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
         grain = ((1 - self.abar) / self.abar).log() / 2                        # log(noise / signal), rising
         first, last = math.log(40), math.log(0.015)
-        wanted = torch.linspace(last, first, max(steps - 1, 1), dtype=torch.float64)
-        wanted = torch.cat([wanted, grain[-1:]])[-steps:]
+        ideal = torch.linspace(last, first, max(steps - 1, 1), dtype=torch.float64)
+        ideal = torch.cat([ideal, grain[-1:]])[-steps:]
         k = torch.arange(steps)
-        near = (grain - wanted[:, None]).abs().argmin(1)
+        near = (grain - ideal[:, None]).abs().argmin(1)
         return ((near - k).cummax(0).values.clamp(0, self.T - steps) + k).flip(0)           # each t only once
 
 
 def posterior(abar, abar_prev, eta=1.0):
-    """q(x_prev | x_t, x0) = N(a x_t + b x0, sigma^2): returns a, b, sigma, shaped as abar.
+    """Return a, b, sigma of q(x_prev | x_t, x0) = N(a x_t + b x0, sigma^2), each shaped as abar.
 
-    DDIM Eq. 7 and 16, for any two noise levels of the chain. With eta = 1 and neighbouring levels this is
-    Ho et al. Eq. 6-7.
+    DDIM Eq. 7 and 16, for any two levels of the chain; with eta = 1 and neighbours, Ho et al. Eq. 6-7.
     """
     sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
     a = ((1 - abar_prev - sigma**2).clamp(min=0) / (1 - abar)).sqrt()
@@ -189,12 +185,11 @@ def posterior(abar, abar_prev, eta=1.0):
 def unipc2(signal, noise):
     """Weights of the last three estimates of x0, newest first, in each of K steps: (K, 3) float64.
 
-    signal, noise (K,): sqrt(abar) and sqrt(1 - abar) of the levels, the noisiest first. In the time
-    lambda = log(signal / noise) the way between two levels is an integral of x0 (Lu et al. 2022, 2211.01095,
-    Eq. 9); DDIM takes x0 as constant. UniPC-2 (Zhao et al., Algorithms 5 to 8, B(h) = e^-h - 1) takes first
-    the line through the last two estimates, P: that alone is DPM-Solver++(2M). After the next call it would
-    go the same way again with one estimate more, C. That costs no call, and no step back: the next step,
-    which shrinks x by a, adds a signal (C - P).
+    signal, noise (K,): of the levels, the noisiest first. In the time lambda = log(signal / noise) the way
+    between two levels is an integral of x0 (Lu et al. 2022, 2211.01095, Eq. 9); DDIM takes x0 as constant.
+    UniPC-2 (Zhao et al., Algorithms 5 to 8, B(h) = e^-h - 1) first takes the line through the last two
+    estimates, P: that alone is DPM-Solver++(2M). After the next call it would go this way again with one
+    estimate more, C. That costs no call: the next step, which shrinks x by a, adds a signal (C - P).
     """
     h = (signal / noise).log().diff()                            # (K - 1,), of the ways between the levels
     r = torch.cat([h.new_full((1,), -math.inf), -h[:-1] / h[1:]])[:len(h)]   # -inf: nothing before the first
@@ -217,24 +212,14 @@ def unipc2(signal, noise):
 
 
 def guided(model, x, t, cond, w):
-    """Classifier-free guidance (Eq. 6 there, w = 1 + their w): null + w (told - null), in one batch.
-
-    The network may answer in bfloat16; the difference of two answers is taken in the precision of x.
-    """
+    """Classifier-free guidance (Eq. 6 there, w = 1 + their w): null + w (given - null), in one batch."""
     if w == 1:
-        return model(x, t, cond).to(x.dtype)
-    told, null = model(torch.cat([x, x]), torch.cat([t, t]), cond.and_null()).to(x.dtype).chunk(2)
-    return null + w * (told - null)
+        return model(x, t, cond).to(x.dtype)              # from bfloat16, if the network computes in that
+    given, null = model(torch.cat([x, x]), torch.cat([t, t]), cond.and_null()).to(x.dtype).chunk(2)
+    return null + w * (given - null)
 
 
-def noise_of(seeds, shape, device="cpu"):
-    """A source of N(0, I): every call returns (B, *shape), B = len(seeds).
-
-    Each image has a generator of its own, so that it does not depend on which others share its batch.
-    """
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    return lambda: torch.stack([torch.randn(shape, generator=g, device=device) for g in generators])
-
+# ---- CUDA graphs: nothing here changes a number
 
 def record(run):
     """Record run() as a CUDA graph. Returns replay(), and the tensors that it writes."""
@@ -245,16 +230,13 @@ def record(run):
 
 
 class Replay:
-    """`step`, from tensors of fixed shapes to tensors, for a GPU: the same results from a recording.
+    """`step`, from tensors of fixed shapes to tensors, launched on a GPU as one recording.
 
-    Python takes longer to launch the few hundred kernels of a small network than the GPU to run them; a graph
-    is one launch. The first call is the plain one: it sets up cuDNN and cuBLAS, which must not be recorded,
-    and as nothing here needs gradients it needs no side stream for that. The second call records.
-
-    A graph reads and writes fixed places: arguments are copied there, and a call overwrites the results of
-    the call before. What `step` takes from elsewhere (weights, and their bfloat16 copies, which autocast
-    keeps to the end of its block) must stay where it is: so a Replay lives as long as one call of `sample`.
-    Each call then pays one recording, about what Python takes for one step, and keeps no memory afterwards.
+    Python takes longer to launch the few hundred kernels of a small network than the GPU to run them. The
+    first call is the plain one: it sets up cuDNN and cuBLAS, which must not be recorded. The second records.
+    A graph reads and writes fixed places: arguments are copied there, and a call overwrites the last results.
+    What `step` takes from elsewhere (weights, and their bfloat16 copies, which autocast keeps to the end of
+    its block) must stay where it is: so a Replay lives as long as one call of `sample`.
     """
 
     def __init__(self, step):
@@ -273,24 +255,74 @@ class Replay:
         return self.results
 
 
-def main(path="runs/ddpm.png"):
-    """Draw the schedules: an image on its way into the noise, and below it sqrt(abar) over t."""
-    column, row = torch.linspace(-1, 1, 96), torch.linspace(-1, 1, 96)[:, None]
-    disc = (column**2 + row**2 < 0.3) * 1.4 - 0.7
-    x0 = torch.stack([(3 * row).sin() * column, disc, row - 0.3 * column])[None]
-    eps, sheet = torch.randn_like(x0), Image.new("RGB", (96 * 8, 160 * len(SCHEDULES)), "white")
-    for top, name in zip(range(0, sheet.height, 160), SCHEDULES, strict=True):
-        diffusion = Diffusion(1000, name)
-        for k, t in enumerate(torch.linspace(0, 999, 8).long()):
-            x = diffusion.q_sample(x0, t[None], eps)[0].clamp(-1, 1)
-            pixels = ((x + 1) * 127.5).round().byte().permute(1, 2, 0)
-            sheet.paste(Image.fromarray(pixels.numpy()), (96 * k, top))
-        curve = [(96 * 8 * t / 1000, top + 154 - 50 * s) for t, s in enumerate(diffusion.signal.tolist())]
-        ImageDraw.Draw(sheet).line(curve, fill="black", width=2)
-        ImageDraw.Draw(sheet).text((8, top + 138), name, fill="black")
+# ---- python ddpm.py: a whole program. Its images are points of a plane: one pixel of two channels
+
+class Toy(nn.Sequential):
+    """A network for points x (B, 2, 1, 1) at t (B,): layers that see waves of both, (B, 24)."""
+
+    def forward(self, x, t, cond):
+        place = torch.cat([x.flatten(1), t[:, None] / 1000], dim=1)                              # (B, 3)
+        angle = math.pi * (place[:, :, None] * torch.tensor([0.25, 0.5, 1, 2])).flatten(1)       # (B, 12)
+        return super().forward(torch.cat([angle.sin(), angle.cos()], dim=1)).view_as(x)
+
+
+class Nothing:
+    """The condition of a network that has none."""
+
+    def hide(self, _):
+        return self
+    __getitem__ = hide
+
+
+def spiral(n):
+    """Draw n points of the data, (n, 2, 1, 1) in [-1, 1]."""
+    angle = 10 * torch.rand(n).sqrt()
+    points = angle / 10 * torch.stack([angle.cos(), angle.sin()]) + 0.02 * torch.randn(2, n)
+    return points.T.reshape(n, 2, 1, 1)
+
+
+def train_toy(steps):
+    """Train, then sample. Returns 1,000 points at every stage of sampling, (1000, 2, 1, 1), noise first."""
+    diffusion = Diffusion(gamma=math.inf)
+    model = Toy(nn.Linear(24, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(),
+                nn.Linear(64, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(1, steps + 1):
+        loss = diffusion.loss(model, spiral(256), Nothing())[0].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step in (1, 100, steps // 2, steps):
+            print(f"step {step:4}: loss {sum(losses[-100:]) / len(losses[-100:]):.2f}")
+    stages = []
+    model.eval().register_forward_pre_hook(lambda _, inputs: stages.append(inputs[0]))
+    samples = diffusion.sample(model, Nothing(), lambda: torch.randn(1000, 2, 1, 1), steps=12)
+    return [*stages, samples]
+
+
+def main(path="runs/ddpm.png", steps=4000):
+    """Draw an image on its way into the noise, and sqrt(abar), by each schedule; then the toy's way back."""
+    torch.manual_seed(0)
+    x, y = torch.linspace(-1, 1, 128), torch.linspace(-1, 1, 128)[:, None]
+    x0 = torch.stack([(3 * y).sin() * x, (x**2 + y**2 < 0.3) * 1.4 - 0.7, y - 0.3 * x])[None]
+    eps = torch.randn_like(x0)
+    rows = []
+    for schedule in SCHEDULES:
+        diffusion = Diffusion(1000, schedule)
+        rows.append([diffusion.q_sample(x0, t[None], eps)[0] for t in torch.linspace(0, 999, 8).long()])
+        height = (50 * diffusion.signal[torch.linspace(0, 999, 1024).long()]).long()
+        curve = height == torch.arange(57, -7, -1)[:, None]                                  # (64, 1024)
+        rows.append([1 - 2.0 * curve.expand(3, -1, -1)])
+    stages = train_toy(steps)
+    shown = [*(stages[k] for k in (0, 5, 7, 8, 9, 10, 12)), spiral(1000)]
+    counts = [torch.histogramdd(z.flatten(1), 128, range=[-1.5, 1.5, -1.5, 1.5]).hist.T for z in shown]
+    rows.append([1 - 2.0 * (count > 0).expand(3, -1, -1) for count in counts])
+    sheet = torch.cat([torch.cat(row, dim=2) for row in rows], dim=1).clamp(-1, 1)           # (3, H, 1024)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    print(f"{path}: t = 0 .. 999 from left to right; from above {', '.join(SCHEDULES)}")
+    Image.fromarray(((sheet + 1) * 127.5).byte().permute(1, 2, 0).numpy()).save(path)
+    print(f"{path}: q from t = 0 to 999 and sqrt(abar), by {', '.join(SCHEDULES)}; last p, and the data")
 
 
 if __name__ == "__main__":

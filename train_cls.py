@@ -2,7 +2,8 @@
 
     python train_cls.py --data data/NWPU-RESISC45 --augment hflip,rot90,crop,color
     python train_cls.py --data data/NWPU-RESISC45 --synthetic runs/made --share 0.5 --out runs/mixed
-    torchrun --nproc-per-node 4 train_cls.py ...               # the same, on 4 GPUs
+    torchrun --nproc-per-node 4 train_cls.py ...               # equal numbers, on 4 GPUs
+    python train_cls.py --predict photos --out runs/mixed      # with runs/mixed/classifier.pt: a csv
 
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
@@ -26,7 +27,7 @@ MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without 
 
 @dataclass
 class Config:
-    """What makes a classifier, the images aside."""
+    """Everything that makes a classifier but the images."""
     model: str = flag("vit", f"recogniser: {', '.join(MODELS)}")
     size: int = flag(64, "side of the images in pixels")
     patch: int = flag(8, "pixels a side of a token")
@@ -61,12 +62,13 @@ class Config:
 
 @dataclass
 class Script(Config):
-    """What only the command line needs."""
+    """Config, and the settings that only the command line needs."""
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
     synthetic: str = flag("", "tree of synthetic images, same class names, as train_gen.py --sample makes")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
     per_class: int = flag(0, "real training images per class, or tiles of an xBD tree (0: all)")
-    out: str = flag("runs/cls", "folder for classifier.pt")
+    out: str = flag("runs/cls", "folder for classifier.pt, or where it is")
+    predict: str = flag("", "classify the pictures of a folder instead of training: predictions.csv in --out")
     test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
 
 
@@ -149,24 +151,25 @@ def colours_and_edges(x):
 class Linear(nn.Module):
     """Multinomial logistic regression on colours and edges: the floor, which learns no features."""
 
-    def __init__(self, mixture):
+    def __init__(self, classes, channels=3):
         super().__init__()
+        dim = 160 * (channels - 2)
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+        self.head = zero(nn.Linear(dim, classes))
+
+    def solve(self, mixture, penalty=0.01):
+        """Minimise the average loss over all batches of a mixture, plus penalty / 2 |W|^2, by L-BFGS."""
         f = torch.cat([colours_and_edges(data.to_float(images)) for images in mixture.images.split(512)])
         chances = mixture.chances()[:, None]
-        mean = (chances * f).sum(0)
-        std = (chances * (f - mean) ** 2).sum(0).sqrt()
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std.clamp(min=1e-3))                 # of features that never vary
-        self.head = zero(nn.Linear(f.shape[1], mixture.K, device=f.device))
-        self.solve((f - mean) / self.std, mixture.targets, chances)
-
-    def solve(self, f, targets, chances, penalty=0.01):
-        """Minimise what a batch of this mixture would lose on average, plus penalty / 2 |W|^2, by L-BFGS."""
+        self.mean = (chances * f).sum(0)
+        self.std = (chances * (f - self.mean) ** 2).sum(0).sqrt().clamp(min=1e-3)    # some never vary
+        f = (f - self.mean) / self.std
         optimizer = torch.optim.LBFGS(self.head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
         def closure():
             optimizer.zero_grad()
-            each = F.cross_entropy(self.head(f), targets, reduction="none")
+            each = F.cross_entropy(self.head(f), mixture.targets, reduction="none")
             loss = (chances[:, 0] * each).sum() + penalty / 2 * self.head.weight.square().sum()
             loss.backward()
             return loss
@@ -184,6 +187,8 @@ class Linear(nn.Module):
 def network(cfg, classes, channels):
     """Make a fresh recogniser, weights fixed by the seed."""
     torch.manual_seed(cfg.seed)
+    if cfg.model == "linear":
+        return Linear(classes, channels)
     if cfg.model == "resnet":
         return ResNet(classes, cfg.dim // 2, channels)
     stem = Patches if cfg.model == "patches" else Convolutions
@@ -200,8 +205,8 @@ def adamw(model, decay):
     return torch.optim.AdamW(groups, fused=True)
 
 
-class Urn:
-    """The images of each class, to draw from."""
+class ByClass:
+    """An index of images by their class, labels (N,) int64 in 0..K-1."""
 
     def __init__(self, labels, K):
         self.order = labels.argsort(stable=True)
@@ -209,30 +214,31 @@ class Urn:
         self.first = self.count.cumsum(0) - self.count
 
     def draw(self, c, u):
-        """Where an image of class c is, for u uniform in [0, 1), both (B,); anywhere if there is none."""
+        """Pick an image of class c by u, uniform in [0, 1), both (B,): its index; any if there is none."""
         place = self.first[c] + (u * self.count[c]).long()
         return self.order[place.clamp(max=len(self.order) - 1)]
 
 
 class Mixture:
-    """Real and synthetic images on a device, and how a batch is drawn from them."""
+    """Real and synthetic images on a device, to draw batches from."""
 
     def __init__(self, real, synthetic, cfg, soft, device):
         without = real and synthetic and set(real.labels.tolist()) - set(synthetic.labels.tolist())
         real_too = cfg.share < 1 or without             # a class without synthetic images keeps the real ones
         used = (real, real_too), (synthetic, cfg.share > 0)
         self.pools = [pool for pool, is_used in used if is_used]
-        first, last, K = self.pools[0], self.pools[-1], len(self.pools[0].classes)
-        self.share, self.K = cfg.share, K
+        first, last = self.pools[0], self.pools[-1]
+        self.share, self.K = cfg.share, len(first.classes)
+
         self.images = torch.cat([pool.images for pool in self.pools]).to(device)         # (N, C, H, W) uint8
-        targets = [F.one_hot(pool.labels, K).float() for pool in self.pools]
+        targets = [F.one_hot(pool.labels, self.K).float() for pool in self.pools]
         if soft is not None:
             targets[-1] = soft
         self.targets = torch.cat(targets).to(device)                                     # (N, K)
         self.labels = [pool.labels.to(device) for pool in (first, last)]
-        self.real, self.synthetic = (Urn(labels, K) for labels in self.labels)
+        self.real, self.synthetic = (ByClass(labels, self.K) for labels in self.labels)
         self.offset = len(self.images) - len(last)                       # where the synthetic images start
-        labels = first.labels.sort().values.to(device)
+        labels = self.labels[0].sort().values
         self.classes = labels.unique() if cfg.balance else labels        # a class is drawn from these
 
     def chances(self):
@@ -246,10 +252,10 @@ class Mixture:
         return chances
 
     def draw(self, n, generator):
-        """Draw n images: where they are, and which of them are synthetic, both (n,).
+        """Draw n images. Returns their indices, and which of them are synthetic, both (n,).
 
         First a class, as often as it occurs or all equally often, then an image of this class: a synthetic
-        one with probability `share`, if there is any. A place has the same draws whatever the share.
+        one with probability `share`, if there is any. The random numbers do not depend on the share.
         """
         which, kind, u, v = torch.rand(4, n, device=self.classes.device, generator=generator)
         c = self.classes[(which * len(self.classes)).long()]
@@ -258,69 +264,75 @@ class Mixture:
 
 
 def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier"):
-    """Train a recogniser from scratch on real and synthetic (Scenes; the one that is not used may be None).
+    """Train a recogniser from scratch on real and synthetic (Scenes; one that is not used may be None).
 
-    soft (N, K): what to teach of each synthetic image instead of its class, probabilities. All randomness
-    follows from (seed, step), so that two runs of a seed differ only in what they are meant to. With a path,
-    a checkpoint is kept there every so many steps, and a run that was killed goes on from it. Returns the
-    model in eval mode and what it has seen: {steps, images, synthetic}. The linear one takes no steps: it is
-    solved for the average over all batches that it could have seen, without augmentation.
+    soft (N, K): what to teach of each synthetic image instead of its class. All randomness follows from
+    (seed, step): two runs of a seed differ only in what they are meant to. With a path, a checkpoint is kept
+    there, and a run that was killed goes on from it. Returns the model in eval mode, and what it has seen.
     """
     device = data.pick_device()
     mixture = Mixture(real, synthetic, cfg, soft, device)
-    if cfg.model == "linear":
-        return Linear(mixture).eval(), dict(steps=0, images=0, synthetic=0)
-    classes, channels = mixture.pools[0].classes, mixture.images.shape[1]
-    model = network(cfg, mixture.K, channels).to(device, memory_format=torch.channels_last)  # a tenth faster
+    model = network(cfg, mixture.K, mixture.images.shape[1])
+    model = model.to(device, memory_format=torch.channels_last)                          # a tenth faster
     optimizer = adamw(model, cfg.decay)
     parts = dict(model=model, optimizer=optimizer)
-    identity = dict(config={f.name: getattr(cfg, f.name) for f in fields(Config)}, classes=classes,
-                    channels=channels, images=[pool.digest for pool in mixture.pools],
-                    soft=soft is not None and soft.tolist())
-    saved = data.resume(path, "classifier", identity, parts)
-    start, synthetic_seen = 0, torch.zeros((), device=device)
-    if saved:
-        start, synthetic_seen = saved["step"], saved["synthetic_seen"].to(device)
+    settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
+    identity = dict(config=settings, classes=mixture.pools[0].classes, channels=mixture.images.shape[1],
+                    images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
+    saved = data.resume(path, "classifier", identity, parts) or dict(step=0, synthetic_seen=torch.zeros(()))
+    start, synthetic_seen = saved["step"], saved["synthetic_seen"].to(device)
+
+    def keep(step):
+        if path and data.rank() == 0:
+            data.save_checkpoint(path, "classifier", identity, step, parts, synthetic_seen=synthetic_seen)
+
+    if cfg.model == "linear":                                 # solved, without steps, seed and augmentation
+        model.solve(mixture)
+        keep(0)
+        return model.eval(), dict(steps=0, images=0, synthetic=0)
 
     augment = compose(cfg.augment)
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
     for step in data.progress(range(start, cfg.steps), title, cfg.steps, initial=start):
         g = data.rng(cfg.seed, step, device=device)
-        if cfg.pretrain:                                           # all steps of one kind, then the other
+        if cfg.pretrain:                                              # synthetic images first, then real ones
             mixture.share = float(step < cfg.share * cfg.steps)
         index, fake = mixture.draw(cfg.batch, g)
         synthetic_seen += fake.sum()
         x, y = augment(data.to_float(mixture.images[index]), mixture.targets[index], g)
         with data.autocast(device):
             loss = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
-        (loss / cfg.batch).backward()
-        data.sum_gradients(model)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = data.lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
+        data.descend(model, optimizer, loss / cfg.batch, step, cfg)
         if (step + 1) % every == 0 or step + 1 == cfg.steps:
             if not math.isfinite(mean := data.total(loss.detach()).item() / cfg.batch):
                 raise Problem(f"the loss is {mean} at step {step + 1}: lower --lr")
-            if path and data.rank() == 0:
-                data.save_checkpoint(path, "classifier", identity, step + 1, parts,
-                                     synthetic_seen=synthetic_seen)
+            keep(step + 1)
     return model.eval(), dict(steps=cfg.steps, images=cfg.steps * cfg.batch, synthetic=int(synthetic_seen))
 
 
 @torch.no_grad()
 def outputs(function, images, batch=512):
-    """What a model, or its features, makes of images (N, C, H, W) uint8: (N, D) float32 on the CPU."""
-    device, chunks = data.pick_device(), images.split(batch)
+    """Apply a model, or its features, to images (N, C, H, W) uint8: (N, D) float32 on the CPU."""
+    device, parts = data.pick_device(), images.split(batch)
     with data.autocast(device):
-        return torch.cat([function(data.to_float(chunk.to(device))).float().cpu() for chunk in chunks])
+        return torch.cat([function(data.to_float(part.to(device))).float().cpu() for part in parts])
 
 
 def predict(model, images, batch=512):
-    """The class of each image (N, C, H, W) uint8, as (N,) int64 on the CPU."""
+    """Classify images (N, C, H, W) uint8: (N,) int64 on the CPU."""
     return outputs(model, images, batch).argmax(1)
 
+
+def load_classifier(path):
+    """Read a checkpoint. Returns the model in eval mode, its classes and image size."""
+    saved = data.load_checkpoint(path, "classifier")
+    cfg = Config(**saved["config"])
+    model = network(cfg, len(saved["classes"]), saved["channels"])
+    model.load_state_dict(saved["model"])
+    return model.to(data.pick_device()).eval(), saved["classes"], cfg.size
+
+
+# ---- scores: from labels and predictions, both (N,), or from counts (..., 3, K) of them
 
 def put_back(logits, labels, counts):
     """Find what to add to the logits of a classifier that drew all classes equally often, (K,).
@@ -345,17 +357,16 @@ def topk(logits, labels, k=5):
 
 
 def confusion(labels, predicted, K):
-    """How often class i was taken for class j: (K, K) int64, rows are the truth."""
+    """Count the images of class i that were predicted to be j: (K, K) int64, a row per actual class."""
     return torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
 
 
 def tally(labels, predicted, groups, K):
-    """Counts from which every score follows, (G, 3, K) float64.
+    """Count, for each group and class, the hits, the actual and the predicted images: (G, 3, K) float64.
 
-    labels, predicted (N,) in 0..K-1; groups (N,) any integers: images of a group come and go together when
-    test sets are resampled (a scene is a group of its own, the buildings of an xBD tile are one). For each
-    group, in the order of their numbers, and each class: hits, truth (how many are of the class), called (how
-    many were called so).
+    Every score follows from them. labels, predicted (N,) in 0..K-1; groups (N,) any integers, in whose order
+    the counts come: images of a group stay together when test sets are resampled (a scene is a group of its
+    own, the buildings of an xBD tile are one).
     """
     labels, predicted, groups = (np.asarray(v) for v in (labels, predicted, groups))
     group = np.unique(groups, return_inverse=True)[1]
@@ -368,44 +379,44 @@ def tally(labels, predicted, groups, K):
 
 
 def totals(labels, predicted, K):
-    """The same of all images together, (3, K)."""
+    """Count the hits, the actual and the predicted images of each class: (3, K) float64."""
     return tally(labels, predicted, np.zeros(len(labels), dtype=int), K)[0]
 
 
-def f1(counts):
-    """F1 of each class, 2 P R / (P + R), (..., 3, K) -> (..., K); 0 for one that nothing is or is called."""
-    hits, truth, called = np.moveaxis(counts, -2, 0)
-    return 2 * hits / np.maximum(truth + called, 1)
-
-
-def recall(counts):
-    """Recall of each class, (..., 3, K) -> (..., K); 0 for a class that does not occur."""
-    return counts[..., 0, :] / np.maximum(counts[..., 1, :], 1)
+def accuracy(counts):
+    """Share of images classified correctly, (..., 3, K) -> (...)."""
+    return counts[..., 0, :].sum(-1) / counts[..., 1, :].sum(-1)
 
 
 def precision(counts):
-    """Precision of each class, (..., 3, K) -> (..., K); 0 for a class that nothing is called."""
+    """Precision of each class, (..., 3, K) -> (..., K); 0 for a class that is never predicted."""
     return counts[..., 0, :] / np.maximum(counts[..., 2, :], 1)
 
 
+def recall(counts):
+    """Recall of each class, (..., 3, K) -> (..., K); 0 for a class without images."""
+    return counts[..., 0, :] / np.maximum(counts[..., 1, :], 1)
+
+
+def f1(counts):
+    """F1 of each class, 2 P R / (P + R), (..., 3, K) -> (..., K); 0 without images and predictions."""
+    hits, actual, predicted = np.moveaxis(counts, -2, 0)
+    return 2 * hits / np.maximum(actual + predicted, 1)
+
+
 def weakest(counts):
-    """The class of the lowest recall, from counts (3, K), among those with a test image."""
+    """Find the class of the lowest recall among those with a test image, from counts (3, K)."""
     there = counts[1].nonzero()[0]
     return there[recall(counts)[there].argmin()]
 
 
-def accuracy(counts):
-    """Share of the images that were told right, (..., 3, K) -> (...)."""
-    return counts[..., 0, :].sum(-1) / counts[..., 1, :].sum(-1)
-
-
 def occurring(counts):
-    """The counts (..., 3, K) of those classes that occur anywhere in them.
+    """Keep the classes of counts (..., 3, K) that have an image in any of them.
 
     A class without a single test image says nothing of a classifier: it is left out of a mean over classes.
-    This is decided once for all that is handed in, seeds and resampled test sets alike, so that one mean is
-    over the same classes everywhere. A class that is there, but not in one of the resampled test sets, has
-    an F1 of 0 in that one: in both arms, so their difference is 0 there and not noise.
+    This is decided once for all seeds and resampled test sets that are handed in, so that one mean is over
+    equal classes everywhere. A class that is there, but not in one of the resampled test sets, has an F1 of 0
+    in that one: in both arms, so their difference is 0 there and not noise.
     """
     there = counts[..., 1, :].reshape(-1, counts.shape[-1]).any(0)
     return counts[..., there]
@@ -422,7 +433,7 @@ def macro_precision(counts):
 
 
 def macro_recall(counts):
-    """Mean recall of the classes that occur, (..., 3, K) -> (...); also called balanced accuracy."""
+    """Mean recall of the classes that occur, or balanced accuracy, (..., 3, K) -> (...)."""
     return recall(occurring(counts)).mean(-1)
 
 
@@ -436,24 +447,48 @@ def harmonic_f1(counts):
         return each.shape[-1] / (1 / each).sum(-1)                       # 1 / 0 = inf, and K / inf = 0
 
 
-def main(cfg):
-    """The script: train on the training split of a tree, score on val, and only if asked to on test."""
-    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
-    parts = data.split(scenes)
-    index = data.choose(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
-    synthetic = None
+# ---- the script
+
+def predict_folder(cfg):
+    """Classify the pictures in the folder --predict and those below it. Writes predictions.csv."""
+    folder, path = Path(cfg.predict), Path(cfg.out) / "classifier.pt"
+    model, classes, size = load_classifier(path)
+    files = data.pictures_in(folder)
+    images, files = data.decode_all(files, size, f"reading {folder}", cfg.skip_broken)
+    probability, predicted = outputs(model, images).softmax(1).max(1)
+    names = [file.relative_to(folder).as_posix() if folder.is_dir() else file.name for file in files]
+    rows = [[name, classes[k], f"{p:.4f}"]
+            for name, k, p in zip(names, predicted.tolist(), probability.tolist(), strict=True)]
+    table = Path(cfg.out) / "predictions.csv"
+    if data.rank() == 0:
+        data.save_csv(table, ["picture", "predicted", "probability"], rows)
+    print(f"{len(rows)} pictures of {folder}, classified by {path}: {table}")
+
+
+def read_synthetic(cfg, classes):
+    """Read the tree --synthetic, if any: Scenes, with classes numbered as in `classes`, or None."""
     if bool(cfg.synthetic) != (cfg.share > 0):
         raise Problem("--synthetic and --share belong together: "
                       "give the tree and the probability of its images")
-    if cfg.synthetic:
-        synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken)
-        if unknown := set(synthetic.classes) - set(scenes.classes):
-            names = ", ".join(sorted(unknown))
-            raise Problem(f"{cfg.synthetic} has classes that {cfg.data} has not: {names}")
-        to_real = torch.tensor([scenes.classes.index(name) for name in synthetic.classes])
-        synthetic = replace(synthetic, labels=to_real[synthetic.labels], classes=scenes.classes)
-    if synthetic and (without := set(range(len(scenes.classes))) - set(synthetic.labels.tolist())):
-        print(f"{len(without)} of {len(scenes.classes)} classes have no synthetic images")
+    if not cfg.synthetic:
+        return None
+    synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken)
+    if unknown := sorted(set(synthetic.classes) - set(classes)):
+        raise Problem(f"{cfg.synthetic} has classes that {cfg.data} has not: {', '.join(unknown)}")
+    if without := len(classes) - len(synthetic.classes):
+        print(f"{without} of {len(classes)} classes have no synthetic images")
+    labels = torch.tensor([classes.index(name) for name in synthetic.classes])[synthetic.labels]
+    return replace(synthetic, labels=labels, classes=classes)
+
+
+def main(cfg):
+    """Train on the training split of a tree, score on val, and only if asked to on test. Or predict."""
+    if cfg.predict:
+        return predict_folder(cfg)
+    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
+    parts = data.split(scenes)
+    index = data.choose(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
+    synthetic = read_synthetic(cfg, scenes.classes)
     print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, "
           f"on {data.pick_device()}")
     model, _ = fit(scenes[index], synthetic, cfg, Path(cfg.out) / "classifier.pt")

@@ -17,18 +17,18 @@ from torch import nn
 import data
 from augment import compose
 from data import Problem, flag
-from ddpm import PREDICTS, SCHEDULES, Diffusion, noise_of
+from ddpm import PREDICTS, SCHEDULES, Diffusion
 from unet import Condition, UNet
 
 
 @dataclass
 class Config:
-    """What makes a generator. Two with the same Config and the same images are the same."""
+    """Everything that makes a generator: equal Config and images, equal generator."""
     size: int = flag(64, "side of the images in pixels")
     width: int = flag(64, "channels at the finest resolution")
     mults: tuple = flag((1, 2, 3, 4), "width of each resolution in units of --width")
     blocks: int = flag(2, "blocks per resolution, down and up")
-    patch: int = flag(1, "fold so many pixels a side into channels (2 on a CPU)")
+    patch: int = flag(1, "fold squares of this many pixels a side into channels (2 on a CPU)")
     schedule: str = flag("cosine", "noise schedule: cosine, linear, flow")
     predict: str = flag("v", "what the network predicts: v, eps, x0")
     gamma: float = flag(5.0, "cap of the min-SNR weight of the loss (inf: L_simple, all t alike)")
@@ -59,7 +59,7 @@ class Config:
 
 @dataclass
 class Script(Config):
-    """What only the command line needs."""
+    """Config, and the settings that only the command line needs."""
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
     per_class: int = flag(0, "training images per class, or tiles of an xBD tree (0: all)")
@@ -74,7 +74,7 @@ class Script(Config):
 
 @dataclass
 class Generator:
-    """A trained generator: noise process, averaged network in eval mode, and what it was made with."""
+    """A trained generator: noise process, averaged network in eval mode, its classes and settings."""
     diffusion: Diffusion
     model: nn.Module
     classes: list[str]
@@ -82,7 +82,7 @@ class Generator:
 
 
 def networks(cfg, classes, channels):
-    """The noise process and a fresh network, weights fixed by the seed."""
+    """Make the noise process and a fresh network, its weights fixed by the seed."""
     torch.manual_seed(cfg.seed)
     model = UNet(classes, channels, cfg.width, cfg.mults, cfg.blocks, cfg.patch)
     model = model.to(memory_format=torch.channels_last)                  # a quarter faster, also on a CPU
@@ -93,7 +93,7 @@ def networks(cfg, classes, channels):
 def update_ema(ema, model, decay):
     """Move the averaged weights a step towards the model's; copy what is not learned.
 
-    torch's AveragedModel does the same, but copies its counter to the GPU at every step and waits for it.
+    torch's AveragedModel does so too, but copies its counter to the GPU at every step and waits for it.
     """
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for a, b in zip(ema.buffers(), model.buffers(), strict=True):
@@ -101,70 +101,65 @@ def update_ema(ema, model, decay):
 
 
 def train(real, cfg, path=None, every=1000, look=0, title="generator"):
-    """Train on real (Scenes) by cfg (Config). -> Generator.
+    """Train on real (Scenes) by cfg (Config). Returns a Generator.
 
-    Everything is kept in the checkpoint `path`, if any, its log beside it. Every step draws its randomness
-    from (seed, step): a run that was killed goes on at its last checkpoint and ends with the numbers of one
-    that was not (on a CPU to the bit). With look > 0 every checkpoint comes with a grid, `look` images per
-    class from the same noise. Raises Problem if the checkpoint is of other settings or images, or if the loss
-    is not finite.
+    With a path, a checkpoint is kept there, its log beside it, and with look > 0 a grid of `look` images per
+    class, always from one noise. Every step draws its randomness from (seed, step): a run that was killed
+    goes on at its last checkpoint and ends with the numbers of one that was not (on a CPU to the bit). Raises
+    Problem if the checkpoint is of other settings or images, or if the loss is not finite.
     """
-    device, path = data.pick_device(), path and Path(path)
+    device = data.pick_device()
     diffusion, model = networks(cfg, len(real.classes), real.images.shape[1])
     diffusion, model = diffusion.to(device), model.to(device)
     ema = copy.deepcopy(model).eval()
     generator = Generator(diffusion, ema, real.classes, cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
     identity = dict(config=settings, classes=real.classes, names=real.names, images=real.digest,
                     channels=real.images.shape[1])
-    saved = data.resume(path, "generator", identity, parts)
-    start, log = (saved["step"], saved["log"]) if saved else (0, [])
+    saved = data.resume(path, "generator", identity, parts) or dict(step=0, log=[])
+    start, log = saved["step"], saved["log"]
 
-    augment = compose(cfg.augment)
     images, labels = real.images.to(device), real.labels.to(device)
-    quarters = torch.zeros(2, 4, device=device)                       # per quarter of t: sum of losses, count
+    augment = compose(cfg.augment)
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
+    quarters = torch.zeros(2, 4, device=device)                       # per quarter of t: sum of losses, count
     for step in data.progress(range(start, cfg.steps), title, cfg.steps, initial=start):
         g = data.rng(cfg.seed, step, device=device)
         index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
         x0, _ = augment(data.to_float(images[index]), None, g)
         with data.autocast(device):
             loss, t = diffusion.loss(model, x0, Condition(labels[index]), cfg.drop, g, part)
-        (loss.sum() / cfg.batch).backward()
-        data.sum_gradients(model)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = data.lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = min(cfg.ema, (1 + step) / (10 + step))              # a young average forgets the start sooner
-        update_ema(ema, model, decay)
+        data.descend(model, optimizer, loss.sum() / cfg.batch, step, cfg)
+        update_ema(ema, model, min(cfg.ema, (1 + step) / (10 + step)))    # early, forget the start faster
         quarters.index_add_(1, t * 4 // cfg.timesteps, torch.stack([loss.detach(), torch.ones_like(loss)]))
 
         if (step + 1) % every == 0 or step + 1 == cfg.steps:
             log.append(log_row(step + 1, data.total(quarters)))
             quarters.zero_()
-            if path and data.rank() == 0:
-                data.save_checkpoint(path, "generator", identity, step + 1, parts, log=log)
-                data.save_csv(path.with_suffix(".csv"), ["step", "loss", "t_1", "t_2", "t_3", "t_4"], log)
-            if path and look:
-                save_samples(generator, look, path.with_name(f"samples-{step + 1:06d}.png"))
+            if path:
+                save(generator, Path(path), identity, parts, log, look)
     return generator
 
 
-def save_samples(generator, look, path):
-    """A picture with a row of `look` images per class, from the same noise each time."""
-    y, cfg = torch.arange(len(generator.classes)).repeat_interleave(look), generator.config
-    made = generate(generator, y, seed=0, calls=min(12, cfg.timesteps))
+def save(generator, path, identity, parts, log, look):
+    """Write the checkpoint, the log as a table, and with look > 0 a grid with a row of images per class."""
+    step, cfg = log[-1][0], generator.config
     if data.rank() == 0:
-        data.save_picture(data.grid(made, look, zoom=max(1, 64 // cfg.size)), path)
+        data.save_checkpoint(path, "generator", identity, step, parts, log=log)
+        data.save_csv(path.with_suffix(".csv"), ["step", "loss", "t_1", "t_2", "t_3", "t_4"], log)
+    if look:
+        y = torch.arange(len(generator.classes)).repeat_interleave(look)
+        images = generate(generator, y, seed=0, calls=min(12, cfg.timesteps))          # by all processes
+        if data.rank() == 0:
+            grid = data.grid(images, look, zoom=max(1, 64 // cfg.size))
+            data.save_picture(grid, path.with_name(f"samples-{step:06d}.png"))
 
 
 def log_row(step, quarters):
-    """[step, mean loss, mean loss of each quarter of t], from their sums and counts, (2, 4).
+    """Return [step, mean loss, mean loss of each quarter of t], from their sums and counts, (2, 4).
 
     Raises Problem if the loss is not finite.
     """
@@ -175,48 +170,58 @@ def log_row(step, quarters):
 
 
 def load_generator(path):
-    """The Generator of a checkpoint, ready to make images. Raises Problem if the file is none."""
+    """Read the Generator of a checkpoint. Raises Problem if the file is none."""
     saved = data.load_checkpoint(path, "generator")
-    cfg, channels = Config(**saved["config"]), saved["channels"]
-    diffusion, model = networks(cfg, len(saved["classes"]), channels)
+    cfg = Config(**saved["config"])
+    diffusion, model = networks(cfg, len(saved["classes"]), saved["channels"])
     model.load_state_dict(saved["ema"])
     device = data.pick_device()
     return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg)
 
 
+def noise_of(seeds, shape, device="cpu"):
+    """Make a source of N(0, I): every call returns (B, *shape), B = len(seeds).
+
+    Each image has a generator of its own, so that it does not depend on which others share its batch.
+    """
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    return lambda: torch.stack([torch.randn(shape, generator=g, device=device) for g in generators])
+
+
 def generate(generator, y, seed, calls=12, w=1.5, batch=256, title="images"):
-    """Images of the classes y (N,) int64, as uint8 (N, C, H, W) on the CPU.
+    """Make images of the classes y (N,) int64: uint8 (N, C, H, W) on the CPU.
 
     Image k follows from (seed, k), whatever the batch and the number of processes. Each process makes its
     part, and all get all of them.
     """
     diffusion, model, cfg = generator.diffusion, generator.model, generator.config
-    device, part = diffusion.signal.device, data.share(len(y))
+    device = diffusion.signal.device
     shape = (model.channels, cfg.size, cfg.size)
     images = torch.zeros(len(y), *shape, dtype=torch.uint8, device=device)
-    for k in data.progress(range(part.start, part.stop, batch), title):
-        now = slice(k, min(k + batch, part.stop))
-        seeds = [(seed * 1_000_003 + i) % 2**32 for i in range(now.start, now.stop)]
+    part = data.share(len(y))
+    for first in data.progress(range(part.start, part.stop, batch), title):
+        last = min(first + batch, part.stop)
+        noise = noise_of([(seed * 1_000_003 + k) % 2**32 for k in range(first, last)], shape, device)
+        cond = Condition(y[first:last].to(device))
         with data.autocast(device):
-            cond, noise = Condition(y[now].to(device)), noise_of(seeds, shape, device)
-            images[now] = data.to_uint8(diffusion.sample(model, cond, noise, calls, w=w))
+            images[first:last] = data.to_uint8(diffusion.sample(model, cond, noise, calls, w=w))
     return data.total(images).cpu()                      # zeros stand where the others' images go
 
 
 # ---- the script
 
 def sample(cfg):
-    """Write images of a checkpoint as a tree that every reader of class folders reads, and a grid of them."""
+    """Write images of a checkpoint as a tree with a folder per class, and a grid of them."""
     generator = load_generator(cfg.sample)
-    wanted = cfg.classes.split(",") if cfg.classes else generator.classes
-    if unknown := set(wanted) - set(generator.classes):
+    names = cfg.classes.split(",") if cfg.classes else generator.classes
+    if unknown := set(names) - set(generator.classes):
         raise Problem(f"{cfg.sample} knows no class {', '.join(sorted(unknown))}; "
                       f"it knows {', '.join(generator.classes)}")
-    y = torch.tensor([generator.classes.index(name) for name in wanted]).repeat_interleave(cfg.count)
+    y = torch.tensor([generator.classes.index(name) for name in names]).repeat_interleave(cfg.count)
     if not 1 <= cfg.calls <= generator.config.timesteps:
         raise Problem(f"--calls {cfg.calls}: {cfg.sample} has a chain of {generator.config.timesteps} steps")
-    if there := [name for name in wanted if any((Path(cfg.out) / name).glob("*.png"))]:
-        raise Problem(f"{cfg.out} holds pictures of {there[0]} already: give another --out, or remove them")
+    if full := [name for name in names if any((Path(cfg.out) / name).glob("*.png"))]:
+        raise Problem(f"{cfg.out} holds pictures of {full[0]} already: give another --out, or remove them")
     images = generate(generator, y, cfg.seed, cfg.calls, cfg.w)
     if data.rank():
         return
@@ -224,11 +229,11 @@ def sample(cfg):
         name = generator.classes[y[k]]
         data.save_picture(data.picture(image), Path(cfg.out) / name / f"{name}_{k % cfg.count + 1:05d}.png")
     data.save_picture(data.grid(images, cfg.count), Path(cfg.out) / "grid.png")
-    print(f"{len(images)} images of {len(wanted)} classes in {cfg.out}, all of them in {cfg.out}/grid.png")
+    print(f"{len(images)} images of {len(names)} classes in {cfg.out}, all of them in {cfg.out}/grid.png")
 
 
 def main(cfg):
-    """The script: train on the training split of a tree, or make images."""
+    """Train on the training split of a tree, or make images with a checkpoint."""
     if cfg.sample:
         return sample(cfg)
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)

@@ -128,7 +128,7 @@ def loop():
     """The sampler against the network calls it makes, with guidance."""
     diffusion, model = our_generator()
     y = torch.arange(GEN.batch, device=DEVICE) % 45
-    noise = ddpm.noise_of(range(GEN.batch), (3, GEN.size, GEN.size), DEVICE)
+    noise = train_gen.noise_of(range(GEN.batch), (3, GEN.size, GEN.size), DEVICE)
     x, t, cond = noise(), torch.full((2 * GEN.batch,), 500, device=DEVICE), Condition(y).and_null()
 
     @torch.no_grad()
@@ -151,7 +151,8 @@ def graph():
         raise Absent("needs CUDA")
     cfg = train_gen.Config(size=32, width=32)
     diffusion, model = our_generator(cfg)
-    cond, noise = Condition(torch.arange(16, device=DEVICE)), ddpm.noise_of(range(16), (3, 32, 32), DEVICE)
+    cond = Condition(torch.arange(16, device=DEVICE))
+    noise = train_gen.noise_of(range(16), (3, 32, 32), DEVICE)
 
     def run(graph):
         with data.autocast(DEVICE):
@@ -182,7 +183,7 @@ def lucidrains_net():
 def compare_sampling(theirs, net):
     diffusion, model = our_generator()
     y, shape = torch.arange(GEN.batch) % 45, (3, GEN.size, GEN.size)
-    noise = ddpm.noise_of(range(GEN.batch), shape, DEVICE)
+    noise = train_gen.noise_of(range(GEN.batch), shape, DEVICE)
 
     def ours():
         with data.autocast(DEVICE):

@@ -19,9 +19,9 @@ from ddpm import (
     flow_abar,
     guided,
     linear_abar,
-    noise_of,
     posterior,
 )
+from train_gen import noise_of
 from unet import Condition, UNet
 
 
@@ -464,7 +464,7 @@ def test_a_cuda_graph_makes_the_images_of_the_plain_loop_and_waits_only_to_recor
         assert_close(images, made(seed, False), rtol=0, atol=2e-2 if bf16 else 1e-4)
 
 
-# ---- guidance and noise
+# ---- guidance, and the whole program
 
 def test_guidance_is_a_straight_line_in_w_through_null_and_plain():
     x, t, y = gaussian(3, 1, 2, 2), torch.tensor([1, 5, 9]), Condition(torch.tensor([1, 2, 3]))
@@ -475,17 +475,25 @@ def test_guidance_is_a_straight_line_in_w_through_null_and_plain():
         assert_close(guided(Wild(), x, t, y, w), null + w * (plain - null))
 
 
-def test_an_image_does_not_depend_on_which_others_share_its_batch():
-    whole, part = noise_of([5, 6, 7], (3, 4, 4)), noise_of([6], (3, 4, 4))
-    for _ in range(2):
-        a, b = whole(), part()
-        assert_close(a[1:2], b)
-        assert (a[0] != a[1]).any() and (a[1] != a[2]).any()
-
-
-def test_the_demo_draws_an_image_drowning_in_noise(tmp_path):
-    ddpm.main(tmp_path / "new" / "ddpm.png")
+def test_the_demo_draws_an_image_drowning_in_noise_and_trains_a_toy(tmp_path, capsys):
+    ddpm.main(tmp_path / "new" / "ddpm.png", steps=5)
     sheet = np.asarray(Image.open(tmp_path / "new" / "ddpm.png")).astype(float)
-    first, last = sheet[:96, :96], sheet[:96, -96:]
-    rough = [abs(np.diff(x, axis=0)).mean() for x in (first, last)]
-    assert rough[0] < 12 < 60 < rough[1]
+    assert sheet.shape == (3 * (128 + 64) + 128, 8 * 128, 3)
+    for top in (0, 192, 384):
+        image, curve = sheet[top:top + 128], sheet[top + 128:top + 192, :, 0]
+        rough = [abs(np.diff(x, axis=0)).mean() for x in (image[:, :128], image[:, -128:])]
+        assert rough[0] < 12 < 60 < rough[1]
+        assert ((curve == 0).sum(0) == 1).all()                          # one height everywhere, and it falls
+        assert (np.diff(curve.argmin(0)) >= 0).all() and np.ptp(curve.argmin(0)) == 49
+    noise, data = sheet[-128:, :128, 0] == 0, sheet[-128:, -128:, 0] == 0
+    assert noise.sum() > 600 and noise[:16].any() and data.sum() > 300 and not data[:16].any()
+    said = capsys.readouterr().out
+    assert said.startswith("step    1: loss ") and "step    5: loss " in said and "ddpm.png" in said
+
+
+def test_the_toy_learns_its_spiral():
+    torch.manual_seed(0)
+    *stages, samples = ddpm.train_toy(600)
+    data = ddpm.spiral(4000).flatten(1)
+    far = [torch.cdist(x.flatten(1), data).amin(1).mean() for x in (stages[0], samples)]
+    assert len(stages) == 12 and far[1] < 0.08 < 0.4 < far[0]

@@ -1,4 +1,5 @@
 """train_cls.py: fair mixtures, honest scores."""
+import csv
 import math
 import subprocess
 import sys
@@ -485,6 +486,48 @@ def test_the_command_trains_on_a_mixture_and_reads_test_only_if_asked(tmp_path, 
     assert mixed.returncode == 0 and "14 synthetic" in mixed.stdout and "test: accuracy" in mixed.stdout
     alone = launch(train_cls, *flags, "--out", tmp_path / "c", "--synthetic", synthetic)
     assert alone.returncode == 2 and "--share" in alone.stderr and alone.stderr.count("\n") == 1
+
+
+SMALL = "--size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 30 --batch 16 --warmup 3 --lr 3e-3".split()
+
+
+@pytest.mark.parametrize("model", train_cls.MODELS)
+def test_pictures_of_a_folder_are_classified_as_the_trained_model_does(tmp_path, launch, model, monkeypatch):
+    root, out = data.draw_tree(tmp_path / "t", 5, size=16), ["--out", tmp_path / "c"]
+    made, fit = [], train_cls.fit
+    monkeypatch.setattr(train_cls, "fit", lambda *args: made.append(fit(*args)) or made[0])
+    assert launch(train_cls, "--data", root, *out, *SMALL, "--model", model).returncode == 0
+    done = launch(train_cls, "--predict", root, *out)                    # no other flags: they are remembered
+    assert done.returncode == 0 and "40 pictures of" in done.stdout
+    with open(tmp_path / "c" / "predictions.csv") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["picture", "predicted", "probability"]
+    scenes = data.read_folder(root, 16, cache=tmp_path / "cache")
+    probability, predicted = train_cls.outputs(made[0][0], scenes.images).softmax(1).max(1)
+    assert [row[0] for row in rows] == scenes.names
+    assert [row[1] for row in rows] == [scenes.classes[k] for k in predicted]
+    assert_close(torch.tensor([float(row[2]) for row in rows]), probability, rtol=0, atol=1e-4)
+    assert len({row[1] for row in rows}) > 1
+
+
+def test_what_cannot_be_predicted_is_one_line_and_leaves_the_table_as_it_was(tmp_path, launch):
+    root, out = data.draw_tree(tmp_path / "t", 5, size=16), ["--out", tmp_path / "c"]
+    pictures, table = tmp_path / "new", tmp_path / "c" / "predictions.csv"
+    pictures.mkdir()
+
+    def refusal():
+        done = launch(train_cls, "--predict", pictures, *out)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        return done.stderr
+
+    assert "no checkpoint" in refusal()
+    launch(train_cls, "--data", root, *out, *SMALL)
+    assert "no pictures in" in refusal() and not table.exists()
+    (root / "river" / "river_001.jpg").rename(pictures / "a.jpg")
+    (pictures / "b.png").write_bytes(b"broken")
+    assert "b.png" in refusal() and "--skip-broken" in refusal() and not table.exists()
+    assert launch(train_cls, "--predict", pictures, *out, "--skip-broken").returncode == 0
+    assert table.read_text().splitlines()[1].startswith("a.jpg,") and table.read_text().count("\n") == 2
 
 
 def test_the_weakest_class_named_is_one_that_was_tested(tmp_path, launch, monkeypatch):

@@ -13,7 +13,7 @@ import data
 import train_gen
 from augment import compose
 from data import Problem, Scenes
-from train_gen import Config, generate, load_generator, train, update_ema
+from train_gen import Config, generate, load_generator, noise_of, train, update_ema
 from unet import Condition
 
 TINY = Config(size=8, width=16, mults=(1, 2), blocks=1, timesteps=100, steps=6, batch=8, lr=1e-3, warmup=2,
@@ -120,6 +120,14 @@ def test_ema_is_the_weighted_mean_of_all_weights_so_far():
         expected = 0.9 * expected + 0.1 * k
     assert_close(ema.weight.detach(), expected)
     assert ema.count == 4
+
+
+def test_an_image_does_not_depend_on_which_others_share_its_batch():
+    whole, part = noise_of([5, 6, 7], (3, 4, 4)), noise_of([6], (3, 4, 4))
+    for _ in range(2):
+        a, b = whole(), part()
+        assert_close(a[1:2], b)
+        assert (a[0] != a[1]).any() and (a[1] != a[2]).any()
 
 
 def test_image_k_follows_from_seed_and_k_whatever_the_batch():
