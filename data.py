@@ -192,12 +192,12 @@ def decode_tree(root, files, size, skip_broken):
 
 
 def pictures_in(path):
-    """List the pictures in a folder and those below it, or the one that path is. Problem if there are none."""
+    """List the pictures in a folder and below it, or the one that path is. Problem if there are none."""
     path = Path(path)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES
                                                  and not p.name.startswith("."))
     if not files:
-        raise Problem(f"no pictures in {path}: give one of {', '.join(sorted(SUFFIXES))}, or a folder of them")
+        raise Problem(f"no pictures in {path}: give one ({', '.join(sorted(SUFFIXES))}) or a folder of them")
     return files
 
 
