@@ -2,7 +2,7 @@
 
     python train_gen.py --data data/NWPU-RESISC45 --out runs/gen
     python train_gen.py --sample runs/gen/generator.pt --classes river,forest --count 16 --out runs/made
-    torchrun --nproc-per-node 4 train_gen.py ...               # the same, on 4 GPUs
+    torchrun --nproc-per-node 4 train_gen.py ...               # equal numbers, on 4 GPUs
 
 The loss barely moves after the first minutes, and a lower one is no better image: look at samples-*.png.
 """
