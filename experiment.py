@@ -168,8 +168,8 @@ _SMOKE = Scale(
     cls=train_cls.Config(size=16, patch=4, dim=32, depth=1, heads=2, steps=10, batch=32, warmup=5))
 _SMALL = Scale(
     counts=(5,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
-    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1000, batch=32,
-                         lr=2e-3, warmup=50, ema=0.99, augment="none"),
+    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, predict="x0", steps=1000,
+                         batch=32, lr=2e-3, warmup=50, ema=0.99, augment="none"),
     cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=200, batch=64, lr=4e-3, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(

@@ -266,18 +266,17 @@ class Mixture:
 def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier"):
     """Train a recogniser from scratch on real and synthetic (Scenes; one that is not used may be None).
 
-    soft (N, K): what to teach of each synthetic image instead of its class. All randomness follows from
-    (seed, step): two runs of a seed differ only in what they are meant to. With a path, a checkpoint is kept
-    there, and a run that was killed goes on from it. Returns the model in eval mode, and what it has seen.
+    soft (N, K): what to teach of each synthetic image instead of its class. Randomness follows from (seed,
+    step). A checkpoint is kept at path, from which a killed run goes on. Returns model.eval() and counts.
     """
     device = data.pick_device()
     mixture = Mixture(real, synthetic, cfg, soft, device)
-    model = network(cfg, mixture.K, mixture.images.shape[1])
-    model = model.to(device, memory_format=torch.channels_last)                          # a tenth faster
+    channels = mixture.images.shape[1]
+    model = network(cfg, mixture.K, channels).to(device, memory_format=torch.channels_last)  # a tenth faster
     optimizer = adamw(model, cfg.decay)
     parts = dict(model=model, optimizer=optimizer)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
-    identity = dict(config=settings, classes=mixture.pools[0].classes, channels=mixture.images.shape[1],
+    identity = dict(config=settings, classes=mixture.pools[0].classes, channels=channels,
                     images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
     saved = data.resume(path, "classifier", identity, parts) or dict(step=0, synthetic_seen=torch.zeros(()))
     start, synthetic_seen = saved["step"], saved["synthetic_seen"].to(device)

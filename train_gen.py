@@ -2,7 +2,7 @@
 
     python train_gen.py --data data/NWPU-RESISC45 --out runs/gen
     python train_gen.py --sample runs/gen/generator.pt --classes river,forest --count 16 --out runs/made
-    torchrun --nproc-per-node 4 train_gen.py ...               # the same, on 4 GPUs
+    torchrun --nproc-per-node 4 train_gen.py ...               # equal numbers, on 4 GPUs
 
 The loss barely moves after the first minutes, and a lower one is no better image: look at samples-*.png.
 """
@@ -28,7 +28,7 @@ class Config:
     width: int = flag(64, "channels at the finest resolution")
     mults: tuple = flag((1, 2, 3, 4), "width of each resolution in units of --width")
     blocks: int = flag(2, "blocks per resolution, down and up")
-    patch: int = flag(1, "fold squares of this many pixels a side into channels (2 on a CPU)")
+    patch: int = flag(1, "fold squares of so many pixels a side into channels (CPU: 2, --predict x0)")
     schedule: str = flag("cosine", "noise schedule: cosine, linear, flow")
     predict: str = flag("v", "what the network predicts: v, eps, x0")
     gamma: float = flag(5.0, "cap of the min-SNR weight of the loss (inf: L_simple, all t alike)")

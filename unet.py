@@ -101,6 +101,8 @@ class UNet(nn.Module):
     mults are the widths of the resolutions in units of `width`, each half as fine as the one before;
     attention at all but the finest. With patch > 1, squares of patch x patch pixels are folded into channels
     first and unfolded at the end: at patch = 2 a quarter of the work, which makes 32 px feasible on a CPU.
+    Then let it predict x0: with v, small networks leave a checkerboard, which neither overlapping squares nor
+    a last convolution at full resolution removed.
     """
 
     def __init__(self, classes, channels=3, width=64, mults=(1, 2, 4), blocks=2, patch=1):
