@@ -243,7 +243,7 @@ def event_of(name):
 def cut_tree(root, tiles, size, label, pre, mask):
     """Read all labels, then cut all buildings -> the fields of Scenes, and a summary of what is left out."""
     names, answers, groups, tasks = [], [], [], []
-    numbers, left_out = {}, Counter()
+    number_of, left_out = {}, Counter()                              # {tile: its group}, {reason: how many}
     needed = ["post.json", "post.png", "pre.png"][:2 + pre]
     for tile, files in progress(tiles.items(), "reading labels"):
         if missing := [file for file in needed if file not in files]:
@@ -255,7 +255,7 @@ def cut_tree(root, tiles, size, label, pre, mask):
         left_out += Counter({UNKNOWN: unknown, "too small": len(polygons) - len(usable) - unknown})
         names += [f"{tile}/{uid}" for uid, _, _ in usable]
         answers += [dict(damage=subtype, type=kind)[label] for _, subtype, _ in usable]
-        groups += [numbers.setdefault(tile.split("/")[1], len(numbers))] * len(usable)
+        groups += [number_of.setdefault(tile.split("/")[1], len(number_of))] * len(usable)
         tasks.append((files, [rings for _, _, rings in usable], extent))
     reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "nothing"
     if not names:
@@ -598,10 +598,11 @@ SCENES = {paint.__name__: paint for paint in (beach, circular_farmland, dense_re
 def draw_scene(name, dice, size=128):
     """Draw one scene of a class of SCENES, PIL RGB; all chance comes from dice, a numpy Generator."""
     c = Canvas(dice, size, LAND)
+    # What may lie anywhere: a field, a house, a group of trees.
     for _ in range(dice.poisson(0 if name in ("dense_residential", "forest") else 1)):
-        c.paint(dice.uniform(-1.2, 1.2, 2) + dice.uniform(0.25, 0.9, 2) * SQUARE, LAND)      # clutter: a field,
-        c.solid(dice.uniform(-1.2, 1.2, 2), dice.uniform(0.04, 0.16, 2) * SQUARE, ROOFS)     # a house,
-        for spot in dice.normal(dice.uniform(-1.2, 1.2, 2), 0.2, (dice.integers(1, 14), 2)):  # or some trees
+        c.paint(dice.uniform(-1.2, 1.2, 2) + dice.uniform(0.25, 0.9, 2) * SQUARE, LAND)
+        c.solid(dice.uniform(-1.2, 1.2, 2), dice.uniform(0.04, 0.16, 2) * SQUARE, ROOFS)
+        for spot in dice.normal(dice.uniform(-1.2, 1.2, 2), 0.2, (dice.integers(1, 14), 2)):
             c.solid(spot, dice.uniform(0.02, 0.07) * CIRCLE[::3], CROWNS)
     SCENES[name](c, dice)
     return c.photograph()
@@ -639,8 +640,8 @@ def strike(c, dice, damage, kind):
     elif damage == "major-damage" and kind == "flooding":                        # it stands in the water
         c.strip(dice.uniform(1.4, 1.7) * CIRCLE, 0.4, FLOOD)
     elif damage == "major-damage":                                               # a part of the roof is gone
-        kept, turn = dice.uniform(-0.3, 0.3), rotation(np.pi / 2 * dice.integers(4))
-        c.paint(SQUARE.clip((kept, -1)) @ turn, HOLE)
+        part = SQUARE.clip((dice.uniform(-0.3, 0.3), -1))
+        c.paint(part @ rotation(np.pi / 2 * dice.integers(4)), HOLE)
         scatter(8, 1.2, 0.15, RUBBLE)
     elif damage == "destroyed":
         c.paint(dice.uniform(1.3, 1.6) * CIRCLE, ASH if kind == "fire" else SOIL)
@@ -666,7 +667,7 @@ def draw_tile(event, dice, side):
         houses.append((2 * axes, 2 * spot, damage))
         ring = ", ".join(f"{x} {y}" for x, y in spot + SQUARE[[0, 1, 2, 3, 0]] @ axes)
         polygons.append(dict(properties=dict(uid=str(k), subtype=damage), wkt=f"POLYGON (({ring}))"))
-        c.axes, c.origin = 2 * axes, 2 * spot                                    # points of the house's own
+        c.axes, c.origin = 2 * axes, 2 * spot                                    # -1..1 is now this house
         c.solid(0, SQUARE, ROOFS, 0.3)
     before = c.photograph()                                                      # the rest is painted over it
     for axes, origin, damage in houses:
@@ -677,7 +678,7 @@ def draw_tile(event, dice, side):
 
 
 def draw_xbd(root, tiles=24, seed=0, side=256):
-    """Draw so many tiles as an xBD tree, unless they are there. Tile k follows from (seed, k). -> root"""
+    """Draw tiles as an xBD tree, a quarter in test, unless they are there: k is of (seed, k). -> root"""
     for k in progress(range(tiles), "drawing disasters"):
         event = list(EVENTS)[k % len(EVENTS)]
         folder = Path(root) / ("test" if k // len(EVENTS) % 4 == 3 else "train")
@@ -902,8 +903,8 @@ def pool(jobs, enter, *args):
         if jobs == 1:
             yield Inline()
         else:
-            with ProcessPoolExecutor(jobs, get_context("spawn"), _enter, (enter, *args)) as processes:
-                yield processes
+            with ProcessPoolExecutor(jobs, get_context("spawn"), _enter, (enter, *args)) as workers:
+                yield workers
     except BrokenExecutor:
         raise Problem(f"one of {jobs} processes died, perhaps for want of memory: start again with fewer "
                       "--jobs; what is done is kept") from None
