@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 PARTS = "train", "val", "test"
@@ -116,8 +116,7 @@ HOW_TO_GET = """RESISC45 (Cheng et al. 2017), 45 classes of 700 images of 256 x 
 https://hf.co/datasets/isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e/NWPU-RESISC45.zip
 md5 75206b2e16446591afa88e2628744886
 Unpack it to data/NWPU-RESISC45, one folder per class, and if you like put resisc45-train.txt, -val.txt and
--test.txt (the official 60/20/20 lists, same address) into it. Any other tree with a folder per class does
-as well."""
+-test.txt (the official 60/20/20 lists, same address) into it. Any tree with a folder per class will do."""
 
 
 def read_folder(root, size, skip_broken=False, cache="runs/cache"):
@@ -144,12 +143,10 @@ def find_pictures(root):
     if not root.is_dir():
         raise Problem(f"no folder {root}: give one with a folder of pictures per class "
                       "(python data.py tells how to get RESISC45)")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [p for folder in folders for p in sorted(folder.iterdir())
-             if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    files = sorted(p for p in root.glob("[!.]*/[!.]*") if p.suffix.lower() in SUFFIXES)
     if len({p.parent for p in files}) < 2:
         wrong = f"only one class with pictures, {files[0].parent.name}" if files else "no pictures in folders"
-        inside = [folder for folder in folders if any(p.is_dir() for p in folder.iterdir())]
+        inside = sorted(p.parent for p in root.glob("[!.]*/*") if p.is_dir())
         hint = f"; did you mean {inside[0]}?" if inside else ""
         raise Problem(f"{root}: {wrong}; a folder per class, at least two, is needed{hint}")
     return files
@@ -212,11 +209,8 @@ def decode(path, size):
         pil.draft("RGB", (2 * size, 2 * size))                           # a JPEG decoder can halve for free
         if pil.mode == "P":
             pil = pil.convert("RGBA")                                    # a palette may be transparent
-        w, h = pil.size
-        side = min(w, h)
-        box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
-        pil = pil.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
-        return rearrange(np.array(pil), "h w c -> c h w")
+        square = ImageOps.fit(pil.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+        return rearrange(np.array(square), "h w c -> c h w")
 
 
 # ---- xBD: buildings before and after a disaster (Gupta et al. 2019, arXiv 1911.09296)
@@ -252,11 +246,11 @@ def is_xbd(root):
 def find_tiles(root):
     """List the files of each tile: {"train/joplin-tornado_00000050": {"post.png": path, ...}}."""
     tiles = {}
-    for folder in [Path(root) / s / part for s in FOLDERS for part in ("images", "labels")]:
-        for path in folder.iterdir() if folder.is_dir() else ():
+    for folder, part in product(FOLDERS, ("images", "labels")):
+        for path in (Path(root) / folder / part).glob("*"):
             if found := re.fullmatch(r"([^.].*_\d+)_(pre|post)_disaster\.(png|json)", path.name):
                 tile, time, kind = found.groups()
-                tiles.setdefault(f"{folder.parent.name}/{tile}", {})[f"{time}.{kind}"] = path
+                tiles.setdefault(f"{folder}/{tile}", {})[f"{time}.{kind}"] = path
     return dict(sorted(tiles.items()))
 
 
@@ -268,7 +262,7 @@ def event_of(name):
 def cut_tree(root, tiles, size, label, pre, mask):
     """Read all labels, then cut all buildings -> the fields of Scenes, and a summary of what is left out."""
     names, answers, groups, tasks = [], [], [], []
-    numbers, left_out = {}, Counter()
+    number_of, left_out = {}, Counter()                              # {tile: its group}, {reason: how many}
     needed = ["post.json", "post.png", "pre.png"][:2 + pre]
     for tile, files in progress(tiles.items(), "reading labels"):
         if missing := [file for file in needed if file not in files]:
@@ -280,7 +274,7 @@ def cut_tree(root, tiles, size, label, pre, mask):
         left_out += Counter({UNKNOWN: unknown, "too small": len(polygons) - len(usable) - unknown})
         names += [f"{tile}/{uid}" for uid, _, _ in usable]
         answers += [dict(damage=subtype, type=kind)[label] for _, subtype, _ in usable]
-        groups += [numbers.setdefault(tile.split("/")[1], len(numbers))] * len(usable)
+        groups += [number_of.setdefault(tile.split("/")[1], len(number_of))] * len(usable)
         tasks.append((files, [rings for _, _, rings in usable], extent))
     reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "nothing"
     if not names:
@@ -536,14 +530,6 @@ class Canvas:
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def clutter(c, dice):
-    """Paint what may lie anywhere: a field, a house, a group of trees."""
-    c.paint(dice.uniform(-1.2, 1.2, 2) + dice.uniform(0.25, 0.9, 2) * SQUARE, LAND)
-    c.solid(dice.uniform(-1.2, 1.2, 2), dice.uniform(0.04, 0.16, 2) * SQUARE, ROOFS)
-    for spot in dice.normal(dice.uniform(-1.2, 1.2, 2), 0.2, (dice.integers(1, 14), 2)):
-        c.solid(spot, dice.uniform(0.02, 0.07) * CIRCLE[::3], CROWNS)
-
-
 def beach(c, dice):
     """Paint sand, water, and the waves that break."""
     shore, sea = curve(dice, 0.16, dice.uniform(-0.4, 0.3)), [(3, 4), (-3, 4)]
@@ -631,8 +617,12 @@ SCENES = {paint.__name__: paint for paint in (beach, circular_farmland, dense_re
 def draw_scene(name, dice, size=128):
     """Draw one scene of a class of SCENES, PIL RGB; all chance comes from dice, a numpy Generator."""
     c = Canvas(dice, size, LAND)
+    # What may lie anywhere: a field, a house, a group of trees.
     for _ in range(dice.poisson(0 if name in ("dense_residential", "forest") else 1)):
-        clutter(c, dice)
+        c.paint(dice.uniform(-1.2, 1.2, 2) + dice.uniform(0.25, 0.9, 2) * SQUARE, LAND)
+        c.solid(dice.uniform(-1.2, 1.2, 2), dice.uniform(0.04, 0.16, 2) * SQUARE, ROOFS)
+        for spot in dice.normal(dice.uniform(-1.2, 1.2, 2), 0.2, (dice.integers(1, 14), 2)):
+            c.solid(spot, dice.uniform(0.02, 0.07) * CIRCLE[::3], CROWNS)
     SCENES[name](c, dice)
     return c.photograph()
 
@@ -669,8 +659,8 @@ def strike(c, dice, damage, kind):
     elif damage == "major-damage" and kind == "flooding":                        # it stands in the water
         c.strip(dice.uniform(1.4, 1.7) * CIRCLE, 0.4, FLOOD)
     elif damage == "major-damage":                                               # a part of the roof is gone
-        kept, turn = dice.uniform(-0.3, 0.3), rotation(np.pi / 2 * dice.integers(4))
-        c.paint(SQUARE.clip((kept, -1)) @ turn, HOLE)
+        part = SQUARE.clip((dice.uniform(-0.3, 0.3), -1))
+        c.paint(part @ rotation(np.pi / 2 * dice.integers(4)), HOLE)
         scatter(8, 1.2, 0.15, RUBBLE)
     elif damage == "destroyed":
         c.paint(dice.uniform(1.3, 1.6) * CIRCLE, ASH if kind == "fire" else SOIL)
@@ -696,7 +686,7 @@ def draw_tile(event, dice, side):
         houses.append((2 * axes, 2 * spot, damage))
         ring = ", ".join(f"{x} {y}" for x, y in spot + SQUARE[[0, 1, 2, 3, 0]] @ axes)
         polygons.append(dict(properties=dict(uid=str(k), subtype=damage), wkt=f"POLYGON (({ring}))"))
-        c.axes, c.origin = 2 * axes, 2 * spot                                    # points of the house's own
+        c.axes, c.origin = 2 * axes, 2 * spot                                    # -1..1 is now this house
         c.solid(0, SQUARE, ROOFS, 0.3)
     before = c.photograph()                                                      # the rest is painted over it
     for axes, origin, damage in houses:
@@ -707,7 +697,7 @@ def draw_tile(event, dice, side):
 
 
 def draw_xbd(root, tiles=24, seed=0, side=256):
-    """Draw so many tiles as an xBD tree, unless they are there. Tile k follows from (seed, k). -> root"""
+    """Draw tiles as an xBD tree, a quarter in test, unless they are there: k is of (seed, k). -> root"""
     for k in progress(range(tiles), "drawing disasters"):
         event = list(EVENTS)[k % len(EVENTS)]
         folder = Path(root) / ("test" if k // len(EVENTS) % 4 == 3 else "train")
@@ -947,8 +937,8 @@ def pool(jobs, enter, *args):
         if jobs == 1:
             yield Inline()
         else:
-            with ProcessPoolExecutor(jobs, get_context("spawn"), _enter, (enter, *args)) as processes:
-                yield processes
+            with ProcessPoolExecutor(jobs, get_context("spawn"), _enter, (enter, *args)) as workers:
+                yield workers
     except BrokenExecutor:
         raise Problem(f"one of {jobs} processes died, perhaps for want of memory: start again with fewer "
                       "--jobs; what is done is kept") from None
