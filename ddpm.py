@@ -19,12 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+# ---- schedules: abar of every t, (T,) float64
 
 def linear_abar(T):
-    """Ho et al., section 4: beta from 1e-4 to 0.02 at T = 1000. (T,) float64.
-
-    Shorter chains get larger betas, or x_T would still show the image: at T = 100 sqrt(abar_T) would be .60.
-    """
+    """Ho et al., section 4: beta from 1e-4 to 0.02; if T is not 1000 in proportion, to end in noise too."""
     if T <= 20:
         raise ValueError(f"the linear schedule needs T > 20, not {T}: below, beta reaches 1")
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
@@ -32,7 +30,7 @@ def linear_abar(T):
 
 
 def cosine_abar(T):
-    """Nichol & Dhariwal Eq. 17, with their limit beta <= .999: the image fades evenly. (T,) float64."""
+    """Nichol & Dhariwal Eq. 17, with their limit beta <= .999: the image fades evenly."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -40,7 +38,7 @@ def cosine_abar(T):
 
 
 def flow_abar(T):
-    """Rectified flow: x is (1 - s) x0 + s eps, scaled to variance 1, s = (t + 1) / (T + 1). (T,) float64.
+    """Rectified flow: x is (1 - s) x0 + s eps, scaled to variance 1, s = (t + 1) / (T + 1).
 
     So its straight line from the image to the noise is one more schedule, with SNR = ((1 - s) / s)^2. Its
     velocity eps - x0 is a sum of v and x, and its Euler step that of DDIM (a test shows both).
@@ -71,7 +69,7 @@ class Diffusion(nn.Module):
         return self.signal[t].view(-1, 1, 1, 1) * x0 + self.noise[t].view(-1, 1, 1, 1) * eps
 
     def target(self, x0, t, eps):
-        """The right answer for x_t, (B, C, H, W): x0, eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0."""
+        """Return the right answer, (B, C, H, W): x0, eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0."""
         return {"x0": x0, "eps": eps, "v": self.q_sample(eps, t, -x0)}[self.predict]
 
     def loss(self, model, x0, cond, drop=0.1, generator=None, part=slice(None)):
@@ -90,10 +88,10 @@ class Diffusion(nn.Module):
         return self.weight(t) * error, t
 
     def weight(self, t):
-        """The weight of the error at t, (B,): min-SNR (Hang et al. 2023, 2303.09556).
+        """Weigh the error at t, (B,): min-SNR (Hang et al. 2023, 2303.09556).
 
         It is min(SNR, gamma) in units of x0, with SNR = abar / (1 - abar). One unit of x0 is SNR units of eps
-        and SNR + 1 of v: with gamma = inf the mean is L_simple (Eq. 14), which spends itself on the grain.
+        and SNR + 1 of v: with gamma = inf the mean is L_simple (Eq. 14), whatever is predicted.
         """
         snr = (self.signal[t] / self.noise[t]) ** 2
         return snr.clamp(max=self.gamma) / {"x0": 1, "eps": snr, "v": snr + 1}[self.predict]
@@ -109,7 +107,7 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def sample(self, model, cond, noise, steps=12, eta=0.0, order=2, w=1.0, clip=True, graph=None,
                start=None, known=None, rounds=10):
-        """Images (B, C, H, W) in [-1, 1]; `noise()` returns N(0, I) of that shape at every call.
+        """Draw images (B, C, H, W) in [-1, 1]; `noise()` returns N(0, I) of that shape at every call.
 
         order=2 is UniPC-2, for 8 to 20 steps; order=1, eta=0 is DDIM; order=1, eta=1, steps=T is DDPM
         (Algorithm 2). Few steps with eta > 0 lose variance (of a Gaussian with std .2, 12 steps return .141
@@ -126,7 +124,7 @@ class Diffusion(nn.Module):
         def step(x, x0s, t, row):
             signal, noise, a, b0, b1, b2 = row
             x0 = self.x0_of(x, guided(model, x, t.expand(len(x)), cond, w), signal, noise)
-            # Ho's code clips, Algorithm 2 does not: where abar is tiny, a small error of eps is a huge one.
+            # Ho's code clips, Algorithm 2 does not: where abar is tiny, small errors of eps are huge in x0.
             x0s = torch.stack([x0.clamp(-1, 1) if clip else x0, x0s[0], x0s[1]])
             # With b1 = b2 = 0 this is Eq. 7 of DDPM and of DDIM; UniPC-2 knows better from the last three x0.
             return a * x + b0 * x0s[0] + b1 * x0s[1] + b2 * x0s[2], x0s
@@ -183,10 +181,9 @@ class Diffusion(nn.Module):
     def levels(self, steps):
         """Choose the t to visit, (steps,) falling: T - 1, then levels of noise / signal in equal ratios.
 
-        What all pixels share, as the brightness of an image, is decided at high noise: averaged over N
-        numbers, noise is sqrt(N) times weaker. With t ~ k^2 the cosine schedule went from noise / signal
-        = 20,000 to 4 in one of 12 steps, and brightness lost half of its variation. So the second level here
-        is 40. The last is .015, two grey levels, which one step removes. If steps = T all t are visited.
+        The brightness of an image is decided at high noise, as its N numbers average out noise by sqrt(N).
+        With t ~ k^2 noise / signal fell from 20,000 to 4 in one of 12 steps: half of its variation was lost.
+        So the second level is 40. The last is .015, two grey levels. If steps = T all t are visited.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
@@ -227,7 +224,6 @@ def unipc2(signal, noise):
     rho1 = (c1 / B - 2 * c2 / B) / (1 - r)                    # solves [[1, 1], [r, 1]] rho = (c1, 2 c2) / B
     rho2 = c1 / B - rho1
     rho2[:1] = 1 / 2                                                # their choice for the line of two points
-
     # Both over x0 at the end of a way, at its start, and one level before.
     P = -B[:, None] * torch.stack([torch.zeros_like(h), 1 - 0.5 / r, 0.5 / r], 1)
     C = -B[:, None] * torch.stack([rho2, 1 - rho1 / r - rho2, rho1 / r], 1)
@@ -323,7 +319,7 @@ def train_toy(steps):
         optimizer.zero_grad()
         losses.append(loss.item())
         if step in (1, 100, steps // 2, steps):
-            print(f"step {step:4}: loss {sum(losses[-100:]) / len(losses[-100:]):.2f}")
+            print(f"step {step:4}: loss {torch.tensor(losses[-100:]).mean():.2f}")
     stages = []
     model.eval().register_forward_pre_hook(lambda _, inputs: stages.append(inputs[0]))
     samples = diffusion.sample(model, Nothing(), lambda: torch.randn(1000, 2, 1, 1), steps=12)

@@ -1,6 +1,6 @@
-"""Do images of a diffusion model help to recognise what is seen from above, and compared with what?
+"""Do images from a diffusion model improve a classifier of overhead imagery, and compared with what?
 
-    python experiment.py                             drawn pictures: minutes on a CPU, no news of the world
+    python experiment.py                             drawn pictures: minutes on a CPU; a test of the method
     python experiment.py --data data/NWPU-RESISC45   the question itself, of scenes
     python experiment.py --data data/xbd             and of buildings: damage is rare, every disaster new
 
@@ -12,9 +12,10 @@ on the test split. The rules:
                    place of a real one
     no leak        a generator sees its arm's real training images and nothing else; nothing is chosen on test
     paired         a seed fixes subset, weights and batches in all arms: differences are per seed and image
+
+In this order: what is compared; the runs; statistics; what synthetic images are like; answers; the page.
 """
 import base64
-import csv
 import functools
 import hashlib
 import html
@@ -23,6 +24,7 @@ import json
 import math
 import shlex
 import subprocess
+import textwrap
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -166,8 +168,8 @@ _SMOKE = Scale(
     cls=train_cls.Config(size=16, patch=4, dim=32, depth=1, heads=2, steps=10, batch=32, warmup=5))
 _SMALL = Scale(
     counts=(5,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
-    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, steps=1000, batch=32,
-                         lr=2e-3, warmup=50, ema=0.99, augment="none"),
+    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, predict="x0", steps=1000,
+                         batch=32, lr=2e-3, warmup=50, ema=0.99, augment="none"),
     cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=200, batch=64, lr=4e-3, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
@@ -271,6 +273,8 @@ class Config:
         return arms
 
 
+# ---- the runs
+
 @dataclass
 class Case:
     """A leg with its images, and the runs that are done."""
@@ -285,40 +289,38 @@ class Case:
     test: Scenes
     out: Path
     runs: list = field(default_factory=list)                             # Tasks, done or not
-    rows: list = field(default_factory=list)                             # of results.csv, of these runs
+    rows: list = field(default_factory=list)                             # of these runs, with their answers
     judged: dict = field(default_factory=dict)                           # {count: what judge() found}
     shown: tuple = ()                                                    # real, synthetic Scenes for the page
     memory: dict = field(default_factory=dict)                           # of sampled() and cell()
 
     def collect(self, stored):
-        """Take the rows of the runs from all that are stored."""
-        self.rows = []
-        for run in self.runs:
-            if run.name in stored:
-                _, count, seed = run.cell
-                self.rows.append(stored[run.name] | dict(arm=run.title, count=count, seed=seed))
+        """Take the rows of the runs from all that are stored; a run may serve arms of several names."""
+        done = [run for run in self.runs if run.name in stored]
+        self.rows = [stored[run.name] | dict(arm=run.title, count=run.cell[1], seed=run.cell[2])
+                     for run in done]
 
     def cell(self, count, seed):
         """Return the Cell of a count and a seed. The last one is kept: its images may be large."""
-        draw = seed % self.s.subsets
-        if self.memory.get("drawn") != (count, draw):
-            self.memory |= dict(drawn=(count, draw), chosen=self.choose(count, draw))
-        return Cell(self, count, seed, draw, *self.memory["chosen"])
+        subset = seed % self.s.subsets
+        if self.memory.get("subset") != (count, subset):
+            self.memory |= dict(subset=(count, subset), chosen=self.choose(count, subset))
+        return Cell(self, count, seed, subset, *self.memory["chosen"])
 
-    def choose(self, count, draw):
+    def choose(self, count, subset):
         """Return the real training images and, in random order, those of the training split that are left.
 
         Doubles of the former are not among the latter: they would be no fresh images.
         """
         train = self.parts["train"]
-        index = (data.some_tiles if self.leg.rare else data.subset)(self.scenes, train, count, draw)
+        index = data.choose(self.scenes, train, count, subset)
         others = train[~torch.isin(self.scenes.groups[train], self.scenes.groups[index])]
-        others = others[torch.randperm(len(others), generator=data.rng(draw))]
+        others = others[torch.randperm(len(others), generator=data.rng(subset))]
         return self.scenes[index], self.scenes[others]
 
     @functools.cached_property
     def events(self):
-        """Which test images are of which disaster, {name: (N,) bool}, if there are several."""
+        """Say which test images are of which disaster, {name: (N,) bool}, if there are several."""
         of = np.array([data.event_of(name) for name in self.test.names] if self.leg.rare else [])
         return {event: of == event for event in np.unique(of)} if len(np.unique(of)) > 1 else {}
 
@@ -329,8 +331,8 @@ class Cell:
     case: Case
     count: int
     seed: int
-    draw: int                                 # which draw of the training images
-    real: Scenes                              # that draw
+    subset: int                               # which choice of the training images
+    real: Scenes                              # that choice
     fresh: Scenes                             # what it left of the training split
 
     @property
@@ -339,13 +341,18 @@ class Cell:
         seed = f"seed {self.seed + 1} of {self.case.s.seeds}"
         return f"{self.case.name}, {amount(self.case, self.count)}, {seed}"
 
+    @property
+    def replaced(self):
+        """The classes in which images of a source take the place of real ones."""
+        return rare(self.real) if self.case.leg.rare else list(range(len(self.real.classes)))
+
     def possible(self, arm):
         """Can it be run here? Without as many fresh images as real ones there is no ceiling.
 
         Few of them, drawn again and again, would rather hurt.
         """
         have, need = (x.labels.bincount(minlength=len(self.real.classes)) for x in (self.fresh, self.real))
-        return arm.source != "fresh" or bool((have >= need)[wanted(self.case, self.real)].all())
+        return arm.source != "fresh" or bool((have >= need)[self.replaced].all())
 
 
 @dataclass(frozen=True)
@@ -355,37 +362,33 @@ class Task:
     kind: str                                 # make: train a generator, make images; judge them; run: an arm
     title: str                                # of a run, its arm's name
     arms: tuple                               # the Arm, or those that need the generator
-    name: str                                 # of a run, its row in results.csv; of make, the generator
+    name: str                                 # of a run, its file; of make, the generator
     after: str = ""                           # the generator that it waits for
 
 
-# ---- the runs
+CASES = {}                                               # of this process, by name
+
 
 def main(cfg):
     """The script: run what is missing, renew the page on the way, print tables and answers. -> [Case]."""
     out, jobs = Path(cfg.out), data.jobs(cfg.jobs)
     CASES.clear()
     enter(cfg)
-    cases = list(CASES.values())
-    stored = read_results(out)                           # all runs; those of this comparison: case.rows
-    first = {case.name: runs(case, case.arms, case.s.counts) for case in cases}
+    cases, stored = list(CASES.values()), read_runs(out)
+    planned = {case.name: runs(case, case.arms, case.s.counts) for case in cases}
     with data.pool(jobs, enter, cfg) as pool:
         for case in cases:
-            plan(case, first[case.name], stored, jobs)
+            plan(case, planned[case.name], stored, jobs)
         if cfg.dry_run:
             return cases
-        run_all(cases, first, stored, pool, jobs)
+        run_all(cases, planned, stored, pool, jobs)
         run_all(cases, {case.name: second_opinion(case) for case in cases}, stored, pool, jobs)
     for case in cases:
         budgets = {(row["steps"], row["images"]) for row in case.rows if row["steps"]}
         assert len(budgets) <= 1, f"arms of unequal budget: {budgets}"
-    report(cases, cfg, out)
-    print("", *map(told, cases), sep="\n\n")
-    print(f"\nThe page: {out / 'report.html'}   Every run: {out / 'results.csv'}")
+    save_table(out, stored)
+    tell(cases, cfg, out)
     return cases
-
-
-CASES = {}                                               # of this process, by name
 
 
 def enter(cfg):
@@ -393,18 +396,28 @@ def enter(cfg):
     CASES.update({name: prepare(cfg, name, Path(cfg.out)) for name in cfg.legs()})
 
 
-def work(task):
-    """Do a task in a process that has entered. -> of a run its row of results.csv, of judge what it found."""
-    name, count, seed = task.cell
-    cell = CASES[name].cell(count, seed)
-    check_leaks(cell)
-    if task.kind == "run":
-        row = dict(run=task.name, leg=name, arm=task.title, count=count, seed=seed, data=cell.case.title)
-        return row | score(cell, task.name, task.arms[0], f"{task.title}, {cell.title}")
-    for arm in task.arms:
-        synthetic = synthesize(cell, arm)
-    if task.kind == "judge":
-        return judge(cell.case, cell.real, synthetic, cell.fresh, cell.title)
+def prepare(cfg, name, out):
+    """Read the images of a leg and split them. -> Case. What cannot work is told before anything is run."""
+    leg, s, cache = LEGS[name], cfg.resolved(name), out / "cache"
+    root = Path(cfg.data) if cfg.data else out / f"drawn-{name}-{s.drawn}"
+    if not cfg.data:
+        (data.draw_xbd if leg.rare else data.draw_tree)(root, s.drawn)
+    if leg.rare:
+        scenes = data.read_xbd(root, s.cls.size, cfg.label, mask=True, cache=cache)
+    else:
+        scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache)
+    parts = data.split(scenes, hold_out=cfg.hold_out)
+    title = "/".join(root.resolve().parts[-2:]) if cfg.data else f"drawn {name}"
+    title += f" with {cfg.hold_out} held out" if cfg.hold_out else ""
+    case = Case(name, leg, cfg.wanted(leg), s, cfg, title, scenes, parts, scenes[parts["test"]], out)
+    if not case.arms:
+        raise Problem(f"--arms {cfg.arms}: no arm for {name} among them; these are: {', '.join(leg.arms)}")
+    if not cfg.counts and not leg.rare:                  # a scale's own counts give way to smaller data sets
+        least = int(scenes.labels[parts["train"]].bincount().min())
+        s.counts = tuple(n for n in s.counts if n <= least) or (least,)
+    for count in s.counts:
+        case.choose(count, 0)
+    return case
 
 
 def runs(case, arms, counts):
@@ -421,24 +434,27 @@ def runs(case, arms, counts):
     return found
 
 
+def second_opinion(case):
+    """List the runs of the claims' arms by a small ResNet, where the ViT is below the linear floor on val."""
+    weak = [count for count in case.s.counts if case.rows and not able(case, count, "", "val")]
+    claimed = dict.fromkeys(name for arm, base, _ in case.leg.claims for name in (arm, base))
+    arms = {RESNET + name: replace(case.arms[name], model="resnet") for name in claimed if name in case.arms}
+    return runs(case, arms, weak)
+
+
 def whole(cases, planned, stored):
     """All that is to be done for the planned runs, {case name: [Task]}, that are not stored, in a good order.
 
     Of each seed first the generators, then what needs none, at last what does.
     """
     todo = [run for case in cases for run in planned[case.name] if run.name not in stored]
-    needed = {}
-    for run in todo:
-        needed.setdefault(run.after, []).append(run)
-    looks = []
-    for case in cases:
-        mix = case.leg.arms[case.leg.mix]
-        for run in planned[case.name]:
-            if run.arms == (mix,) and run.cell[2] == 0:
-                looks.append(replace(run, kind="judge", name=""))
-                needed.setdefault(run.after, []).append(run)
-    makes = [Task(mine[0].cell, "make", "", tuple(dict.fromkeys(run.arms[0] for run in mine)), generator)
-             for generator, mine in needed.items() if generator]
+    looks = [replace(run, kind="judge", name="") for case in cases for run in planned[case.name]
+             if run.arms == (case.leg.arms[case.leg.mix],) and run.cell[2] == 0]
+    waiting = {}
+    for task in todo + looks:
+        waiting.setdefault(task.after, []).append(task)
+    makes = [Task(mine[0].cell, "make", "", tuple(dict.fromkeys(task.arms[0] for task in mine)), generator)
+             for generator, mine in waiting.items() if generator]
     return sorted(makes + looks + todo, key=lambda task: (task.cell[2], task.kind != "make", task.after > ""))
 
 
@@ -461,15 +477,32 @@ def run_all(cases, planned, stored, pool, jobs):
                 look(cases[name].cell(count, seed), task.arms[0], found)
             elif task.kind == "run":
                 stored[task.name] = found
-                write_results(cases[name].out, stored)
                 cases[name].collect(stored)
             done.add(task.name)
             left[task.cell] -= 1
             bar.update()
-            if not left[task.cell]:
-                tell(cases[name].cell(count, seed))
-                report(cases.values(), cases[name].cfg, cases[name].out)         # half done, it has its page
+            if not left[task.cell]:                                     # half done, it has its table and page
+                print(scores_of(cases[name].cell(count, seed)), flush=True)
+                save_table(cases[name].out, stored)
+                report(cases.values(), cases[name].cfg, cases[name].out)
     bar.close()
+
+
+def work(task):
+    """Do a task in a process that has entered. -> of a run its row, of judge what it found."""
+    name, count, seed = task.cell
+    cell = CASES[name].cell(count, seed)
+    check_leaks(cell)
+    if task.kind == "run":
+        row = dict(run=task.name, leg=name, arm=task.title, count=count, seed=seed, data=cell.case.title)
+        row |= score(cell, task.arms[0], f"{task.title}, {cell.title}")
+        with data.replacing(cell.case.out / "runs" / f"{task.name}.json") as temporary:
+            temporary.write_text(json.dumps(row))
+        return row
+    for arm in task.arms:
+        synthetic = synthesize(cell, arm)
+    if task.kind == "judge":
+        return judge(cell.case, cell.real, synthetic, cell.fresh, cell.title)
 
 
 def look(cell, arm, found):
@@ -480,44 +513,15 @@ def look(cell, arm, found):
         case.shown = cell.real, synthesize(cell, arm)                       # they are on the disk by now
 
 
-def tell(cell):
-    """Print the scores of a cell that is done."""
-    case = cell.case
-    mine = [row for row in case.rows if (row["count"], row["seed"]) == (cell.count, cell.seed)]
-    scored = ", ".join(f"{row['arm']} {100 * row[case.leg.scores[0]]:.1f}" for row in mine)
-    print(f"{cell.title}: {scored}", flush=True)
+def read_runs(out):
+    """Read the runs that were done before, {name: row with its answers}: a file each, whole or not there."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"))}
 
 
-def second_opinion(case):
-    """List the runs of the claims' arms by a small ResNet, where the ViT is below the linear floor on val."""
-    weak = [count for count in case.s.counts if case.rows and not able(case, count, "", "val")]
-    claimed = dict.fromkeys(name for arm, base, _ in case.leg.claims for name in (arm, base))
-    arms = {RESNET + name: replace(case.arms[name], model="resnet") for name in claimed if name in case.arms}
-    return runs(case, arms, weak)
-
-
-def prepare(cfg, name, out):
-    """Read the images of a leg and split them. -> Case. What cannot work is told before anything is run."""
-    leg, s, cache = LEGS[name], cfg.resolved(name), out / "cache"
-    root = Path(cfg.data) if cfg.data else out / f"drawn-{name}-{s.drawn}"
-    if not cfg.data:
-        (data.draw_xbd if leg.rare else data.draw_tree)(root, s.drawn)
-    if leg.rare:
-        scenes = data.read_xbd(root, s.cls.size, cfg.label, mask=True, cache=cache)
-    else:
-        scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache)
-    parts = data.split(scenes, root, hold_out=cfg.hold_out)
-    title = "/".join(root.resolve().parts[-2:]) if cfg.data else f"drawn {name}"
-    title += f" with {cfg.hold_out} held out" if cfg.hold_out else ""
-    case = Case(name, leg, cfg.wanted(leg), s, cfg, title, scenes, parts, scenes[parts["test"]], out)
-    if not case.arms:
-        raise Problem(f"--arms {cfg.arms}: no arm for {name} among them; these are: {', '.join(leg.arms)}")
-    if not cfg.counts and not leg.rare:                  # a scale's own counts give way to smaller data sets
-        least = int(scenes.labels[parts["train"]].bincount().min())
-        s.counts = tuple(n for n in s.counts if n <= least) or (least,)
-    for count in s.counts:
-        case.choose(count, 0)
-    return case
+def save_table(out, stored):
+    """Write all runs as one tidy table, results.csv, a row per run; answers stay in the runs' own files."""
+    header = list(dict.fromkeys(k for row in stored.values() for k in row if k != "answers"))
+    data.save_csv(out / "results.csv", header, [[row.get(k, "") for k in header] for row in stored.values()])
 
 
 def check_leaks(cell):
@@ -532,7 +536,7 @@ def check_leaks(cell):
 
 
 def run_id(cell, arm):
-    """Hash of everything but the code that determines a run's result: a stored run is not repeated."""
+    """Hash everything but the code that determines a run's result: a stored run is not repeated."""
     how = recipe(cell, arm)
     made = {"": (), "generator": (how,), "copies": (), "fresh": (how["made"], cell.fresh.digest)}
     arm = replace(arm, w=None, calls=0, made=0, generator=0)                         # the recipe tells these
@@ -540,36 +544,31 @@ def run_id(cell, arm):
 
 
 def generator_id(cell, arm):
-    """Hash of all that determines the generator of an arm."""
+    """Hash all that determines the generator of an arm."""
     return digest(recipe(cell, arm)["gen"], cell.real.digest)
 
 
 def digest(*what):
-    """Short hash of the arguments' repr."""
+    """Shorten the arguments' repr to a hash."""
     return hashlib.sha256(repr(what).encode()).hexdigest()[:12]
 
 
 def recipe(cell, arm):
     """How the synthetic images of an arm are made: settings of the generator, then of the images."""
     s = cell.case.s
-    gen = replace(s.gen, seed=cell.draw + 1000 * arm.generator)
-    return dict(gen=gen, classes=wanted(cell.case, cell.real),
-                w=s.w if arm.w is None else arm.w, calls=arm.calls or s.calls, made=arm.made or s.made)
-
-
-def wanted(case, real):
-    """The classes in which images of a source take the place of real ones."""
-    return rare(real) if case.leg.rare else list(range(len(real.classes)))
+    gen = replace(s.gen, seed=cell.subset + 1000 * arm.generator)
+    return dict(gen=gen, classes=cell.replaced, w=s.w if arm.w is None else arm.w,
+                calls=arm.calls or s.calls, made=arm.made or s.made)
 
 
 def rare(scenes):
-    """The classes that have fewer images than the mean of all classes."""
+    """List the classes that have fewer images than the mean of all classes."""
     count = scenes.labels.bincount(minlength=len(scenes.classes))
     return (count < count.float().mean()).nonzero().flatten().tolist()
 
 
 def synthesize(cell, arm):
-    """Scenes by a generator trained on the cell's real images alone; from the disk if they are there.
+    """Make Scenes by a generator trained on the cell's real images alone, or read them if they are there.
 
     Of rare classes by a generator of these classes: the common one would take most of its steps.
     """
@@ -588,7 +587,7 @@ def synthesize(cell, arm):
                   [f"synthetic {k}" for k in range(len(y))], torch.arange(len(y)))
 
 
-def source(cell, arm):
+def replacements(cell, arm):
     """Choose what takes the place of real images, Scenes or None, and its soft labels, (N, K) or None."""
     if not arm.source:
         return None, None
@@ -599,7 +598,7 @@ def source(cell, arm):
         pool, most = (cell.real, None) if arm.source == "copies" else (cell.fresh, how["made"])
         pool = pool[torch.cat([(pool.labels == c).nonzero().flatten()[:most] for c in how["classes"]])]
     if arm.shuffle:
-        order = torch.randperm(len(pool), generator=data.rng(cell.draw))
+        order = torch.randperm(len(pool), generator=data.rng(cell.subset))
         pool = replace(pool, labels=pool.labels[order])
     if not (arm.keep or arm.soft):
         return pool, None
@@ -612,16 +611,16 @@ def source(cell, arm):
 
 
 def grey_outside(scenes):
-    """Scenes (C = 4) whose pixels outside the mask of the building are grey."""
+    """Grey the pixels outside the mask of the building in Scenes (C = 4)."""
     images = torch.where(scenes.images[:, 3:] > 0, scenes.images, 128)
     images[:, 3] = scenes.images[:, 3]
     return replace(scenes, images=images)
 
 
-def score(cell, run, arm, title):
-    """Train the classifier of an arm, keep its answers on the test split, return its row of results.csv."""
+def score(cell, arm, title):
+    """Train the classifier of an arm. -> its row: scores, circumstances, answers on the test split."""
     start, case = time.perf_counter(), cell.case
-    real, (pool, soft) = cell.real, source(cell, arm)
+    real, (pool, soft) = cell.real, replacements(cell, arm)
     test, val = case.test, case.scenes[case.parts["val"]]
     if arm.grey:
         real, pool, test, val = (scenes and grey_outside(scenes) for scenes in (real, pool, test, val))
@@ -636,8 +635,6 @@ def score(cell, run, arm, title):
         shift = train_cls.put_back(logits["val"], val.labels, real.labels.bincount(minlength=K))
         logits = {name: each + shift for name, each in logits.items()}
     predicted = logits["test"].argmax(1)
-    with data.replacing(case.out / "predicted" / run) as temporary, open(temporary, "wb") as file:
-        np.save(file, predicted.numpy().astype(np.int16))
     counts = totals(test.labels, predicted, K)
     row = {name: float(of(counts)) for name, of in SCORES.items()}
     row["top5"] = train_cls.topk(logits["test"], test.labels)
@@ -648,7 +645,8 @@ def score(cell, run, arm, title):
         row[f"macro_f1 {event}"] = float(macro_f1(totals(test.labels[mine], predicted[mine], K)))
     settings = dict(scale=asdict(case.s), arm=asdict(arm), label=case.cfg.label, hold_out=case.cfg.hold_out)
     return dict(**row, **seen, added=len(pool or []), seconds=round(time.perf_counter() - start, 1),
-                device=str(data.pick_device()), commit=commit(), settings=json.dumps(settings))
+                device=str(data.pick_device()), commit=commit(), settings=json.dumps(settings),
+                answers=predicted.tolist())
 
 
 @functools.cache
@@ -661,24 +659,6 @@ def commit():
         return ""
 
 
-def read_results(out):
-    """The runs that results.csv holds, and whose answers are there, {run: row}."""
-    if not (out / "results.csv").exists():
-        return {}
-    with open(out / "results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    kinds = dict.fromkeys(("run", "leg", "arm", "data", "device", "commit", "settings"), str)
-    kinds |= dict.fromkeys(("count", "seed", "steps", "images", "synthetic", "added"), int)
-    return {row["run"]: {k: kinds.get(k, float)(v) for k, v in row.items() if v != ""} for row in rows
-            if (out / "predicted" / row["run"]).exists()}
-
-
-def write_results(out, rows):
-    """All runs as one tidy table, a row per run."""
-    header = list(dict.fromkeys(k for row in rows.values() for k in row))
-    data.save_csv(out / "results.csv", header, [[row.get(k, "") for k in header] for row in rows.values()])
-
-
 def amount(case, *counts):
     """Numbers of real images in words: "5 and 20 real images per class", "all training tiles"."""
     return f"{' and '.join(str(n or 'all') for n in counts)} {case.leg.per}"
@@ -688,40 +668,38 @@ def plan(case, planned, stored, jobs):
     """Say what is to be run, and from a few steps of each kind how long it takes here."""
     s, made, missing = case.s, {}, [run for run in planned if run.name not in stored]
     for run in missing:
-        if run.after:
-            cell = case.cell(*run.cell[1:])
-            how = recipe(cell, run.arms[0])
-            made[digest(how, run.after)] = how, run.after            # the generator's name tells its images
-    missing = len([run for run in missing if run.arms[0].model != "linear"])
-    images = [how["made"] * len(how["classes"]) for how, _ in made.values()]
-    generators = len({name for _, name in made.values()})
+        if run.after:                                        # arms with the same images are told apart by it
+            how = recipe(case.cell(*run.cell[1:]), run.arms[0])
+            made[run.after, repr(how)] = how
+    networks = sum(run.arms[0].model != "linear" for run in missing)
+    images = sum(how["made"] * len(how["classes"]) for how in made.values())
+    generators = len({name for name, _ in made})
     sizes = ", ".join(f"{len(index)} {part}" for part, index in case.parts.items())
     print(f"{case.title}: {len(case.scenes)} images of {len(case.scenes.classes)} classes at {s.cls.size} px "
-          f"({sizes})\n  {amount(case, *s.counts)} x {s.seeds} seeds "
-          f"x {len(case.arms)} arms; to be run: {missing} classifiers of {s.cls.steps} steps, {generators} "
-          f"generators of {s.gen.steps} steps, {sum(images)} synthetic images")
-    if not missing:
+          f"({sizes})\n  {amount(case, *s.counts)} x {s.seeds} seeds x {len(case.arms)} arms; to be run: "
+          f"{networks} classifiers of {s.cls.steps} steps, {generators} generators of {s.gen.steps} steps, "
+          f"{images} synthetic images")
+    if not networks:
         return
-    gen, cls = step_times(case)
-    calls = sum(n * how["calls"] * (1 if how["w"] == 1 else 2)
-                for n, (how, _) in zip(images, made.values(), strict=True))
-    minutes = {"generators": generators * s.gen.steps * gen / 60,
-               "sampling": calls * gen / 3 / s.gen.batch / 60,           # a forward pass is a third of a step
-               "classifiers": (missing + len(s.counts)) * s.cls.steps * cls / 60}      # one for the features
+    gen, cls = step_times(case)                              # a forward pass is a third of a step
+    calls = sum(how["made"] * len(how["classes"]) * how["calls"] * (1 + (how["w"] != 1))
+                for how in made.values())
+    seconds = {"generators": generators * s.gen.steps * gen, "sampling": calls / s.gen.batch * gen / 3,
+               "classifiers": (networks + len(s.counts)) * s.cls.steps * cls}         # one for the features
+    each = ", ".join(f"{name} {value / 60 / jobs:.1f}" for name, value in seconds.items())
     _, model = train_gen.networks(s.gen, len(case.scenes.classes), case.scenes.images.shape[1])
     disk = generators * 16 * sum(p.numel() for p in model.parameters())       # weights, average, two moments
-    disk += (sum(images) + len(case.scenes)) * case.scenes.images[0].numel()
-    each = ", ".join(f"{name} {value / jobs:.1f}" for name, value in minutes.items())
+    disk += (images + len(case.scenes)) * case.scenes.images[0].numel()
     print(f"  minutes on {data.pick_device()}, {jobs} at a time: {each}, in all about "
-          f"{sum(minutes.values()) / jobs:.1f}; disk: {disk / 1e6:.0f} MB", flush=True)
+          f"{sum(seconds.values()) / 60 / jobs:.1f}; disk: {disk / 1e6:.0f} MB", flush=True)
 
 
 def step_times(case):
-    """Seconds per step of a generator and of a classifier."""
+    """Measure the seconds per step of a generator and of a classifier."""
     probe = case.scenes[case.parts["train"][:64]]
 
     def seconds(run, config):
-        """What a longer run takes more than a shorter one, twice, after one that only warms up."""
+        """Time what a longer run takes more than a shorter one, twice, after one that only warms up."""
         marks = []
         for steps in (1, 2, 5, 2, 5):
             start = time.perf_counter()
@@ -861,354 +839,6 @@ def holm(ps):
     return adjusted.tolist()
 
 
-# ---- the answers
-
-def runs_of(case, arm, count):
-    """The rows of an arm, seed by seed; [] if it was not run."""
-    mine = [r for r in case.rows if r["arm"] == arm and r["count"] == count]
-    return sorted(mine, key=lambda r: r["seed"])
-
-
-def answers(case, run):
-    """What a run's classifier said of the test split, (N,) int64."""
-    return np.load(case.out / "predicted" / run).astype(np.int64)
-
-
-def sampled(case, arm, count, statistic):
-    """Replicates of a statistic of an arm, (seeds, 1 + B, ...); None if it was not run."""
-    runs, test = [r["run"] for r in runs_of(case, arm, count)], case.test
-    key = statistic, *runs
-    if runs and key not in case.memory:
-        counts = [tally(test.labels, answers(case, run), test.groups, len(test.classes)) for run in runs]
-        case.memory[key] = replicates(np.stack(counts), statistic)
-    return case.memory.get(key)
-
-
-def difference(case, arm, base, count, statistic):
-    """What arm gains over base, a list with a Gain per class if the statistic is of classes, else one Gain.
-
-    None unless both ran the same seeds, at least two, and there are two groups of test images.
-    """
-    a, b = (sampled(case, name, count, statistic) for name in (arm, base))
-    groups = len(case.test.groups.unique())
-    if arm == base or a is None or b is None or len(a) != len(b) or len(a) < 2 or groups < 2:
-        return None
-    a, b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
-    gains = [gain(a[..., k], b[..., k], groups) for k in range(a.shape[2])]
-    return gains if statistic is f1 else gains[0]
-
-
-def points(g):
-    """Format a Gain as "+3.1 [+0.4, +5.8]", in percentage points; the bounds end at -100 and +100.
-
-    Scores lie in 0..1: no difference of two of them is larger, whatever few seeds leave open.
-    """
-    low, high = max(g.mean - g.half, -1), min(g.mean + g.half, 1)
-    return f"{100 * g.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def p_text(p):
-    """Format a p-value: ".016", or "< .001" below that."""
-    return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
-
-
-def values(case, arm, count, column):
-    """A column of results.csv for each seed, per cent; [] if it was not run."""
-    return [100 * r[column] for r in runs_of(case, arm, count)]
-
-
-def present(case):
-    """(count, arm) of all that was run, in the order of counts and arms."""
-    there = {(r["count"], r["arm"]) for r in case.rows}
-    names = dict.fromkeys([*case.arms, *(run.title for run in case.runs)])
-    return [(count, arm) for count in case.s.counts for arm in names if (count, arm) in there]
-
-
-def trivial(case, part="test"):
-    """Always the commonest class of the training split: its name, and its counts (3, K) on a split."""
-    held = case.scenes[case.parts[part]]
-    c = case.scenes.labels[case.parts["train"]].bincount().argmax()
-    return case.test.classes[c], totals(held.labels, c.expand(len(held)), len(held.classes))
-
-
-def main_rows(case):
-    """The table: its header, and cells for each count and arm, after those of always the commonest class."""
-    leg, score = case.leg, case.leg.scores[0]
-    name, counts = trivial(case)
-    rows = [["", f"always {name}", *(f"{100 * SCORES[name](counts):.1f}" for name in leg.scores)]]
-    for count, arm in present(case):
-        rows.append([str(count or "all"), arm])
-        for column in (*leg.scores, "train"):
-            found = values(case, arm, count, column)
-            spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 and column != "train" else ""
-            rows[-1].append(f"{np.mean(found):.1f}{spread}")
-        for base in leg.bases:
-            g = difference(case, arm, base, count, SCORES[score])
-            rows[-1].append(points(g) if g else "")
-    return [leg.per, "arm", *(f"{TITLES[name]}, %" for name in leg.scores), "on its real training images",
-            *(f"{TITLES[score]} against {base}" for base in leg.bases)], rows
-
-
-def mean_text(found):
-    """Format the mean of scores in per cent, say F1 over seeds: "–" if nothing was ever recognised."""
-    return f"{np.mean(found):.1f}" if any(found) else "–"
-
-
-def detail_rows(case):
-    """F1 of each class, and macro-F1 of each event, per cent: header and rows."""
-    tested = [name for c, name in enumerate(case.test.classes) if (case.test.labels == c).any()]
-    columns = {f"f1 {name}": f"F1 {name}" for name in tested}
-    columns |= {f"macro_f1 {event}": f"macro-F1 in {event}" for event in case.events}
-    return [case.leg.per, "arm", *columns.values()], [
-        [str(count or "all"), arm, *(mean_text(values(case, arm, count, name)) for name in columns)]
-        for count, arm in present(case)]
-
-
-def class_rows(case):
-    """What the first claim's arm gains in each class at the largest count, the largest gain first."""
-    (arm, base, _), count = case.leg.claims[0], case.s.counts[-1]
-    gains = difference(case, arm, base, count, f1) or []
-    there = [k for k in range(len(gains)) if (case.test.labels == k).any()]
-    order = sorted(there, key=lambda k: -gains[k].mean)
-    rows = []
-    for k in order:
-        name = case.test.classes[k]
-        means = [mean_text(values(case, who, count, f"f1 {name}")) for who in (base, arm)]
-        never = set(means) == {"–"}                                      # no gain, and nothing known of one
-        rows.append([name, *means, "–" if never else points(gains[k])])
-    return ["class", f"F1, {base}", f"F1, {arm}", "gain"], rows
-
-
-# What a recogniser can be believed about: one that is worse than a linear classifier on colours and edges, or
-# than always the commonest class, has not learned the task, and its arms differ in how fast they begin to.
-
-def standing(case, count, prefix, part="test"):
-    """The best arm of a recogniser on a split, and its mean first score, per cent: ("", 0.0) if none ran.
-
-    Of the ViT (prefix ""), the ResNet or the linear classifier; without the ceiling, which has more images.
-    """
-    names = [prefix + name if prefix == RESNET else name for name, arm in case.leg.arms.items()
-             if arm.source != "fresh" and (arm.model == "linear") == (prefix == LINEAR)]
-    column = "val" if part == "val" else case.leg.scores[0]
-    scores = {name: float(np.mean(found)) for name in names if (found := values(case, name, count, column))}
-    best = max(scores, key=scores.get, default="")
-    return best, scores.get(best, 0.0)
-
-
-def bar(case, count, part="test"):
-    """What a recogniser must reach on a split, per cent: the linear floor, and always the commonest class."""
-    commonest = SCORES[case.leg.scores[0]](trivial(case, part)[1])
-    return max(standing(case, count, LINEAR, part)[1], 100 * float(commonest))
-
-
-def able(case, count, prefix, part):
-    """Does the best arm of a recogniser reach the bar?"""
-    return standing(case, count, prefix, part)[1] >= bar(case, count, part)
-
-
-def recogniser(case, count):
-    """Choose on val whose verdict counts: the ViT's (""), or the ResNet's where only that is able."""
-    return RESNET if not able(case, count, "", "val") and able(case, count, RESNET, "val") else ""
-
-
-@dataclass
-class Claim:
-    """What an arm gains over its base."""
-    count: int
-    arm: str
-    base: str
-    what: str                                 # in question: the images, in words
-    gain: Gain
-    asks: bool                                # is it about synthetic images, or about a control?
-    p: float = 1.0                            # after Holm, among the claims of this kind
-    family: int = 1                           # how many these are
-    word: str = ""                            # the verdict
-
-    def where(self, case):
-        """Say which comparison it is."""
-        return f"{self.arm} against {self.base} with {amount(case, self.count)}"
-
-
-VERDICTS = "help", "hurt", "no difference", "no verdict", "too few seeds"
-
-
-def claims(case, given=None):
-    """Decide all claims, [Claim]: for each count by the recogniser that is chosen, or by a given one."""
-    found = []
-    for count in case.s.counts:
-        prefix = recogniser(case, count) if given is None else given
-        for arm, base, what in case.leg.claims:
-            g = difference(case, prefix + arm, prefix + base, count, SCORES[case.leg.scores[0]])
-            if g:
-                asks = case.leg.arms[arm].source == "generator"
-                found.append(Claim(count, prefix + arm, prefix + base, what, g, asks))
-    for family in (True, False):               # the question; and the controls, which only try the instrument
-        mine = [claim for claim in found if claim.asks == family]
-        for claim, p in zip(mine, holm([claim.gain.p for claim in mine]), strict=True):
-            claim.p = p
-            claim.family = len(mine)
-            claim.word = verdict(case, claim)
-    return found
-
-
-def verdict(case, claim):
-    """Choose one of VERDICTS: none with fewer than three seeds, or below the bar.
-
-    That is where both arms are, or the best of the recogniser's arms but the ceiling is.
-    """
-    scores = [values(case, name, claim.count, case.leg.scores[0]) for name in (claim.arm, claim.base)]
-    if len(scores[0]) < 3:
-        return "too few seeds"
-    prefix = RESNET if claim.arm.startswith(RESNET) else ""
-    if max(map(np.mean, scores)) < bar(case, claim.count) or not able(case, claim.count, prefix, "test"):
-        return "no verdict"
-    return "no difference" if claim.p >= 0.05 else "help" if claim.gain.mean > 0 else "hurt"
-
-
-def claim_rows(case):
-    """The claims as a table, those of the recogniser that is not believed last: header and rows."""
-    found = claims(case)
-    others = [claim for prefix in ("", RESNET) for claim in claims(case, prefix)
-              if claim.arm not in [mine.arm for mine in found if mine.count == claim.count]]
-    header = [case.leg.per, "claim", "gain", "p after Holm", "detectable gain", "verdict"]
-    return header, [[str(claim.count or "all"), f"{claim.arm} against {claim.base}", points(claim.gain),
-                     p_text(claim.p), f"{100 * claim.gain.detectable(claim.family):.1f}",
-                     claim.word if claim in found else "(not followed)"] for claim in found + others]
-
-
-def footing(case, count):
-    """Say what the recognisers can do: (is it the ViT's verdict that counts, a sentence)."""
-    first, name = case.leg.scores[0], TITLES[case.leg.scores[0]]
-    who = {"": "the ViT", RESNET: "a small ResNet", LINEAR: "a linear classifier on colours and edges"}
-    parts = []
-    for prefix, title in who.items():
-        arm, score = standing(case, count, prefix)
-        if arm:
-            parts.append(f"{title} {score:.1f} % ({arm.removeprefix(prefix)})")
-    common, counts = trivial(case)
-    parts.append(f"always {common} {100 * SCORES[first](counts):.1f} %")
-    said = f"With {amount(case, count)}, {name} at best: {', '.join(parts)}."
-    chosen = recogniser(case, count)
-    if not able(case, count, chosen, "test"):
-        return False, ("No network reaches what a linear classifier or the commonest class does, so nothing "
-                       f"follows from how its arms differ. {said}")
-    if chosen == RESNET:
-        return False, f"The ViT stays below the linear floor, so the verdict is the ResNet's. {said}"
-    return True, said
-
-
-def answer(case):
-    """The answer: what can be believed, then what helps, what hurts, and what cannot be told."""
-    found = claims(case)
-    if not found:
-        return "No answer yet: it takes two seeds, and arms to compare."
-    names = {word: {} for word in VERDICTS}
-    for claim in found:
-        names[claim.word].setdefault(claim.what, []).append(claim.where(case))
-    sentences = []
-    for word, whats in names.items():
-        listed = "; ".join(what if len(where) == sum(claim.what == what for claim in found) else
-                           f"{what} ({', '.join(where)})" for what, where in whats.items())
-        if listed:
-            sentences.append({
-                "help": f"{listed[0].upper()}{listed[1:]}: help.",
-                "hurt": f"{listed[0].upper()}{listed[1:]}: hurt.",
-                "no difference": f"No difference detected with this many runs: {listed}.",
-                "no verdict": f"No verdict, as they are below the floor: {listed}.",
-                "too few seeds": f"Too few seeds to say (at least three): {listed}."}[word])
-    done = len({r["seed"] for r in case.rows})
-    so_far = [f"So far, with {done} of {case.s.seeds} seeds:"] * (done < case.s.seeds)
-    footings = [footing(case, count) for count in dict.fromkeys(claim.count for claim in found)]
-    warnings = [said for is_sound, said in footings if not is_sound]
-    assurances = [said for is_sound, said in footings if is_sound]
-    return " ".join(so_far + warnings + sentences + assurances)
-
-
-def instead(case):
-    """What else the synthetic images could have been, in points, for each count: [str]."""
-    found, lines = claims(case), []
-    for count in case.s.counts:
-        mine = [claim for claim in found if claim.count == count and claim.word != "too few seeds"]
-        for base in dict.fromkeys(claim.base for claim in mine):
-            gains = [f"{claim.what} {points(claim.gain)}" for claim in mine if claim.base == base]
-            if len(gains) > 1:
-                lines.append(f"In the place of real images with {amount(case, count)}, gains over {base} in "
-                             f"points: {'; '.join(gains)}.")
-    return lines
-
-
-def worth(case, count):
-    """How many real images per class `count` of them with synthetic ones are worth: (low, mean, high).
-
-    The number at which the curve of the base, over the logarithm of the number of real images, first reaches
-    the score of the mix; found in every seed and every resampled test set, so that its interval is like that
-    of a gain. It ends where the curve ends. None unless both ran at two counts or more.
-    """
-    arm, base = next((arm, base) for arm, base, _ in case.leg.claims if arm == case.leg.mix)
-    counts, statistic = [n for n in case.s.counts if n], SCORES[case.leg.scores[0]]
-    curve = [sampled(case, base, n, statistic) for n in counts]
-    mix = sampled(case, arm, count, statistic)
-    if len(counts) < 2 or any(c is None or len(c) < 2 or c.shape != curve[0].shape for c in [mix, *curve]):
-        return None
-    curve = np.maximum.accumulate(np.stack(curve, -1), -1)                       # more images never hurt
-    logs = np.log(counts[::-1])        # backwards, since interp takes the last of equal scores, not the first
-    found = [[np.interp(-score, -base[::-1], logs) for score, base in zip(*rows, strict=True)]
-             for rows in zip(mix, curve, strict=True)]
-    g = gain(np.array(found), 0, len(case.test.groups.unique()))
-    return tuple(float(np.exp(g.mean + side * g.half).clip(counts[0], counts[-1])) for side in (-1, 0, 1))
-
-
-def worths(case):
-    """Say what synthetic images are worth in real ones, a sentence for each count that allows it."""
-    lines = []
-    for count in case.s.counts:
-        if count and (found := worth(case, count)):
-            low, mean, high = (f"{x:.0f}" for x in found)
-            ends = f"the curve runs from {min(filter(None, case.s.counts))} to {max(case.s.counts)}"
-            lines.append(f"{amount(case, count)} with synthetic ones are worth {mean} [{low}, {high}] real "
-                         f"ones ({ends}).")
-    return lines
-
-
-def conditions(case):
-    """What the answer holds for."""
-    s, test, n = case.s, case.test, case.s.subsets
-    unit = "tiles" if case.leg.rare else "images"
-    tiles = f" of {len(test.groups.unique())} tiles" * case.leg.rare
-    told = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, "
-            f"{amount(case, *s.counts)}, {len(test)} test images{tiles}; seeds: {s.seeds}; draws of training "
-            f"images: {n}, each with a generator of {s.gen.steps} steps and {s.made} synthetic images per "
-            f"class; classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over seeds and test "
-            f"{unit}")
-    told += ", which do not cover another draw of the training images" * (n == 1) + "."
-    done = {row["arm"] for row in case.rows}
-    if any(arm.source == "fresh" and name not in done for name, arm in case.arms.items()):
-        told += " No ceiling: fewer real images are left over than are trained on."
-    return told + f" Drawn {case.name} show that the method works; they say nothing about the world." * (
-        not case.cfg.data)
-
-
-def as_text(header, rows):
-    """Cells below each other; nothing if there are no rows."""
-    if not rows:
-        return ""
-    rows = [row + [""] * (len(header) - len(row)) for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def told(case):
-    """All that the terminal says of a leg that was run."""
-    blocks = [case.name.upper() + "\n" + as_text(*main_rows(case))]
-    if case.leg.rare:
-        blocks.append(as_text(*detail_rows(case)))
-    for count, found in likeness(case):
-        blocks += [f"Synthetic images with {amount(case, count)}:\n{as_text(*judged_rows(found))}".rstrip(),
-                   judging(found), copying(found)]
-    blocks += [as_text(*claim_rows(case)), answer(case), *instead(case), *worths(case), conditions(case)]
-    return "\n\n".join(filter(None, blocks))
-
-
 # ---- what the synthetic images are like: their distance from real ones, and whether they are copies
 
 CELLS = 6            # copies are looked for in 6 x 6 cells: in finer ones a new but blurred image seems one
@@ -1224,7 +854,7 @@ def judge(case, real, synthetic, fresh, what):
     that stands in for them once more, since another real sample is the floor of every number.
     {} if fewer than ten images would be compared.
     """
-    unseen = join(fresh, case.scenes[case.parts["val"]])
+    unseen = fresh + case.scenes[case.parts["val"]]
     unseen = unseen[torch.isin(unseen.labels, synthetic.labels)]
     unseen = unseen[torch.randperm(len(unseen), generator=data.rng(0))]
     heads, group = unseen.groups.unique(return_inverse=True)
@@ -1250,12 +880,6 @@ def judge(case, real, synthetic, fresh, what):
 def likeness(case):
     """List (count, what judge() found) wherever it had enough images."""
     return [(count, case.judged[count]) for count in case.s.counts if case.judged.get(count)]
-
-
-def join(a, b):
-    """Join two Scenes of the same classes."""
-    both = [torch.cat([getattr(x, part) for x in (a, b)]) for part in ("images", "labels", "groups")]
-    return Scenes(*both[:2], a.classes, a.names + b.names, both[2])
 
 
 def alike(*several, most=4000):
@@ -1458,18 +1082,573 @@ def copying(found):
     return f"No sign of copies: {share} {100 * enough / n:.1f} % or more would have been a sign."
 
 
-# ---- the pictures and the page
+# ---- the answers: what may be believed, what follows, and the tables
 
-def labelled(strips, names, zoom):
-    """Pictures below each other, a name at the left of each."""
+def runs_of(case, arm, count):
+    """List the rows of an arm, seed by seed; [] if it was not run."""
+    mine = [r for r in case.rows if r["arm"] == arm and r["count"] == count]
+    return sorted(mine, key=lambda r: r["seed"])
+
+
+def values(case, arm, count, column):
+    """List a column of an arm's rows for each seed, per cent; [] if it was not run."""
+    return [100 * r[column] for r in runs_of(case, arm, count)]
+
+
+def sampled(case, arm, count, statistic):
+    """Replicates of a statistic of an arm, (seeds, 1 + B, ...); None if it was not run."""
+    rows, test = runs_of(case, arm, count), case.test
+    key = statistic, *(r["run"] for r in rows)
+    if rows and key not in case.memory:
+        counts = [tally(test.labels, r["answers"], test.groups, len(test.classes)) for r in rows]
+        case.memory[key] = replicates(np.stack(counts), statistic)
+    return case.memory.get(key)
+
+
+def difference(case, arm, base, count, statistic):
+    """Estimate what arm gains over base: a Gain, or if the statistic is of classes, a list of one for each.
+
+    None unless both ran the same seeds, at least two, and there are two groups of test images.
+    """
+    a, b = (sampled(case, name, count, statistic) for name in (arm, base))
+    groups = len(case.test.groups.unique())
+    if arm == base or a is None or b is None or len(a) != len(b) or len(a) < 2 or groups < 2:
+        return None
+    a, b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
+    gains = [gain(a[..., k], b[..., k], groups) for k in range(a.shape[2])]
+    return gains if statistic is f1 else gains[0]
+
+
+def first_gain(case, arm, base, count):
+    """Estimate what arm gains over base in the leg's first score: a Gain or None."""
+    return difference(case, arm, base, count, SCORES[case.leg.scores[0]])
+
+
+# What a recogniser can be believed about: one that is worse than a linear classifier on colours and edges, or
+# than always the commonest class, has not learned the task, and its arms differ in how fast they begin to.
+
+def standing(case, count, prefix, part="test"):
+    """Find the best arm of a recogniser on a split, and its mean first score, %: ("", 0.0) if none ran.
+
+    Of the ViT (prefix ""), the ResNet or the linear classifier; without the ceiling, which has more images.
+    """
+    names = [prefix + name if prefix == RESNET else name for name, arm in case.leg.arms.items()
+             if arm.source != "fresh" and (arm.model == "linear") == (prefix == LINEAR)]
+    column = "val" if part == "val" else case.leg.scores[0]
+    means = {name: float(np.mean(found)) for name in names if (found := values(case, name, count, column))}
+    best = max(means, key=means.get, default="")
+    return best, means.get(best, 0.0)
+
+
+def trivial(case, part="test"):
+    """Answer always the commonest class of the training split: its name, its first score on a split, %."""
+    held = case.scenes[case.parts[part]]
+    c = case.scenes.labels[case.parts["train"]].bincount().argmax()
+    counts = totals(held.labels, c.expand(len(held)), len(held.classes))
+    return case.test.classes[c], [100 * float(SCORES[name](counts)) for name in case.leg.scores]
+
+
+def bar(case, count, part="test"):
+    """What a recogniser must reach on a split, per cent: the linear floor, and always the commonest class."""
+    return max(standing(case, count, LINEAR, part)[1], trivial(case, part)[1][0])
+
+
+def able(case, count, prefix, part):
+    """Does the best arm of a recogniser reach the bar?"""
+    return standing(case, count, prefix, part)[1] >= bar(case, count, part)
+
+
+def recogniser(case, count):
+    """Choose on val whose verdict counts: the ViT's (""), or the ResNet's where only that is able."""
+    return RESNET if not able(case, count, "", "val") and able(case, count, RESNET, "val") else ""
+
+
+@dataclass
+class Claim:
+    """What an arm gains over its base."""
+    count: int
+    arm: str
+    base: str
+    what: str                                 # in question: the images, in words
+    gain: Gain
+    asks: bool                                # is it about synthetic images, or about a control?
+    p: float = 1.0                            # after Holm, among the claims of this kind
+    family: int = 1                           # how many these are
+    word: str = ""                            # the verdict
+
+    def where(self, case):
+        """Say which comparison it is."""
+        return f"{self.arm} against {self.base} with {amount(case, self.count)}"
+
+
+VERDICTS = {"help": "{}: help.", "hurt": "{}: hurt.",
+            "no difference": "No difference detected with this many runs: {}.",
+            "no verdict": "No verdict, as they are below the floor: {}.",
+            "too few seeds": "Too few seeds to say (at least three): {}."}
+
+
+def claims(case, given=None):
+    """Decide all claims, [Claim]: for each count by the recogniser that is chosen, or by a given one."""
+    found = []
+    for count in case.s.counts:
+        prefix = recogniser(case, count) if given is None else given
+        for arm, base, what in case.leg.claims:
+            if g := first_gain(case, prefix + arm, prefix + base, count):
+                asks = case.leg.arms[arm].source == "generator"
+                found.append(Claim(count, prefix + arm, prefix + base, what, g, asks))
+    for family in (True, False):               # the question; and the controls, which only try the instrument
+        mine = [claim for claim in found if claim.asks == family]
+        for claim, p in zip(mine, holm([claim.gain.p for claim in mine]), strict=True):
+            claim.p = p
+            claim.family = len(mine)
+            claim.word = verdict(case, claim)
+    return found
+
+
+def verdict(case, claim):
+    """Choose one of VERDICTS: none with fewer than three seeds, or below the bar.
+
+    That is where both arms are, or the best of the recogniser's arms but the ceiling is.
+    """
+    scores = [values(case, name, claim.count, case.leg.scores[0]) for name in (claim.arm, claim.base)]
+    if len(scores[0]) < 3:
+        return "too few seeds"
+    prefix = RESNET if claim.arm.startswith(RESNET) else ""
+    if max(map(np.mean, scores)) < bar(case, claim.count) or not able(case, claim.count, prefix, "test"):
+        return "no verdict"
+    return "no difference" if claim.p >= 0.05 else "help" if claim.gain.mean > 0 else "hurt"
+
+
+def footing(case, count):
+    """Say what the recognisers can do: a warning, "" if the ViT's verdict counts, and their best scores."""
+    who = {"": "the ViT", RESNET: "a small ResNet", LINEAR: "a linear classifier on colours and edges"}
+    best = {title: (arm.removeprefix(prefix), score) for prefix, title in who.items()
+            for arm, score in [standing(case, count, prefix)] if arm}
+    parts = [f"{title} {score:.1f} % ({arm})" for title, (arm, score) in best.items()]
+    common, (score, *_) = trivial(case)
+    summary = (f"With {amount(case, count)}, {TITLES[case.leg.scores[0]]} at best: "
+               f"{', '.join([*parts, f'always {common} {score:.1f} %'])}.")
+    chosen, warning = recogniser(case, count), ""
+    if not able(case, count, chosen, "test"):
+        warning = ("No network reaches what a linear classifier or the commonest class does, so nothing "
+                   "follows from how its arms differ.")
+    elif chosen == RESNET:
+        warning = "The ViT stays below the linear floor, so the verdict is the ResNet's."
+    return warning, summary
+
+
+def answer(case):
+    """The answer: what can be believed, then what helps, what hurts, and what cannot be told."""
+    found = claims(case)
+    if not found:
+        return "No answer yet: it takes two seeds, and arms to compare."
+    sentences = []
+    for word, sentence in VERDICTS.items():
+        wheres = {}
+        for claim in found:
+            if claim.word == word:
+                wheres.setdefault(claim.what, []).append(claim.where(case))
+        listing = "; ".join(what if len(where) == sum(claim.what == what for claim in found) else
+                            f"{what} ({', '.join(where)})" for what, where in wheres.items())
+        if listing:
+            sentence = sentence.format(listing)
+            sentences.append(sentence[0].upper() + sentence[1:])
+    done = len({r["seed"] for r in case.rows})
+    so_far = [f"So far, with {done} of {case.s.seeds} seeds:"] * (done < case.s.seeds)
+    footings = {}                                                        # {warning: [summary]}
+    for count in dict.fromkeys(claim.count for claim in found):
+        warning, summary = footing(case, count)
+        footings.setdefault(warning, []).append(summary)
+    assurances = footings.pop("", [])
+    warnings = [" ".join([warning, *summaries]) for warning, summaries in footings.items()]
+    return " ".join(so_far + warnings + sentences + assurances)
+
+
+def instead(case):
+    """Say what else the synthetic images could have been, in points, for each count: [str]."""
+    found, lines = claims(case), []
+    for count in case.s.counts:
+        mine = [claim for claim in found if claim.count == count and claim.word != "too few seeds"]
+        for base in dict.fromkeys(claim.base for claim in mine):
+            gains = [f"{claim.what} {points(claim.gain)}" for claim in mine if claim.base == base]
+            if len(gains) > 1:
+                lines.append(f"In the place of real images with {amount(case, count)}, gains over {base} in "
+                             f"points: {'; '.join(gains)}.")
+    return lines
+
+
+def worth(case, count):
+    """How many real images per class `count` of them with synthetic ones are worth: (low, mean, high).
+
+    The number at which the curve of the base, over the logarithm of the number of real images, first reaches
+    the score of the mix; found in every seed and every resampled test set, so that its interval is like that
+    of a gain. It ends where the curve ends. None unless both ran at two counts or more, with three seeds.
+    """
+    arm, base = next((arm, base) for arm, base, _ in case.leg.claims if arm == case.leg.mix)
+    counts, statistic = [n for n in case.s.counts if n], SCORES[case.leg.scores[0]]
+    curve = [sampled(case, base, n, statistic) for n in counts]
+    mix = sampled(case, arm, count, statistic)
+    if len(counts) < 2 or any(c is None or len(c) < 3 or c.shape != curve[0].shape for c in [mix, *curve]):
+        return None
+    curve = np.maximum.accumulate(np.stack(curve, -1), -1)                       # more images never hurt
+    logs = np.log(counts[::-1])        # backwards, since interp takes the last of equal scores, not the first
+    found = [[np.interp(-score, -base[::-1], logs) for score, base in zip(*rows, strict=True)]
+             for rows in zip(mix, curve, strict=True)]
+    g = gain(np.array(found), 0, len(case.test.groups.unique()))
+    return tuple(float(np.exp(g.mean + side * g.half).clip(counts[0], counts[-1])) for side in (-1, 0, 1))
+
+
+def worths(case):
+    """Say what synthetic images are worth in real ones, a sentence for each count that allows it."""
+    lines = []
+    for count in filter(None, case.s.counts):
+        if found := worth(case, count):
+            low, mean, high = (f"{x:.0f}" for x in found)
+            ends = f"the curve runs from {min(filter(None, case.s.counts))} to {max(case.s.counts)}"
+            lines.append(f"{amount(case, count)} with synthetic ones are worth {mean} [{low}, {high}] real "
+                         f"ones ({ends}).")
+    return lines
+
+
+def conditions(case):
+    """Say what the answer holds for."""
+    s, test, n = case.s, case.test, case.s.subsets
+    unit = "tiles" if case.leg.rare else "images"
+    tiles = f" of {len(test.groups.unique())} tiles" * case.leg.rare
+    summary = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, "
+               f"{amount(case, *s.counts)}, {len(test)} test images{tiles}; seeds: {s.seeds}; draws of "
+               f"training images: {n}, each with a generator of {s.gen.steps} steps and {s.made} synthetic "
+               f"images per class; classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over "
+               f"seeds and test {unit}")
+    summary += ", which do not cover another draw of the training images" * (n == 1) + "."
+    done = {row["arm"] for row in case.rows}
+    if any(arm.source == "fresh" and name not in done for name, arm in case.arms.items()):
+        summary += " No ceiling: fewer real images are left over than are trained on."
+    if not case.cfg.data:
+        summary += f" Drawn {case.name} show that the method works; they say nothing about the world."
+    return summary
+
+
+def points(g):
+    """Format a Gain as "+3.1 [+0.4, +5.8]", in percentage points; the bounds end at -100 and +100.
+
+    Scores lie in 0..1: no difference of two of them is larger, whatever few seeds leave open.
+    """
+    low, high = max(g.mean - g.half, -1), min(g.mean + g.half, 1)
+    return f"{100 * g.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def p_text(p):
+    """Format a p-value: ".016", or "< .001" below that."""
+    return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def named(case, name, count):
+    """Name an arm, with its number of real images where there are several of them."""
+    return f"{name} ({count or 'all'})" if len(case.s.counts) > 1 else name
+
+
+def mean_text(found):
+    """Format the mean of scores in per cent, say F1 over seeds: "–" if nothing was ever recognised."""
+    return f"{np.mean(found):.1f}" if any(found) else "–"
+
+
+def present(case):
+    """List (count, arm) of all that was run, in the order of counts and arms."""
+    there = {(r["count"], r["arm"]) for r in case.rows}
+    names = dict.fromkeys([*case.arms, *(run.title for run in case.runs)])
+    return [(count, arm) for count in case.s.counts for arm in names if (count, arm) in there]
+
+
+# Each table is (header, rows), all of text.
+
+def main_rows(case):
+    """Tabulate the scores of each arm and count, below those of always the commonest class."""
+    leg, rows = case.leg, []
+    name, scores = trivial(case)
+    rows.append([f"always {name}", *(f"{score:.1f}" for score in scores)])
+    for count, arm in present(case):
+        cells = []
+        for column in (*leg.scores, "train"):
+            found = values(case, arm, count, column)
+            spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 and column != "train" else ""
+            cells.append(f"{np.mean(found):.1f}{spread}")
+        gains = [first_gain(case, arm, base, count) for base in leg.bases]
+        rows.append([named(case, arm, count), *cells, *(points(g) if g else "" for g in gains)])
+    return ["arm", *(f"{TITLES[score]}, %" for score in leg.scores), "on its real training images",
+            *(f"{TITLES[leg.scores[0]]} against {base}" for base in leg.bases)], rows
+
+
+def claim_rows(case):
+    """Tabulate the claims, those of the recogniser that is not believed last."""
+    found = claims(case)
+    others = [claim for prefix in ("", RESNET) for claim in claims(case, prefix)
+              if claim.arm not in [mine.arm for mine in found if mine.count == claim.count]]
+    header = ["claim", "verdict", "gain", "p after Holm", "detectable gain"]
+    return header, [[named(case, f"{claim.arm} against {claim.base}", claim.count),
+                     claim.word if claim in found else "(not followed)", points(claim.gain),
+                     p_text(claim.p), f"{100 * claim.gain.detectable(claim.family):.1f}"]
+                    for claim in found + others]
+
+
+def detail_rows(case):
+    """Tabulate F1 of each class, and macro-F1 of each event, per cent."""
+    tested = [name for c, name in enumerate(case.test.classes) if (case.test.labels == c).any()]
+    columns = {f"f1 {name}": f"F1 {name}" for name in tested}
+    columns |= {f"macro_f1 {event}": f"macro-F1 in {event}" for event in case.events}
+    return ["arm", *columns.values()], [
+        [named(case, arm, count), *(mean_text(values(case, arm, count, name)) for name in columns)]
+        for count, arm in present(case)]
+
+
+def class_rows(case):
+    """Tabulate what the first claim's arm gains in each class at the largest count, most first."""
+    (arm, base, _), count = case.leg.claims[0], case.s.counts[-1]
+    gains = difference(case, arm, base, count, f1) or []
+    there = [k for k in range(len(gains)) if (case.test.labels == k).any()]
+    rows = []
+    for k in sorted(there, key=lambda k: -gains[k].mean):
+        name = case.test.classes[k]
+        means = [mean_text(values(case, who, count, f"f1 {name}")) for who in (base, arm)]
+        never = set(means) == {"–"}                                      # no gain, and nothing known of one
+        rows.append([name, *means, "–" if never else points(gains[k])])
+    return ["class", f"F1, {base}", f"F1, {arm}", "gain"], rows
+
+
+# ---- what is said: one list of blocks, which the terminal and the page both print
+
+def blocks(case):
+    """Yield all there is to say of a leg: "# heading" or paragraph; (header, rows); (picture, caption)."""
+    arm, base, _ = case.leg.claims[0]
+    ran, score = dict.fromkeys(name for _, name in present(case)), TITLES[case.leg.scores[0]]
+    yield f"# {case.title}"
+    yield answer(case)
+    if found := claims(case):
+        yield forest(case, found), (f"Gains in {score}, points: a dot per seed, a bar at the mean, a line "
+                                    "for the 95 % interval. Fresh real images are the ceiling.")
+    yield from instead(case) + worths(case)
+    yield claim_rows(case)
+    yield ("Gains in percentage points; detectable: what would have been found in 4 of 5 such comparisons. "
+           + conditions(case))
+    yield "## All arms"
+    yield main_rows(case)
+    for study in ["", *listed(case.cfg.study)]:
+        mine = [name for name in ran if (name.startswith(f"{study}: ") if study else name in case.leg.arms)]
+        if mine:
+            yield standings(case, mine), f"{score}, %{f': what {study} does' if study else ''}; as above"
+    if case.leg.rare:
+        yield "## By class and event; –: never recognised"
+        yield detail_rows(case)
+    yield f"## Which classes gain, with {amount(case, case.s.counts[-1])}; not corrected for their number"
+    yield class_rows(case)
+    if picture := confusions(case):
+        yield picture, (f"What was taken for what: {base} left, {arm} right. A row is the truth, a column "
+                        "the answer; black is always.")
+    if case.shown:
+        yield "## What the synthetic images are like"
+        yield side_by_side(*case.shown), (
+            "A row for each class that has synthetic images. Left: real training images. Right: synthetic "
+            "images of the same class, by a generator that saw nothing but such training images.")
+    for count, found in likeness(case):
+        yield f"### With {amount(case, count)}"
+        yield judged_rows(found)
+        yield judging(found)
+        yield copying(found)
+        yield Path(found["sheet"]), ("Are they copies? The synthetic images nearest in structure to a "
+                                     "training image of their class, turned as it is, above that image.")
+
+
+def tell(cases, cfg, out):
+    """Print all blocks, the answers last, where a reader of the terminal looks first; renew the page."""
+    report(cases, cfg, out)
+    heads = []
+    for case in cases:
+        title, summary, *rest = blocks(case)
+        heads += [as_text(title), as_text(summary)]
+        print(as_text(title), *filter(None, map(as_text, rest)), sep="\n\n", end="\n\n\n")
+    print(*heads, sep="\n\n")
+    print(f"\nThe page: {out / 'report.html'}   Every run: {out / 'results.csv'}")
+
+
+def scores_of(cell):
+    """Say what the arms of a cell that is done scored."""
+    case = cell.case
+    mine = [row for row in case.rows if (row["count"], row["seed"]) == (cell.count, cell.seed)]
+    return f"{cell.title}: " + ", ".join(f"{row['arm']} {100 * row[case.leg.scores[0]]:.1f}" for row in mine)
+
+
+def as_text(block):
+    """Write a block for the terminal, which shows no pictures: "" for one."""
+    if isinstance(block, str):
+        text = textwrap.fill(block.lstrip("# "), 110)
+        return text.upper() if block.startswith("# ") else text
+    header, rows = block
+    if not isinstance(rows, list) or not rows:
+        return ""
+    rows = [row + [""] * (len(header) - len(row)) for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def as_html(block):
+    """Write a block for the page."""
+    if isinstance(block, str):
+        depth = len(block) - len(block.lstrip("#"))
+        tag = ("p", "h2", "h3", "h4")[depth]
+        return f"<{tag}>{html.escape(block.lstrip('# '))}</{tag}>"
+    first, second = block
+    if isinstance(second, list):
+        lines = [f"<tr><th>{'<th>'.join(map(html.escape, first))}"] * bool(second)
+        lines += [f"<tr><td>{'<td>'.join(map(html.escape, row))}" for row in second]
+        return f"<table>{''.join(lines)}</table>"
+    if not isinstance(first, str):                                       # not SVG: PIL, or the path of a PNG
+        file = io.BytesIO()
+        (Image.open(first) if isinstance(first, Path) else first).save(file, "png")
+        png = base64.b64encode(file.getvalue()).decode()
+        first = f'<img alt="{html.escape(second)}" src="data:image/png;base64,{png}">'
+    return f"<figure>{first}<figcaption>{html.escape(second)}</figcaption></figure>"
+
+
+STYLE = """:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
+h2 + p { font-size: 1.2rem } figure { margin: 1.5rem 0 } figcaption { opacity: .8 }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8886 }
+th { vertical-align: bottom } td { white-space: nowrap }
+td:first-child { white-space: normal; min-width: 9rem }
+:is(th, td):first-child { position: sticky; left: 0; background: Canvas }
+svg { width: 100%; max-width: 36rem; font-size: 11px; fill: currentColor; display: block }
+path { stroke: currentColor; fill: none } img { max-width: 100%; image-rendering: pixelated }
+pre { overflow-x: auto }"""
+
+
+def report(cases, cfg, out):
+    """Write report.html, which needs no other file, from what was run so far."""
+    title = "Does synthetic data help to recognise what is seen from above?"
+    shown = [case for case in cases if case.rows]
+    made_by = sorted({f"{row['commit'] or 'unknown'} on {row['device']}"
+                      for case in shown for row in case.rows})
+    body = [as_html(block) for case in shown for block in blocks(case)]
+    body += ["<h2>Again</h2>", f"<pre>{html.escape(command(cfg))}</pre>", as_html(
+        f"Classifiers trained by commit {', '.join(made_by)}; page by commit {commit() or 'unknown'}, torch "
+        f"{torch.__version__}. Every run, with all its settings, is a row of results.csv.")]
+    with data.replacing(out / "report.html") as temporary:
+        temporary.write_text('<!doctype html><html lang="en"><meta charset="utf-8">'
+                             '<meta name="viewport" content="width=device-width">'
+                             f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
+                             + "\n".join(body), encoding="utf-8")
+
+
+def command(cfg):
+    """Write the command line that repeats this comparison."""
+    line = ["python experiment.py"]
+    for f in fields(Config):
+        if (value := getattr(cfg, f.name)) != f.default:
+            line += [f"--{f.name.replace('_', '-')}", *([] if value is True else [shlex.quote(str(value))])]
+    return " ".join(line)
+
+
+def forest(case, found):
+    """Plot the gains of the claims, and below them where the linear floor is."""
+    arm, base, _ = case.leg.claims[0]
+    gains = {}                                                           # {row: {count: (Gain, arm, base)}}
+    for claim in found:
+        row = f"{claim.what}, against {claim.base}"
+        gains.setdefault(row, {})[claim.count] = claim.gain, claim.arm, claim.base
+    for count in case.s.counts:
+        floor, _ = standing(case, count, LINEAR)
+        if floor and (g := first_gain(case, floor, base, count)):
+            gains.setdefault(f"the linear floor, against {base}", {})[count] = g, floor, base
+    rows = []
+    for name, mine in gains.items():
+        spans = [None] * len(case.s.counts)
+        for count, (g, arm, base) in mine.items():
+            pairs = zip(*(values(case, who, count, case.leg.scores[0]) for who in (arm, base)), strict=True)
+            spans[case.s.counts.index(count)] = span_of(g, [a - b for a, b in pairs], -100)
+        rows.append((name, spans))
+    return plot(rows, [amount(case, count) for count in case.s.counts], {"": 0})
+
+
+def standings(case, names):
+    """Plot the first score of arms, with the bars that a recogniser must reach."""
+    groups, rows = len(case.test.groups.unique()), []
+    for name in names:
+        spans = []
+        for count in case.s.counts:
+            found = sampled(case, name, count, SCORES[case.leg.scores[0]])
+            dots = values(case, name, count, case.leg.scores[0])
+            able = found is not None and len(dots) > 1 and groups > 1
+            g = gain(found, 0, groups) if able else Gain(float(np.mean(dots)) / 100, ()) if dots else None
+            spans.append(span_of(g, dots, 0) if g else None)
+        rows.append((name, spans))
+    common, (score, *_) = trivial(case)
+    marks = {f"always {common}": score}
+    if floor := standing(case, case.s.counts[-1], LINEAR)[1]:
+        marks[named(case, "linear floor", case.s.counts[-1])] = floor
+    return plot(rows, [amount(case, count) for count in case.s.counts], marks)
+
+
+def span_of(g, dots, least):
+    """What plot() draws of a Gain, per cent: (mean, low, high, dots); bounds end at `least` and 100."""
+    low, high = (float(np.clip(100 * (g.mean + side * g.half), least, 100)) for side in (-1, 1))
+    return 100 * g.mean, low, high, dots
+
+
+def plot(rows, legend, marks):
+    """Plot intervals as SVG; its axis comes from what is shown.
+
+    rows: [(name, [a span or None for each entry of the legend])], a span (mean, low, high, [dot per seed]);
+    marks: vertical lines, {name: place}.
+    """
+    spans = [span for _, mine in rows for span in mine if span]
+    ends = [value for _, low, high, dots in spans for value in (low, high, *dots)] + [*marks.values()]
+    step = next(step for step in (1, 2, 5, 10, 20, 50) if max(ends) - min(ends) <= 6 * step)
+    first, last = math.floor(min(ends) / step), math.floor(max(ends) / step) + 1          # in steps
+
+    def x(value):
+        return round(20 + 360 * (value / step - first) / (last - first), 1)
+
+    top = 8 + 14 * sum(name > "" for name in marks)
+    tall, parts, y = 20 + 10 * len(legend), [], top                      # a row, as high as its spans
+    foot = top + tall * len(rows) + 4
+    for tick in range(first, last + 1):
+        parts.append(f'<path d="M{x(tick * step)} {top}V{foot}" stroke-opacity=".15"/>'
+                     f'<text x="{x(tick * step)}" y="{foot + 14}" text-anchor="middle">{tick * step}</text>')
+    for k, (name, place) in enumerate(marks.items()):
+        side = "start" if x(place) < 200 else "end"
+        parts.append(f'<path d="M{x(place)} {14 * k + 4}V{foot}" stroke-dasharray="{3 * k + 2} 3"/>'
+                     f'<text x="{x(place)}" y="{14 * k + 12}" dx="{4 if side == "start" else -4}" '
+                     f'text-anchor="{side}">{html.escape(name)}</text>')
+    colours = [f'style="color: hsl({210 + 360 * k // len(legend)} 70% 50%)"' for k in range(len(legend))]
+    for name, mine in rows:
+        parts.append(f'<text x="4" y="{y + 12}">{html.escape(name)}</text>')
+        for k, (span, colour) in enumerate(zip(mine, colours, strict=True)):
+            if span:
+                (mean, low, high, dots), at = span, y + 20 + 10 * k
+                circles = [f'<circle cx="{x(dot)}" cy="{at}" r="2.5" opacity=".6"/>' for dot in dots]
+                parts.append(f'<g {colour}><path d="M{x(low)} {at}H{x(high)}" stroke-width="2"/>'
+                             f'<path d="M{x(mean)} {at - 4}v8" stroke-width="3"/>{"".join(circles)}</g>')
+        y += tall
+    for k, (name, colour) in enumerate(zip(legend, colours, strict=True)):
+        parts.append(f'<text x="4" y="{foot + 32 + 15 * k}"><tspan {colour} fill="currentColor">●</tspan> '
+                     f'{html.escape(name)}</text>')
+    return f'<svg viewBox="0 0 400 {foot + 24 + 15 * len(legend)}" role="img">{"".join(parts)}</svg>'
+
+
+def labelled(strips, names, zoom, heads=()):
+    """Stack pictures, each with its name on its left; heads: names above the columns, read upwards."""
     strips = [s.resize((s.width * zoom, s.height * zoom), Image.Resampling.NEAREST) for s in strips]
-    left, y = 8 + 7 * max(map(len, names)), 0
-    width, height = left + max(s.width for s in strips), sum(s.height for s in strips)
-    page = Image.new("RGB", (width, height), "white")
+    left, top = (max((8 + 7 * len(name) for name in some), default=0) for some in (names, heads))
+    width, y = left + max(s.width for s in strips), top
+    page = Image.new("RGB", (width, top + sum(s.height for s in strips)), "white")
     for strip, name in zip(strips, names, strict=True):
         ImageDraw.Draw(page).text((4, y + strip.height // 2 - 6), name, fill="black")
         page.paste(strip, (left, y))
         y += strip.height
+    for k, name in enumerate(heads):
+        text = Image.new("RGB", (top, 12), "white")
+        ImageDraw.Draw(text).text((4, 0), name, fill="black")
+        page.paste(text.rotate(90, expand=True), (left + k * zoom + zoom // 2 - 6, 0))
     return page
 
 
@@ -1484,197 +1663,18 @@ def side_by_side(real, synthetic, columns=8):
 
 
 def confusions(case):
-    """What was taken for what, rows adding up to 1: the first claim's base left, its arm right; or None."""
+    """Draw what was taken for what, rows adding up to 1: the first claim's base left, its arm right."""
     test, K, both = case.test, len(case.test.classes), []
     for who in reversed(case.leg.claims[0][:2]):
-        runs = runs_of(case, who, case.s.counts[-1])
-        if not runs:
+        rows = runs_of(case, who, case.s.counts[-1])
+        if not rows:
             return None
-        said = torch.from_numpy(np.concatenate([answers(case, r["run"]) for r in runs]))
-        matrix = train_cls.confusion(test.labels.repeat(len(runs)), said, K).double()
+        predicted = torch.tensor([r["answers"] for r in rows]).flatten()
+        matrix = train_cls.confusion(test.labels.repeat(len(rows)), predicted, K).double()
         both.append(matrix / matrix.sum(1, keepdim=True).clamp(min=1))
-    cells = 255 - (255 * torch.cat([both[0], torch.zeros(K, 1), both[1]], 1)).round().to(torch.uint8)
-    strips = [Image.fromarray(row.numpy()[None]).convert("RGB") for row in cells]
-    return labelled(strips, test.classes, zoom=max(12, 240 // K))
-
-
-def chart(case, names, title):
-    """The first score of arms as SVG: a dot per seed, a bar at the mean, a colour of the page per count."""
-    score, counts = case.leg.scores[0], case.s.counts
-    parts, foot = [], 34 * len(names) + 12
-
-    def x(share):
-        return round(250 + 420 * share, 1)
-
-    for tick in range(0, 101, 20):
-        at = x(tick / 100)
-        parts.append(f'<line x1="{at}" x2="{at}" y1="8" y2="{foot}" class="tick"/>'
-                     f'<text x="{at}" y="{foot + 16}" text-anchor="middle">{tick} %</text>')
-    for i, arm in enumerate(names):
-        parts.append(f'<text x="242" y="{34 * i + 32}" text-anchor="end">{html.escape(arm)}</text>')
-        for k, count in enumerate(counts):
-            scores = [v / 100 for v in values(case, arm, count, score)]
-            y, color = 34 * i + 28 + 24 * ((k + 0.5) / len(counts) - 0.5), f"c{k % 6}"
-            parts += [f'<circle cx="{x(v)}" cy="{y}" r="3" class="{color}"/>' for v in scores]
-            if scores:
-                mean = x(float(np.mean(scores)))
-                parts.append(f'<line x1="{mean}" x2="{mean}" y1="{y - 5}" y2="{y + 5}" '
-                             f'class="mean {color}"/>')
-    return svg(parts, foot, [amount(case, n) for n in counts], title)
-
-
-def curve(case, names, title):
-    """The first score over the number of real images as SVG, with bands: 95 % intervals over the seeds."""
-    counts, parts = [n for n in case.s.counts if n], []
-    low, high = math.log(counts[0]), math.log(counts[-1])
-
-    def place(count, per_cent):
-        return f"{60 + 600 * (math.log(count) - low) / (high - low):.1f},{252 - 2.4 * per_cent:.1f}"
-
-    for tick in range(0, 101, 20):
-        y = 252 - 2.4 * tick
-        parts.append(f'<line x1="60" x2="660" y1="{y}" y2="{y}" class="tick"/>'
-                     f'<text x="50" y="{y + 4}" text-anchor="end">{tick} %</text>')
-    for n in counts:
-        parts.append(f'<text x="{place(n, 0).split(",")[0]}" y="272" text-anchor="middle">{n}</text>')
-    for k, arm in enumerate(names):
-        line, upper, lower = [], [], []
-        for n in counts:
-            if found := values(case, arm, n, case.leg.scores[0]):
-                mean, dof = np.mean(found), len(found) - 1
-                half = t_quantile(0.975, dof) * np.std(found, ddof=1) / len(found) ** 0.5 if dof else 0
-                for corners, value in ((line, mean), (upper, mean + half), (lower, mean - half)):
-                    corners.append(place(n, min(max(value, 0), 100)))
-        parts.append(f'<polygon points="{" ".join(upper + lower[::-1])}" class="band c{k % 6}"/>'
-                     f'<polyline points="{" ".join(line)}" class="curve c{k % 6}"/>')
-    return svg(parts, 264, names, title)
-
-
-def svg(parts, foot, legend, title):
-    """A picture of the page: its parts, below them a legend in the colours c0, c1 ..., and a text."""
-    for k, name in enumerate(legend):
-        parts.append(f'<text x="60" y="{foot + 38 + 18 * k}"><tspan class="c{k % 6}">●</tspan> '
-                     f'{html.escape(name)}</text>')
-    title, height = html.escape(title), foot + 30 + 18 * len(legend)
-    return (f'<figure><div class="scroll"><svg viewBox="0 0 700 {height}" role="img" aria-label="{title}">'
-            f'{"".join(parts)}</svg></div><figcaption>{title}</figcaption></figure>')
-
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #d5dae1;
-        --c0: #0b6bcb; --c1: #c2410c; --c2: #0f7b4f; --c3: #7c3aed; --c4: #a16207; --c5: #be185d }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ee; --paper: #14181f; --line: #3a424e;
-          --c0: #6cb2ff; --c1: #ff9d66; --c2: #5fd3a0; --c3: #b79bff; --c4: #e3b341; --c5: #f78fb3 } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
-.scroll { overflow-x: auto } pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line) }
-table { border-collapse: collapse; white-space: nowrap; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line) }
-th { white-space: normal; vertical-align: bottom } .lead { font-size: 1.2rem }
-figure { margin: 1.5rem 0 } img { max-width: 100% } figcaption { opacity: .8 }
-svg { width: 100%; min-width: 34rem; max-width: 44rem; font-size: 13px }
-text { fill: var(--ink) } .tick { stroke: var(--line) }
-.c0 { fill: var(--c0); stroke: var(--c0) } .c1 { fill: var(--c1); stroke: var(--c1) }
-.c2 { fill: var(--c2); stroke: var(--c2) } .c3 { fill: var(--c3); stroke: var(--c3) }
-.c4 { fill: var(--c4); stroke: var(--c4) } .c5 { fill: var(--c5); stroke: var(--c5) }
-circle { fill-opacity: .5; stroke: none } .mean { stroke-width: 3 } tspan { stroke: none }
-.band { fill-opacity: .15; stroke: none } .curve { fill: none; stroke-width: 2 }
-"""
-
-
-def figure(picture, text):
-    """A picture (PIL, or the path of a PNG) as part of a page."""
-    file = io.BytesIO()
-    if isinstance(picture, Path):
-        file.write(picture.read_bytes())
-    else:
-        picture.save(file, "png")
-    png, text = base64.b64encode(file.getvalue()).decode(), html.escape(text)
-    return (f'<figure><img alt="{text}" src="data:image/png;base64,{png}">'
-            f'<figcaption>{text}</figcaption></figure>')
-
-
-def as_html(header, rows):
-    """A table of the page; nothing if there are no rows."""
-    if not rows:
-        return ""
-    lines = [f"<tr><th>{'<th>'.join(map(html.escape, header))}"]
-    lines += [f"<tr><td>{'<td>'.join(map(html.escape, row))}" for row in rows]
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
-
-
-def grid_of(case):
-    """Where the picture of real and synthetic images is."""
-    return case.out / f"grid-{case.name}.png"
-
-
-def section(case):
-    """What the page says of a leg."""
-    run = [arm for arm in case.arms if any(r["arm"] == arm for r in case.rows)]
-    score, most = TITLES[case.leg.scores[0]], case.s.counts[-1]
-    arm, base, _ = case.leg.claims[0]
-    parts = [f"<h2>{html.escape(case.title)}</h2><p class=lead>{html.escape(answer(case))}",
-             *(f"<p>{html.escape(line)}" for line in instead(case) + worths(case)),
-             as_html(*claim_rows(case)), "<p>Gains in percentage points; detectable: what would have been "
-             "found in 4 of 5 such comparisons.",
-             f"<p>{html.escape(conditions(case))}", "<h3>All arms</h3>",
-             as_html(*main_rows(case)),
-             chart(case, [name for name in run if name in case.leg.arms],
-                   f"{score} on the test split: a dot per seed, a bar at the mean")]
-    for study in listed(case.cfg.study):
-        if mine := [name for name in run if name.startswith(f"{study}:")]:
-            parts += [f"<h3>Study: {study}</h3>", chart(case, mine, f"{score}: what {study} does")]
-    if len([n for n in case.s.counts if n]) > 1:
-        main = *case.leg.bases, *(arm for arm, *_ in case.leg.claims[:2])
-        parts.append(curve(case, [name for name in run if name in main],
-                           f"{score} over {case.leg.per}; bands: 95 % intervals over seeds"))
-    if case.leg.rare:
-        parts += ["<h3>By class and event</h3><p>–: never recognised.", as_html(*detail_rows(case))]
-    if table := as_html(*class_rows(case)):
-        parts += [f"<h3>Which classes gain</h3><p>With {amount(case, most)}. The intervals are of single "
-                  "classes, not corrected for their number; –: never recognised.", table]
-    if picture := confusions(case):
-        parts.append(figure(picture, f"What was taken for what: {base} left, {arm} right. A row is the "
-                                     "truth, a column the answer, in the same order; black is always."))
-    if case.shown:
-        parts += ["<h3>What the synthetic images are like</h3>", figure(grid_of(case), (
-            "A row for each class that has synthetic images. Left: real training images. Right: synthetic "
-            "images of the same class, by a generator that saw nothing but such training images."))]
-    for count, found in likeness(case):
-        parts += [f"<h4>With {amount(case, count)}</h4>", as_html(*judged_rows(found)),
-                  f"<p>{judging(found)}<p>{copying(found)}",
-                  figure(Path(found["sheet"]), "Are they copies? The synthetic images nearest in structure "
-                         "to a training image of their class, turned as it is, above that image.")]
-    return "\n".join(parts)
-
-
-def report(cases, cfg, out):
-    """Write report.html, which needs no other file, from what was run so far; grids beside it."""
-    title = "Does synthetic data help to recognise what is seen from above?"
-    for case in cases:
-        if case.shown:
-            data.save_picture(side_by_side(*case.shown), grid_of(case))
-    body = "\n".join(section(case) for case in cases if case.rows)
-    rows = [row for case in cases for row in case.rows]
-    made_by = sorted({f"{row.get('commit', 'unknown')} on {row['device']}" for row in rows})
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>
-<h1>{title}</h1>{body}
-<h2>Again</h2><pre>{html.escape(command(cfg))}</pre>
-<p>Classifiers trained by commit {", ".join(made_by)}; page by commit {commit() or "unknown"}, torch
-{torch.__version__}. Every run, with all its settings, is a row of results.csv.</html>"""
-    with data.replacing(out / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-
-
-def command(cfg):
-    """The command line that repeats this comparison."""
-    line = ["python experiment.py"]
-    for f in fields(Config):
-        if (value := getattr(cfg, f.name)) != f.default:
-            line += [f"--{f.name.replace('_', '-')}", *([] if value is True else [shlex.quote(str(value))])]
-    return " ".join(line)
+    shades = 255 - (255 * torch.cat([both[0], torch.zeros(K, 1), both[1]], 1)).round().to(torch.uint8)
+    strips = [Image.fromarray(row.numpy()[None]).convert("RGB") for row in shades]
+    return labelled(strips, test.classes, max(13, 240 // K), [*test.classes, "", *test.classes])
 
 
 if __name__ == "__main__":

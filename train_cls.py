@@ -66,7 +66,7 @@ class Script(Config):
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
     synthetic: str = flag("", "tree of synthetic images, same class names, as train_gen.py --sample makes")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
-    per_class: int = flag(0, "real training images per class (0: the whole training split)")
+    per_class: int = flag(0, "real training images per class, or tiles of an xBD tree (0: all)")
     out: str = flag("runs/cls", "folder for classifier.pt, or where it is")
     predict: str = flag("", "classify the pictures of a folder instead of training: predictions.csv in --out")
     test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
@@ -266,18 +266,17 @@ class Mixture:
 def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier"):
     """Train a recogniser from scratch on real and synthetic (Scenes; one that is not used may be None).
 
-    soft (N, K): what to teach of each synthetic image instead of its class. All randomness follows from
-    (seed, step): two runs of a seed differ only in what they are meant to. With a path, a checkpoint is kept
-    there, and a run that was killed goes on from it. Returns the model in eval mode, and what it has seen.
+    soft (N, K): what to teach of each synthetic image instead of its class. Randomness follows from (seed,
+    step). A checkpoint is kept at path, from which a killed run goes on. Returns model.eval() and counts.
     """
     device = data.pick_device()
     mixture = Mixture(real, synthetic, cfg, soft, device)
-    model = network(cfg, mixture.K, mixture.images.shape[1])
-    model = model.to(device, memory_format=torch.channels_last)                          # a tenth faster
+    channels = mixture.images.shape[1]
+    model = network(cfg, mixture.K, channels).to(device, memory_format=torch.channels_last)  # a tenth faster
     optimizer = adamw(model, cfg.decay)
     parts = dict(model=model, optimizer=optimizer)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
-    identity = dict(config=settings, classes=mixture.pools[0].classes, channels=mixture.images.shape[1],
+    identity = dict(config=settings, classes=mixture.pools[0].classes, channels=channels,
                     images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
     saved = data.resume(path, "classifier", identity, parts) or dict(step=0, synthetic_seen=torch.zeros(()))
     start, synthetic_seen = saved["step"], saved["synthetic_seen"].to(device)
@@ -453,17 +452,12 @@ def predict_folder(cfg):
     """Classify the pictures in the folder --predict and those below it. Writes predictions.csv."""
     folder, path = Path(cfg.predict), Path(cfg.out) / "classifier.pt"
     model, classes, size = load_classifier(path)
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in data.SUFFIXES and p.name[0] != ".")
-    images, broken = data.decode_all(files, size, f"reading {folder}")
-    if broken and not cfg.skip_broken:
-        raise Problem(f"{len(broken)} of {len(files)} pictures do not decode ({files[min(broken)]}): "
-                      "mend them, or give --skip-broken")
-    keep = [i for i in range(len(files)) if i not in broken]
-    if not keep:
-        raise Problem(f"no pictures in {folder}: --predict needs {', '.join(sorted(data.SUFFIXES))}")
-    probability, predicted = outputs(model, images[keep]).softmax(1).max(1)
-    rows = [[files[i].relative_to(folder).as_posix(), classes[k], f"{p:.4f}"]
-            for i, k, p in zip(keep, predicted.tolist(), probability.tolist(), strict=True)]
+    files = data.pictures_in(folder)
+    images, files = data.decode_all(files, size, f"reading {folder}", cfg.skip_broken)
+    probability, predicted = outputs(model, images).softmax(1).max(1)
+    names = [file.relative_to(folder).as_posix() if folder.is_dir() else file.name for file in files]
+    rows = [[name, classes[k], f"{p:.4f}"]
+            for name, k, p in zip(names, predicted.tolist(), probability.tolist(), strict=True)]
     table = Path(cfg.out) / "predictions.csv"
     if data.rank() == 0:
         data.save_csv(table, ["picture", "predicted", "probability"], rows)
@@ -491,8 +485,8 @@ def main(cfg):
     if cfg.predict:
         return predict_folder(cfg)
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
-    parts = data.split(scenes, cfg.data)
-    index = data.subset(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
+    parts = data.split(scenes)
+    index = data.choose(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
     synthetic = read_synthetic(cfg, scenes.classes)
     print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, "
           f"on {data.pick_device()}")

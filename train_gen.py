@@ -3,7 +3,7 @@
     python train_gen.py --data data/NWPU-RESISC45 --out runs/gen
     python train_gen.py --sample runs/gen/generator.pt --classes river,forest --count 16 --out runs/made
     python train_gen.py --data data/xbd --given pre,mask       # told the picture from before
-    torchrun --nproc-per-node 4 train_gen.py ...               # the same, on 4 GPUs
+    torchrun --nproc-per-node 4 train_gen.py ...               # equal numbers, on 4 GPUs
 
 The loss barely moves after the first minutes, and a lower one is no better image: look at samples-*.png.
 """
@@ -30,7 +30,7 @@ class Config:
     width: int = flag(64, "channels at the finest resolution")
     mults: tuple = flag((1, 2, 3, 4), "width of each resolution in units of --width")
     blocks: int = flag(2, "blocks per resolution, down and up")
-    patch: int = flag(1, "fold squares of this many pixels a side into channels (2 on a CPU)")
+    patch: int = flag(1, "fold squares of so many pixels a side into channels (CPU: 2, --predict x0)")
     schedule: str = flag("cosine", "noise schedule: cosine, linear, flow")
     predict: str = flag("v", "what the network predicts: v, eps, x0")
     gamma: float = flag(5.0, "cap of the min-SNR weight of the loss (inf: L_simple, all t alike)")
@@ -73,7 +73,7 @@ class Script(Config):
     """Config, and the settings that only the command line needs."""
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
-    per_class: int = flag(0, "training images per class (0: the whole training split)")
+    per_class: int = flag(0, "training images per class, or tiles of an xBD tree (0: all)")
     out: str = flag("runs/gen", "folder for generator.pt, its log and sample grids, or for the images made")
     every: int = flag(1000, "steps between checkpoints, log lines and sample grids")
     sample: str = flag("", "make images with this checkpoint instead of training one")
@@ -357,9 +357,9 @@ def main(cfg):
         scenes = data.read_xbd(cfg.data, cfg.size, pre="pre" in cfg.told, mask="mask" in cfg.told)
     else:
         scenes = data.read_folder(cfg.data, cfg.size, cfg.skip_broken)
-    index = data.split(scenes, cfg.data)["train"]
+    index = data.split(scenes)["train"]
     if cfg.per_class:
-        index = data.subset(scenes, index, cfg.per_class, cfg.seed)
+        index = data.choose(scenes, index, cfg.per_class, cfg.seed)
     path = Path(cfg.out) / "generator.pt"
     print(f"{len(index)} images of {len(scenes.classes)} classes, on {data.pick_device()}; "
           f"look at {cfg.out}/samples-*.png")

@@ -1,4 +1,4 @@
-"""The U-Net that predicts the noise, or v (Ho et al. 2020, appendix B), and `Condition`, all it can be told.
+"""The U-Net that predicts v, eps or x0 (Ho et al. 2020, appendix B), and the `Condition` it is given.
 
 Letters: B batch, C image channels, H W image sides, D width of the embedding, K classes.
 """
@@ -56,7 +56,7 @@ def nothing(part):
 
 
 def timestep_embedding(t, dim):
-    """Sines and cosines of t (B,) at dim / 2 wavelengths from 2 pi to 20,000 pi, (B, dim).
+    """Embed t (B,) as sines and cosines at dim / 2 wavelengths from 2 pi to 20,000 pi, (B, dim).
 
     Vaswani et al. 2017, section 3.5.
     """
@@ -130,11 +130,11 @@ class Block(nn.Module):
 
     def forward(self, x, emb):
         scale, shift = rearrange(self.scale_shift(F.silu(emb)), "b (n c) -> n b c 1 1", n=2)
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)))                                        # (B, C_out, H, W)
         h = self.norm2(h) * (1 + scale) + shift
-        x = self.skip(x) + self.conv2(F.silu(h))
+        x = self.skip(x) + self.conv2(F.silu(h))                                     # (B, C_out, H, W)
         if self.attention:
-            tokens = rearrange(self.norm3(x), "b c h w -> b (h w) c")
+            tokens = rearrange(self.norm3(x), "b c h w -> b (h w) c")                # (B, H W, C_out)
             x = x + rearrange(self.attention(tokens), "b (h w) c -> b c h w", h=x.shape[2])
         return x
 
@@ -148,11 +148,13 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_t (B, C, H, W), t (B,), Condition -> the noise (or v) in it, (B, C, H, W).
+    """x_t (B, C, H, W), t (B,), Condition -> v, eps or x0, as it was trained, (B, C, H, W).
 
     mults are the widths of the resolutions in units of `width`, each half as fine as the one before;
     attention at all but the finest. With patch > 1, squares of patch x patch pixels are folded into channels
     first and unfolded at the end: at patch = 2 a quarter of the work, which makes 32 px feasible on a CPU.
+    Then let it predict x0: with v, small networks leave a checkerboard, which neither overlapping squares nor
+    a last convolution at full resolution removed.
     A hint is stacked onto x, with one channel more that says whether it is told; numbers join the embedding.
     """
 
@@ -163,7 +165,7 @@ class UNet(nn.Module):
         self.classes, self.channels, self.width, self.patch, self.hint = classes, channels, width, patch, hint
         D, last = 4 * width, len(mults) - 1
         self.time = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
-        self.label = nn.Embedding(classes + 1, D)                 # the last row stands for y = -1, "not told"
+        self.label = nn.Embedding(classes + 1, D)                 # the last row stands for y = -1
         self.numbers = Numbers(numbers, width, D) if numbers else None
         self.stem = nn.Conv2d((channels + hint + (hint > 0)) * patch**2, width, 3, padding=1)
 
@@ -205,14 +207,14 @@ class UNet(nn.Module):
         skips = []
         for level in self.down:
             for block in level.blocks:
-                h = block(h, emb)
+                h = block(h, emb)                                 # (B, m width, H/p/2^i, W/p/2^i) at level i
                 skips.append(h)
-            h = level.resize(h)
+            h = level.resize(h)                                                      # halves both sides
         h = self.mid(h, emb)
         for level in self.up:
-            h = level.resize(h)
+            h = level.resize(h)                                                      # doubles both sides
             for block in level.blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)                   # as on the way down
         assert not skips
         return rearrange(self.head(h), "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
 

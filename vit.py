@@ -1,4 +1,4 @@
-"""The vision transformer that recognises.
+"""The vision transformer that classifies images.
 
 ViT (Dosovitskiy et al. 2021, 2010.11929) in the plain form of Beyer et al. 2022 (2205.01580): fixed sin-cos
 positions instead of learned ones, and the mean of all tokens instead of a class token. Two changes let it
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)
+        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)   # (B, heads, L, d)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out(rearrange(x, "b h l d -> b l (h d)"))
 
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 def sincos_positions(rows, cols, dim):
-    """Where each token is, (L, D): sines and cosines of its row and column.
+    """Encode the place of each token, (L, D): sines and cosines of its column and its row.
 
     They have dim / 4 wavelengths from 2 pi to 20,000 pi.
     """
@@ -97,7 +97,7 @@ class Patches(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """A token per patch, what convolutions see there: (B, C, H, W) -> (B, L, D). Xiao et al. 2021.
+    """A token per patch, by convolutions: (B, C, H, W) -> (B, L, D). Xiao et al. 2021.
 
     They are 3 x 3: one of stride 2, one of stride 1, then one of stride 2 for each further halving. GroupNorm
     instead of BatchNorm, whose statistics would depend on how many images of a batch are synthetic. Raises
@@ -154,7 +154,7 @@ class ViT(nn.Module):
         self.head = head(dim, classes)
 
     def features(self, x):
-        """Return what the head sees, the mean token, (B, D). Distances between images are measured here."""
+        """Return the mean token, (B, D), from which the head decides and distances are measured."""
         tokens = self.stem(x) + self.positions                                                   # (B, L, D)
         return mean_token(self.norm(self.blocks(tokens)), x)                                     # (B, D)
 

@@ -1,7 +1,7 @@
 """data.py: every picture read right, splits that do not leak, files whole or not at all, mistakes told."""
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -175,10 +175,30 @@ def test_the_official_lists_are_used_and_training_gives_up_what_test_holds(tmp_p
         lines = [f"{name}_{k}.png" for name in ("forest", "river") for k in ks]
         (root / f"resisc45-{part}.txt").write_text("\n".join(lines))
     s = data.read_folder(root, 20, cache=tmp_path / "cache")
-    names = {part: sorted(s.names[i] for i in index) for part, index in data.split(s, root).items()}
+    names = {part: sorted(s.names[i] for i in index) for part, index in data.split(s).items()}
     assert names["test"] == [f"{name}/{name}_{k}.png" for name in ("forest", "river") for k in (8, 9)]
     assert len(names["val"]) == 4 and len(names["train"]) == 11
     assert "forest/forest_0.png" not in names["train"]
+    with pytest.raises(Problem, match="--hold-out flood: no such event; only an xBD tree has events"):
+        data.split(s, hold_out="flood")
+    (root / "resisc45-val.txt").write_text("beach_1.png")
+    with pytest.raises(Problem, match="resisc45-val.txt names no picture of"):
+        data.read_folder(root, 20, cache=tmp_path / "cache")
+
+
+def test_what_the_lists_do_not_name_is_in_no_part():
+    s = replace(scenes([0, 1, 2, 3, 4, 4], [0] * 6), given=torch.tensor([0, 1, 2, -1, 2, -1]))
+    parts = {part: index.tolist() for part, index in data.split(s).items()}
+    assert parts == dict(train=[0], val=[1], test=[2, 4])
+
+
+def test_joined_scenes_keep_their_groups_and_parts():
+    s = scenes([5, 5, 7], [0, 1, 1])
+    both = s[torch.tensor([0, 2])] + s[torch.tensor([1])]
+    assert both.names == ["x/0.jpg", "x/2.jpg", "x/1.jpg"] and both.groups.tolist() == [5, 7, 5]
+    assert both.labels.tolist() == [0, 1, 1] and both.given.tolist() == [-1] * 3 and len(both.images) == 3
+    with pytest.raises(ValueError, match="different trees"):
+        s + replace(s, classes=["b", "a"])
 
 
 def test_a_tree_too_small_to_split_is_told():
@@ -189,11 +209,12 @@ def test_a_tree_too_small_to_split_is_told():
 def test_smaller_subsets_are_part_of_larger_ones_and_too_large_ones_are_refused():
     s = scenes(list(range(100)), [0, 1] * 50)
     index = torch.arange(20, 100)
-    small, large = (set(data.subset(s, index, n, seed=1).tolist()) for n in (5, 20))
+    small, large = (set(data.choose(s, index, n, seed=1).tolist()) for n in (5, 20))
     assert small < large and min(large) >= 20 and len(large) == 40
-    assert small != set(data.subset(s, index, 5, seed=2).tolist())
-    with pytest.raises(Problem, match="class a has 40 .* 41"):
-        data.subset(s, index, 41, seed=1)
+    assert small != set(data.choose(s, index, 5, seed=2).tolist())
+    assert set(data.choose(s, index, 0, seed=1).tolist()) == set(index.tolist())
+    with pytest.raises(Problem, match="41 asked for, but there are 40 images of a, 40 images of b"):
+        data.choose(s, index, 41, seed=1)
 
 
 # ---- drawing

@@ -24,6 +24,11 @@ def run(*argv):
     return subprocess.run([sys.executable, "experiment.py", *map(str, argv)], capture_output=True, text=True)
 
 
+def unwrapped(text):
+    """What was printed, without its lines."""
+    return " ".join(text.split())
+
+
 @pytest.fixture(autouse=True)
 def no_stopwatch(monkeypatch):
     """In this process the plan does not try out how long steps take; in the smoke run it does."""
@@ -49,15 +54,16 @@ def results(out):
 def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
     out, done = smoke
     assert "28 classifiers of 10 steps, 4 generators" in done.stdout and "minutes on" in done.stdout
-    rows = re.findall(r"^(4|8|12) +([a-z].*?) +[0-9]+\.[0-9] ±", done.stdout, re.M)
+    rows = re.findall(r"^([a-z].*?)  +[0-9]+\.[0-9] ±", done.stdout, re.M)
     arms = LEGS["scenes"].arms, LEGS["buildings"].arms
-    assert sorted(row for row in rows if "resnet" not in row[1]) == sorted(
-        [(count, arm) for count in "48" for arm in arms[0]] + [("12", arm) for arm in arms[1]])
+    assert sorted(row for row in rows if "resnet" not in row) == sorted(
+        [f"{arm} ({count})" for count in "48" for arm in arms[0]] + [*arms[1]])
     assert "always no-damage" in done.stdout and "macro-F1 in drawn-flood" in done.stdout
-    assert done.stdout.count("say nothing about the world") == 2
-    assert done.stdout.count("Too few seeds to say (at least three)") == 2
-    assert done.stdout.count("synthetic images are nearer to a training image of") == 3
-    assert len(re.findall("gets [0-9]+ % of [0-9]+ held-out images right", done.stdout)) == 3
+    said = unwrapped(done.stdout)
+    assert said.count("say nothing about the world") == 2
+    assert said.count("Too few seeds to say (at least three)") == 2
+    assert said.count("synthetic images are nearer to a training image of") == 3
+    assert len(re.findall("gets [0-9]+ % of [0-9]+ held-out images right", said)) == 3
     assert str(out / "report.html") in done.stdout
     assert done.stderr == ""                                        # no progress bars where nobody watches
 
@@ -76,9 +82,9 @@ def test_every_run_is_a_row_and_all_arms_of_networks_have_the_same_budget(smoke)
 
 
 def test_arms_of_unequal_budget_are_not_compared(smoke, monkeypatch, capsys):
-    stored = experiment.read_results(smoke[0])
+    stored = experiment.read_runs(smoke[0])
     next(row for row in stored.values() if row["arm"] == "real + copies")["steps"] = 11
-    monkeypatch.setattr(experiment, "read_results", lambda out: stored)
+    monkeypatch.setattr(experiment, "read_runs", lambda out: stored)
     with pytest.raises(AssertionError, match="unequal budget"):
         experiment.main(Config(smoke=True, out=str(smoke[0]), jobs=1))
 
@@ -92,14 +98,15 @@ def test_one_job_gives_the_same_results_as_two(smoke, tmp_path, capsys):
         row["arm"] for row in alone.values()}
     for name, row in alone.items():
         assert row == {column: two[name][column] for column in row}
-        assert (tmp_path / "predicted" / name).read_bytes() == (smoke[0] / "predicted" / name).read_bytes()
+        a, b = (json.loads((out / "runs" / f"{name}.json").read_text()) for out in (tmp_path, smoke[0]))
+        assert a["answers"] == b["answers"]
 
 
 def test_the_rows_are_the_scores_of_the_answers(smoke):
     scenes = data.read_xbd(smoke[0] / "drawn-buildings-64", 16, mask=True, cache=smoke[0] / "cache")
-    test = scenes[data.split(scenes, smoke[0] / "drawn-buildings-64")["test"]]
+    test = scenes[data.split(scenes)["test"]]
     row = next(r for r in results(smoke[0]) if r["arm"] == "balanced")
-    answers = np.load(smoke[0] / "predicted" / row["run"])
+    answers = np.array(experiment.read_runs(smoke[0])[row["run"]]["answers"])
     flood = np.array(["flood" in name for name in test.names])
     for mine, prefix in ((flood, "macro_f1 drawn-flood"), (flood | True, "macro_f1")):
         f1 = []
@@ -112,27 +119,28 @@ def test_the_rows_are_the_scores_of_the_answers(smoke):
 
 def test_a_second_start_runs_nothing_and_says_the_same(smoke, capsys):
     out, done = smoke
-    before = {p: p.stat().st_mtime_ns for p in [*out.rglob("*.pt"), *(out / "predicted").iterdir()]}
+    before = {p: p.stat().st_mtime_ns for p in [*out.rglob("*.pt"), *(out / "runs").iterdir()]}
     experiment.main(Config(smoke=True, out=str(out), jobs=1))
-    assert capsys.readouterr().out.split("\nSCENES")[1] == done.stdout.split("\nSCENES")[1]
-    assert before == {p: p.stat().st_mtime_ns for p in [*out.rglob("*.pt"), *(out / "predicted").iterdir()]}
+    assert capsys.readouterr().out.split("\nDRAWN")[1:] == done.stdout.split("\nDRAWN")[1:]
+    assert before == {p: p.stat().st_mtime_ns for p in [*out.rglob("*.pt"), *(out / "runs").iterdir()]}
 
 
 def test_a_lost_run_is_run_again_with_the_same_result(smoke):
     out, rows = smoke[0], results(smoke[0])
-    kept = [r for r in rows if not (r["arm"] == "real + synthetic" and r["count"] == "8")]
-    data.save_csv(out / "results.csv", list(rows[0]), [list(r.values()) for r in kept])
+    (out / "results.csv").unlink()                                  # made of the runs, again and again
+    for r in rows:
+        if r["arm"] == "real + synthetic" and r["count"] == "8":
+            (out / "runs" / f"{r['run']}.json").unlink()
     experiment.main(Config(smoke=True, out=str(out), jobs=1))
     score = {r["run"]: r["macro_f1"] for r in rows}
     assert {r["run"]: r["macro_f1"] for r in results(out)} == score
 
 
 def trees(out):
-    """What the smoke run read: (scenes, parts, choose, counts) of each leg."""
+    """What the smoke run read: (scenes, parts, counts) of each leg."""
     scenes = data.read_folder(out / "drawn-scenes-30", 16, cache=out / "cache")
     buildings = data.read_xbd(out / "drawn-buildings-64", 16, mask=True, cache=out / "cache")
-    return ((scenes, data.split(scenes), data.subset, (4, 8)),
-            (buildings, data.split(buildings, out / "drawn-buildings-64"), data.some_tiles, (12,)))
+    return (scenes, data.split(scenes), (4, 8)), (buildings, data.split(buildings), (12,))
 
 
 def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, monkeypatch, capsys):
@@ -148,7 +156,8 @@ def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, m
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(experiment.train_cls, "fit", fit_thrice)
         experiment.main(cfg)
-    assert len(results(tmp_path)) == 3 and "No answer yet" in (tmp_path / "report.html").read_text()
+    assert len(results(tmp_path)) == 2 and "No answer yet" in (tmp_path / "report.html").read_text()
+    assert len(experiment.read_runs(tmp_path)) == 3
     experiment.main(cfg)
     assert len([r for r in results(tmp_path) if "resnet" not in r["arm"]]) == 4
     assert "1 classifiers of 10 steps" in capsys.readouterr().out
@@ -157,11 +166,11 @@ def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, m
 def test_generators_saw_the_training_images_of_their_arm_and_nothing_else(smoke):
     saved = [data.load_checkpoint(p, "generator") for p in (smoke[0] / "generators").glob("*.pt")]
     trained, expected = {tuple(sorted(generator["names"])) for generator in saved}, set()
-    for scenes, parts, choose, counts in trees(smoke[0]):
+    for scenes, parts, counts in trees(smoke[0]):
         for count in counts:
             for draw in (0, 1):
-                real = scenes[choose(scenes, parts["train"], count, draw)]
-                rare = experiment.rare(real) if choose is data.some_tiles else range(8)
+                real = scenes[data.choose(scenes, parts["train"], count, draw)]
+                rare = experiment.rare(real) if scenes.tiles else range(8)
                 names = zip(real.names, real.labels.tolist(), strict=True)
                 expected.add(tuple(sorted(name for name, c in names if c in rare)))
         assert not {name for names in trained for name in names} & set(scenes[parts["test"]].names)
@@ -177,22 +186,20 @@ def test_without_git_the_commit_is_left_empty(monkeypatch):
 def test_the_page_needs_nothing_but_itself(smoke):
     page = (smoke[0] / "report.html").read_text()
     assert "http" not in page and "<script" not in page and page.count("<h2>") == 3
-    # per leg a grid and confusions, per count suspects; a chart per leg, a curve if there are two counts
+    # per leg a grid and confusions, per count suspects; per leg the claims and all arms
     assert page.count("data:image/png;base64,") == page.count('<img alt="') == 7
-    assert page.count("<svg") == page.count("aria-label") == 3
+    assert page.count("<svg") == 4 and page.count("<figcaption>") == 11
     assert re.search("python experiment.py --out [^ ]+ --smoke --jobs [12]", page)
     for name in (*LEGS["scenes"].arms, *LEGS["buildings"].arms):
-        assert f"<td>{html.escape(name)}<td>" in page
-    for leg in LEGS:
-        grid = Image.open(smoke[0] / f"grid-{leg}.png")
-        assert grid.width > grid.height
+        name = html.escape(name) + " (8)" * (name in LEGS["scenes"].arms and name != "balanced")
+        assert f"<td>{name}<td>" in page or f"<td>{name.removesuffix(' (8)')}<td>" in page
 
 
 def test_sharing_a_subset_trains_one_generator_per_count_and_the_conditions_say_so(smoke, tmp_path, capsys):
     cfg = Config(smoke=True, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), subsets=1, counts="4",
                  arms="real + synthetic", jobs=1)
     experiment.main(cfg)
-    said = capsys.readouterr().out
+    said = unwrapped(capsys.readouterr().out)
     assert "draws of training images: 1" in said and "do not cover another draw" in said
     assert len(list((tmp_path / "generators").glob("*.pt"))) == 1
     assert len([r for r in results(tmp_path) if r["arm"] == "real + synthetic"]) == 2
@@ -210,7 +217,7 @@ def test_an_xbd_tree_is_compared_with_and_without_an_event_held_out(tmp_path, ca
     assert len([r for r in results(tmp_path / "x") if "resnet" not in r["arm"]]) == 4
     with pytest.raises(data.Problem, match="no such event"):
         experiment.main(Config(**flags, hold_out="joplin"))
-    with pytest.raises(data.Problem, match="no building is fire"):        # the only event of its type
+    with pytest.raises(data.Problem, match="no image to train on is fire"):    # the only event of its type
         experiment.main(Config(**flags, **held, label="type"))
 
 
@@ -232,7 +239,7 @@ def test_studies_vary_the_mix_and_share_what_is_there(smoke, tmp_path, capsys):
     assert len([r for r in rows if "resnet" not in r["arm"]]) == 2 * (1 + 4 + 2 + 1)
     assert "share: 0.25" in said and "soft: True" in said
     page = (tmp_path / "report.html").read_text()
-    assert "Study: share" in page and "Study: filter" in page
+    assert "what share does" in page and "what filter does" in page
     assert len(list((tmp_path / "teachers").glob("*"))) == 2
     assert len(list((tmp_path / "generators").glob("*.pt"))) == 2
 
@@ -324,7 +331,7 @@ def test_a_class_that_no_arm_ever_recognises_has_no_gain(monkeypatch):
         ["c00", "–", "–", "–"], ["c01", "50.0", "60.0", "+10.0 [+10.0, +10.0]"],
         ["c02", "–", "30.0", "+30.0 [+30.0, +30.0]"], ["c03", "20.0", "–", "-20.0 [-20.0, -20.0]"]]
     _, rows = experiment.detail_rows(case)
-    assert [row[2:] for row in rows] == [["–", "50.0", "–", "20.0"], ["–", "60.0", "30.0", "–"]]
+    assert [row[1:] for row in rows] == [["–", "50.0", "–", "20.0"], ["–", "60.0", "30.0", "–"]]
 
 
 def test_a_source_gives_what_its_arm_says(scenes_case, smoke):
@@ -335,20 +342,20 @@ def test_a_source_gives_what_its_arm_says(scenes_case, smoke):
     train = {case.scenes.names[i] for i in case.parts["train"].tolist()}
     assert set(real.names) | set(fresh.names) == train
     for name, pool in (("copies", real), ("fresh", fresh)):
-        got, soft = experiment.source(cell, Arm(name, 0.5))
+        got, soft = experiment.replacements(cell, Arm(name, 0.5))
         assert soft is None and set(got.names) <= set(pool.names)
         assert got.labels.bincount().tolist() == [4 if pool is real else 3] * 8           # all real, or made
-    assert experiment.source(cell, Arm()) == (None, None)
+    assert experiment.replacements(cell, Arm()) == (None, None)
 
 
 def test_shuffled_labels_are_as_many_of_each_class_on_the_same_images_but_of_others(scenes_case):
     cell = scenes_case.cell(4, 0)
-    plain, _ = experiment.source(cell, Arm("copies", 0.5))
-    shuffled, _ = experiment.source(cell, Arm("copies", 0.5, shuffle=True))
+    plain, _ = experiment.replacements(cell, Arm("copies", 0.5))
+    shuffled, _ = experiment.replacements(cell, Arm("copies", 0.5, shuffle=True))
     assert torch.equal(plain.images, shuffled.images) and plain.names == shuffled.names
     assert torch.equal(plain.labels.bincount(), shuffled.labels.bincount())
     assert (plain.labels == shuffled.labels).float().mean() < 0.4       # an eighth by chance
-    assert torch.equal(plain.labels, experiment.source(cell, Arm("copies", 0.5))[0].labels)
+    assert torch.equal(plain.labels, experiment.replacements(cell, Arm("copies", 0.5))[0].labels)
 
 
 def test_a_grey_surrounding_leaves_the_building_and_its_mask_as_they_were():
@@ -373,7 +380,7 @@ def test_a_greyed_arm_is_trained_and_tested_on_greyed_images(smoke, monkeypatch,
     for grey in (False, True):
         seen.clear()
         arm = Arm("copies", 0.5, model="linear", grey=grey)
-        experiment.score(cell, "run", arm, "")
+        experiment.score(cell, arm, "")
         assert len(seen) == 5                                   # real, copies, test, train again, val
         for images in seen:
             outside = images[:, :3][(images[:, 3:] == 0).expand(-1, 3, -1, -1)]
@@ -382,7 +389,7 @@ def test_a_greyed_arm_is_trained_and_tested_on_greyed_images(smoke, monkeypatch,
 
 def test_a_teacher_filters_and_teaches(scenes_case):
     cell = scenes_case.cell(4, 0)
-    kept = [experiment.source(cell, Arm("fresh", 0.5, keep=k, soft=True)) for k in (0.0, 1.0, 8.0)]
+    kept = [experiment.replacements(cell, Arm("fresh", 0.5, keep=k, soft=True)) for k in (0.0, 1.0, 8.0)]
     counts = [len(pool) for pool, _ in kept]
     assert counts[0] > counts[1] > counts[2] == 0
     for pool, soft in kept[:2]:
@@ -396,7 +403,7 @@ def test_rare_classes_are_those_below_the_mean_and_only_they_are_replaced(smoke)
     cell = case.cell(12, 0)
     assert experiment.rare(cell.real) == [1, 2, 3]
     for name in ("copies", "fresh"):
-        got, _ = experiment.source(cell, Arm(name, 0.5))
+        got, _ = experiment.replacements(cell, Arm(name, 0.5))
         assert set(got.labels.tolist()) == {1, 2, 3}
     assert experiment.recipe(cell, Arm("generator", 0.5))["classes"] == [1, 2, 3]
 
@@ -471,7 +478,6 @@ def compared(out, rates, seeds=4, counts=(4,)):
     case = case_by_hand(160, 4)
     case.parts = dict(zip(("train", "val", "test"), torch.arange(160).split([80, 40, 40]), strict=True))
     case.out, case.test, case.s.counts, case.s.seeds = out, case.scenes[case.parts["test"]], counts, seeds
-    (out / "predicted").mkdir(exist_ok=True)
     truth = case.test.labels.numpy()
     for k, (arm, rate) in enumerate(rates.items()):
         for count, each in (rate if isinstance(rate, dict) else dict.fromkeys(counts, rate)).items():
@@ -479,10 +485,10 @@ def compared(out, rates, seeds=4, counts=(4,)):
             for seed in range(seeds):
                 name = f"{arm} {count} {seed}"
                 order = np.random.default_rng([k, count, seed]).permutation(40)
-                with open(out / "predicted" / name, "wb") as file:
-                    np.save(file, np.where(order < round(40 * right), truth, (truth + 1) % 4))
+                answers = np.where(order < round(40 * right), truth, (truth + 1) % 4)
                 case.rows.append(dict(run=name, arm=arm, count=count, seed=seed, accuracy=right, val=val,
-                                      train=1.0, **{f"f1 {c}": right for c in case.test.classes}))
+                                      train=1.0, answers=answers.tolist(),
+                                      **{f"f1 {c}": right for c in case.test.classes}))
     return case
 
 
@@ -543,7 +549,7 @@ RATES = {"real": 0.3, "real + synthetic": 0.2, "linear: real": 0.5,
 def test_the_verdict_then_follows_the_resnet_and_the_claim_of_the_vit_stands_beside_it(tmp_path):
     case = compared(tmp_path, RATES)
     _, rows = experiment.claim_rows(case)
-    assert [(row[1], row[-1]) for row in rows] == [
+    assert [tuple(row[:2]) for row in rows] == [
         ("resnet: real + synthetic against resnet: real", "help"),
         ("real + synthetic against real", "(not followed)")]
     assert experiment.answer(case) == (
@@ -558,7 +564,7 @@ def test_whose_verdict_counts_is_chosen_on_val_and_not_on_test(tmp_path):
         case = compared(tmp_path, rates)
         assert experiment.recogniser(case, 4) == chosen
         assert {claim.arm for claim in experiment.claims(case)} == {f"{chosen}real + synthetic"}
-        assert experiment.claim_rows(case)[1][-1][-1] == "(not followed)"
+        assert experiment.claim_rows(case)[1][-1][1] == "(not followed)"
 
 
 def test_the_answer_begins_with_what_the_recognisers_can_do(tmp_path):
@@ -570,8 +576,9 @@ def test_the_answer_begins_with_what_the_recognisers_can_do(tmp_path):
     assert weak.endswith("No verdict, as they are below the floor: synthetic images.")
     luck = experiment.answer(compared(tmp_path, RATES | {"real": (0.3, 0.6)}))       # on val, but not on test
     assert luck.startswith("No network reaches")
-    page = experiment.section(compared(tmp_path, RATES))
-    assert page.index("<p class=lead>The ViT stays below") < page.index("<table>")
+    blocks = [*experiment.blocks(compared(tmp_path, RATES))]
+    assert blocks[0].startswith("# ") and blocks[1].startswith("The ViT stays below")
+    assert blocks[2][0].startswith("<svg")                           # then a picture that shows it
 
 
 def test_the_answer_says_of_every_question_what_became_of_it(monkeypatch, scenes_case):
@@ -583,7 +590,7 @@ def test_the_answer_says_of_every_question_what_became_of_it(monkeypatch, scenes
         both = [experiment.Claim(*claim, experiment.Gain(0.1, ()), True, word=words[sign])
                 for claim, sign in zip(found, signs, strict=True)]
         monkeypatch.setattr(experiment, "claims", lambda case: both)
-        monkeypatch.setattr(experiment, "footing", lambda case, count: (True, ""))
+        monkeypatch.setattr(experiment, "footing", lambda case, count: ("", ""))
         rows = [dict(seed=seed) for seed in range(seeds)]
         return experiment.answer(replace(scenes_case, rows=rows)).strip()
 
@@ -648,6 +655,77 @@ def test_what_images_are_worth_takes_a_curve(tmp_path):
     assert line.startswith("5 real images per class with synthetic ones are worth 14 [")
 
 
+# ---- what is said
+
+def test_terminal_and_page_say_the_same_and_the_terminal_ends_with_the_answer(tmp_path, capsys):
+    case = compared(tmp_path, RATES)
+    case.rows = [row | dict(commit="", device="cpu") for row in case.rows]
+    experiment.tell([case], case.cfg, tmp_path)
+    page, printed = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    for block in experiment.blocks(case):
+        if isinstance(block, str):
+            assert html.escape(block.lstrip("# ")) in page
+            assert unwrapped(block.lstrip("# ")).upper() in unwrapped(printed).upper()
+        elif isinstance(block[1], list):
+            cells = [cell for row in block[1] for cell in row]
+            assert all(f"<td>{html.escape(cell)}" in page and cell in printed for cell in cells)
+        else:
+            assert html.escape(block[1]) in page and block[1] not in printed
+    assert unwrapped(printed.split("The page")[0]).endswith(experiment.answer(case))
+
+
+def test_a_plot_puts_everything_where_its_value_is_and_its_axis_comes_from_what_is_shown():
+    rows = [("a", [(10.0, -4.0, 22.0, [9.0, 11.0]), None]),
+            ("b", [(3.0, 3.0, 3.0, []), (5.0, 4.0, 6.0, [5.0])])]
+    svg = experiment.plot(rows, ["few", "many"], {"": 0, "floor <": 12})
+    labels = re.findall(r'<text x="([0-9.]+)" [^>]*middle">(-?[0-9]+)', svg)
+    ticks = {int(label): float(x) for x, label in labels}
+    assert sorted(ticks) == [-5, 0, 5, 10, 15, 20, 25]                   # of -4 ... 22, not of 0 ... 100
+    unit = (ticks[25] - ticks[0]) / 25
+
+    def x(value):
+        return pytest.approx(ticks[0] + unit * value, abs=0.06)
+
+    spans = re.findall(r'<path d="M([0-9.]+) [0-9]+H([0-9.]+)"', svg)
+    assert [tuple(map(float, span)) for span in spans] == [(x(-4), x(22)), (x(3), x(3)), (x(4), x(6))]
+    means = re.findall(r'<path d="M([0-9.]+) [0-9]+v8"', svg)
+    assert [float(mean) for mean in means] == [x(10), x(3), x(5)]
+    assert [float(dot) for dot in re.findall(r'<circle cx="([0-9.]+)"', svg)] == [x(9), x(11), x(5)]
+    marks = re.findall(r'<path d="M([0-9.]+) [0-9]+V[0-9]+" stroke-dasharray', svg)
+    assert [float(mark) for mark in marks] == [x(0), x(12)] and "floor &lt;" in svg
+    colours = re.findall(r'<g style="color: (.*?)"', svg)
+    assert colours[0] == colours[1] != colours[2]                        # a colour for each of the legend
+
+
+def test_the_forest_shows_claims_and_linear_floor_with_the_gains_of_the_seeds(tmp_path, monkeypatch):
+    case = compared(tmp_path, {"real": 0.4, "real + synthetic": 0.5, "real + augmentation": 0.5,
+                               "real + fresh real": 0.75, "linear: real": 0.35})
+    plotted = []
+    monkeypatch.setattr(experiment, "plot", lambda rows, *_: plotted.extend(rows))
+    experiment.forest(case, experiment.claims(case))
+    found = {name: (round(mean, 6), np.round(dots, 6).tolist()) for name, [(mean, _, _, dots)] in plotted}
+    assert found == {"synthetic images, against real": (10, [10] * 4),
+                     "fresh real images, against real + augmentation": (25, [25] * 4),
+                     "the linear floor, against real + augmentation": (-15, [-15] * 4)}
+    for _, [(mean, low, high, _)] in plotted:
+        assert -100 <= low < mean < high <= 100
+
+
+def test_confusions_have_names_on_both_sides(tmp_path):
+    case = compared(tmp_path, {"real + augmentation": 0.5, "real + synthetic + augmentation": 0.75})
+    picture = np.array(experiment.confusions(case).convert("L"))
+    left = 8 + 7 * 3                                                     # c00 ... c03, read from both sides
+    cells = picture[left:, left:]
+    assert cells.shape == (4 * 60, 9 * 60)
+    assert all((part < 128).any() for part in (picture[left:, :left], picture[:left, left:left + 240],
+                                               picture[:left, -240:]))
+    middles = cells[30::60, 30::60]
+    truth = case.test.labels.numpy()
+    rows = [r for r in case.rows if r["arm"] == "real + augmentation"]
+    share = np.mean([np.mean(np.array(r["answers"])[truth == 0] == 1) for r in rows])
+    assert middles[0, 1] == pytest.approx(255 - 255 * share, abs=1) and (middles[:, 4] == 255).all()
+
+
 # ---- tasks
 
 def test_of_each_seed_generators_come_first_and_seeds_come_in_order(scenes_case):
@@ -672,7 +750,7 @@ def test_a_task_waits_for_its_generator_and_no_more_run_than_jobs(scenes_case, t
             events.append(("end", task))
         return dict(run=task.name, arm=task.title)
 
-    for name, instead in (("work", work), ("tell", lambda cell: None), ("report", lambda *_: None),
+    for name, instead in (("work", work), ("scores_of", lambda cell: ""), ("report", lambda *_: None),
                           ("look", lambda *_: None)):
         monkeypatch.setattr(experiment, name, instead)
     wanted, stored = experiment.runs(case, case.arms, case.s.counts), {}
@@ -716,9 +794,9 @@ SCENES, BUILDINGS = ["--smoke", "--data", "drawn-scenes-30"], ["--smoke", "--dat
     (["--data", "/nowhere"], "no folder /nowhere"), ([*SCENES, "--leg", "scenes"], "--leg scenes"),
     (["--smoke", "--size", "18"], "--size 18"), (["--label", "colour"], "unknown label colour"),
     ([*SCENES, "--arms", "balanced"], "no arm for scenes"),
-    ([*SCENES, "--counts", "4,99"], "fewer than the 99"),
+    ([*SCENES, "--counts", "4,99"], "99 asked for"),
     ([*SCENES, "--hold-out", "flood"], "only an xBD tree has events"),
-    ([*BUILDINGS, "--counts", "99"], "99 training tiles")])
+    ([*BUILDINGS, "--counts", "99"], "tiles to train on")])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, message, smoke, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(smoke[0])
     with pytest.raises(SystemExit) as error:

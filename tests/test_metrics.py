@@ -144,7 +144,7 @@ def test_a_planted_blur_lowers_precision_density_and_coverage_and_raises_the_dis
     for got in (compare(embed, a, b, b), compare(embed, a, b, blurred)):
         assert got["real frechet"] < 0.3 and got["real density"] > 0.8 and got["real coverage"] > 0.8
         assert got["blurred frechet"] > 4 * got["real frechet"]
-        for name, least in (("precision", 0.7), ("density", 0.5), ("coverage", 0.5)):
+        for name, least in (("precision", 0.85), ("density", 0.5), ("coverage", 0.5)):
             assert got[f"blurred {name}"] < least * got[f"real {name}"]
     for name in ("frechet", "precision", "recall", "density", "coverage"):       # the last: blurred ones
         assert got[f"synthetic {name}"] == pytest.approx(got[f"blurred {name}"])

@@ -533,8 +533,8 @@ def test_what_cannot_be_predicted_is_one_line_and_leaves_the_table_as_it_was(tmp
 def test_the_weakest_class_named_is_one_that_was_tested(tmp_path, launch, monkeypatch):
     root, split = data.draw_tree(tmp_path / "t", 5, size=16), data.split
 
-    def without_beaches(scenes, root):
-        parts = split(scenes, root)
+    def without_beaches(scenes):
+        parts = split(scenes)
         return parts | dict(val=parts["val"][scenes.labels[parts["val"]] > 0])
 
     monkeypatch.setattr(data, "split", without_beaches)

@@ -13,6 +13,7 @@ import data
 import train_gen
 from augment import compose
 from data import Problem, Scenes
+from experiment import SCALES
 from train_gen import Config, generate, load_generator, noise_of, train, update_ema
 from unet import Condition
 
@@ -38,6 +39,18 @@ def test_a_diffusion_model_learns_which_half_is_bright():
     assert likeness[y == 0].mean() > 0.7 and likeness[y == 1].mean() > 0.7
     plain, swapped = (generate(generator, which, seed=1, calls=5, w=0.0) for which in (y, 1 - y))
     assert_close(plain, swapped, rtol=0, atol=0)                         # w = 0 does not know the class
+
+
+def test_folded_pixels_leave_a_checkerboard_unless_x0_is_predicted_as_the_small_comparison_does():
+    """The energy of the pattern + - / - +, in grey levels squared; the images to learn have none of it."""
+    energy, sign = {}, torch.tensor([1.0, -1.0]).repeat(4)
+    for predict in ("v", "x0"):
+        cfg = replace(TINY, timesteps=1000, steps=50, batch=32, lr=2e-3, ema=0.95, patch=2, predict=predict)
+        images = generate(train(halves(noise=0.0), cfg), torch.arange(40) % 2, seed=1).float()
+        energy[predict] = (images * sign * sign[:, None]).mean((2, 3)).square().mean()
+    assert energy["x0"] < 1 and energy["v"] > 20
+    small = [scales["small"].gen for scales in SCALES.values()]
+    assert [(gen.patch, gen.predict) for gen in small] == [(2, "x0")] * len(small)
 
 
 def test_training_is_this_loop_written_out(adamw_by_hand, in_float64):

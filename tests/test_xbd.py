@@ -1,6 +1,7 @@
 """xBD: each building with a class and no other, in the middle of its crop; nothing is lost without a word."""
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ from PIL import Image
 from torch.testing import assert_close
 
 import data
-from data import DAMAGE, Problem, draw_mask, draw_xbd, read_label, read_xbd, survey_xbd, wkt_polygon
+from data import DAMAGE, UNKNOWN, Problem, draw_mask, draw_xbd, read_label, read_xbd, wkt_polygon
 
 REAL = next((p / "shared/data/xbd" for p in Path(__file__).resolve().parents
              if (p / "shared/data/xbd").is_dir()), None)
 real = pytest.mark.skipif(REAL is None, reason="needs shared/data/xbd")
 RED, GREEN, BLUE, GREY = (200, 40, 40), (40, 160, 60), (30, 60, 190), (128, 128, 128)
+ELL = np.array([(-1, -1), (1, -1), (1, 0.1), (0.1, 0.1), (0.1, 1), (-1, 1)])
 
 
 def wkt(*rings):
@@ -61,10 +63,6 @@ def drawn(tmp_path_factory):
     return draw_xbd(tmp_path_factory.mktemp("drawn") / "tree", tiles=24, side=192)
 
 
-def labels_of(root, time="post"):
-    return [json.loads(p.read_bytes()) for p in sorted(root.glob(f"*/labels/*_{time}_*.json"))]
-
-
 # ---- polygons
 
 def test_a_polygon_is_its_outline_and_then_its_holes():
@@ -76,10 +74,17 @@ def test_a_polygon_is_its_outline_and_then_its_holes():
 
 @pytest.mark.parametrize("text", ["", "POINT (1 2)", "POLYGON EMPTY", "POLYGON ((1 2, 3))", "POLYGON ((1 b))",
                                   "POLYGON ((1 2 3, 4 5 6))", "POLYGON ((1 2, nan 4))", "POLYGON ((", None])
-def test_other_text_is_named_in_a_problem(text):
-    with pytest.raises(Problem) as problem:
+def test_other_text_is_no_polygon_and_its_file_is_named(tmp_path, read, text):
+    with pytest.raises((ValueError, TypeError)):
         wkt_polygon(text)
-    assert repr(str(text)) in str(problem.value) and "\n" not in str(problem.value)
+    tile(tmp_path / "tree", "a_00000001", [house()])
+    path = tmp_path / "tree/train/labels/a_00000001_post_disaster.json"
+    content = json.loads(path.read_bytes())
+    content["features"]["xy"][0]["wkt"] = text
+    path.write_text(json.dumps(content))
+    with pytest.raises(Problem, match="a_00000001_post_disaster.json is not an xBD label") as problem:
+        read()
+    assert "\n" not in str(problem.value)
 
 
 def test_the_area_is_that_of_the_outline_less_the_holes_whichever_way_they_turn():
@@ -106,7 +111,7 @@ def test_masks_lie_where_their_polygons_do_to_a_fraction_of_a_pixel():
     assert abs(np.mean(off, 0)).max() < 0.03
 
 
-@pytest.mark.parametrize("shape", [data.CIRCLE, data.SQUARE, data.ELL])
+@pytest.mark.parametrize("shape", [data.CIRCLE, data.SQUARE, ELL])
 def test_masks_have_the_area_of_their_polygons(shape):
     """Houses of 8 to 16 pixels a side in crops of 24, turned at random; a third have a courtyard."""
     rng, counted, true = np.random.default_rng(0), 0, 0
@@ -133,13 +138,14 @@ def test_only_buildings_with_a_class_are_read_and_the_others_are_counted(tmp_pat
     assert "4 buildings of 1 tiles" in (out := capsys.readouterr().out) and "1 un-classified" in out
 
 
-def test_too_small_ones_are_dropped_and_counted_and_so_is_what_lies_off_the_tile(tmp_path, read, capsys):
+def test_too_small_ones_are_dropped_and_so_is_what_lies_off_the_tile(tmp_path, read, capsys, monkeypatch):
     boxes = (10, 10, 18, 18), (30, 30, 37.9, 38), (-40, 50, -10, 80), (100, 135, 150, 180), (120, -30, 160, 8)
     ring = [rectangle(60, 60, 70, 70), rectangle(61, 61, 69, 69)]        # 36 pixels are left of this one
     tile(tmp_path / "tree", "a_00000001", [*(house(box=b) for b in boxes), ("destroyed", ring, RED)])
     assert [name[-1] for name in read().names] == ["0", "4"]
     assert "4 too small" in capsys.readouterr().out
-    assert len(read(min_area=30)) == 4
+    monkeypatch.setattr(data, "MIN_AREA", 30)
+    assert len(read(size=16)) == 4
 
 
 def test_points_off_the_tile_move_to_its_edge_also_where_it_is_not_square(tmp_path):
@@ -198,13 +204,12 @@ def test_the_building_is_in_the_middle_of_its_crop_also_at_the_edge_of_the_tile(
     assert image[3].unique().tolist() == [0, 255]
 
 
-@pytest.mark.parametrize("sides, how, share", [
-    ((40, 20), dict(), 1 / 2), ((20, 40), dict(pad=0.25), 2 / 3), ((40, 20), dict(pad=0), 1),
-    ((10, 10), dict(), 10 / 32), ((10, 10), dict(min_side=20), 1 / 2), ((16, 10), dict(min_side=0), 1 / 2)])
-def test_a_crop_is_the_longer_side_and_its_surroundings_but_not_too_small(tmp_path, read, sides, how, share):
+@pytest.mark.parametrize("sides, share", [((40, 20), 1 / 2), ((20, 40), 1 / 2), ((16, 10), 1 / 2),
+                                          ((10, 10), 10 / 32)])
+def test_a_crop_is_the_longer_side_and_its_surroundings_but_not_too_small(tmp_path, read, sides, share):
     w, h = sides
     tile(tmp_path / "tree", "a_00000001", [house(box=(44, 44, 44 + w, 44 + h))])
-    mask = read(size=64, mask=True, **how).images[0, 3] > 0
+    mask = read(size=64, mask=True).images[0, 3] > 0
     assert abs(mask.any(0).sum() - 64 * share * w / max(w, h)) <= 1.5
     assert abs(mask.any(1).sum() - 64 * share * h / max(w, h)) <= 1.5
 
@@ -248,7 +253,7 @@ def test_the_mask_is_of_this_building_alone_and_leaves_out_its_courtyard(tmp_pat
 
 # ---- what is not there, or not as it should be
 
-def test_tiles_with_a_half_missing_are_left_out_counted_and_named(tmp_path, read, capsys):
+def test_tiles_with_a_part_missing_are_left_out_and_counted(tmp_path, read, capsys):
     for k in range(5):
         tile(tmp_path / "tree", f"a_{k:08d}", [house(DAMAGE[k % 4])])
     train = tmp_path / "tree/train"
@@ -257,25 +262,19 @@ def test_tiles_with_a_half_missing_are_left_out_counted_and_named(tmp_path, read
     (train / "images/a_00000003_pre_disaster.png").unlink()
     (train / "images/._a_00000009_post_disaster.png").touch()            # as macOS leaves behind
     assert read().labels.tolist() == [0, 3, 0]
-    out = capsys.readouterr().out
-    assert "pictures without labels: 1 (train/a_00000001)" in out
-    assert "labels without pictures: 1 (train/a_00000002)" in out
+    assert "left out: 1 tiles without post.json, 1 tiles without post.png\n" in capsys.readouterr().out
     assert read(pre=True).labels.tolist() == [0, 0]
-    assert "no picture from before the disaster: 1 (train/a_00000003)" in capsys.readouterr().out
-    survey, lines = survey_xbd(tmp_path / "tree")
-    assert survey["tiles"] == 5 and sum(map(len, survey["gaps"].values())) == 3 and survey["pairs"] == 1
-    assert "train/a_00000003" in lines[-1]
+    assert "1 tiles without pre.png" in capsys.readouterr().out
 
 
 def test_a_tree_without_a_whole_tile_or_without_a_class_is_a_problem(tmp_path, read):
-    with pytest.raises(Problem, match="no tile has both"):
+    with pytest.raises(Problem, match="no building .* in 0 tiles .left out: nothing."):
         read()
     tile(tmp_path / "tree", "a_00000001", [house("un-classified"), house(box=(1, 1, 3, 3))])
-    with pytest.raises(Problem, match="1 un-classified, 1 too small") as problem:
+    with pytest.raises(Problem, match="in 1 tiles .left out: 1 un-classified, 1 too small."):
         read()
-    assert "min_area" not in str(problem.value)                          # no flag sets it
     (tmp_path / "tree/train/images/a_00000001_post_disaster.png").unlink()
-    with pytest.raises(Problem, match=r"labels without pictures: 1 \(train/a_00000001\)") as problem:
+    with pytest.raises(Problem, match="left out: 1 tiles without post.png.*unpack") as problem:
         read()
     assert "\n" not in str(problem.value) and str(tmp_path) in str(problem.value)
 
@@ -331,12 +330,10 @@ def test_a_tree_that_has_changed_is_read_again_and_each_option_has_its_own_cache
     tile(tmp_path / "tree", "a_00000002", [house()])
     assert read().labels.tolist() == [3, 0]
     capsys.readouterr()
-    options = [dict(label="type"), dict(pre=True), dict(mask=True), dict(pad=0.1), dict(min_side=64),
-               dict(min_area=500), dict(size=16)]
-    shapes = [tuple(read(**how).images.shape) if how != dict(min_area=500) else None for how in options]
-    assert shapes == [(2, 3, 32, 32), (2, 6, 32, 32), (2, 4, 32, 32), (2, 3, 32, 32), (2, 3, 32, 32), None,
-                      (2, 3, 16, 16)]
-    assert len(list(tmp_path.glob("cache/*.pt"))) == 7 and "changed" not in capsys.readouterr().err
+    options = [dict(label="type"), dict(pre=True), dict(mask=True), dict(size=16)]
+    shapes = [tuple(read(**how).images.shape) for how in options]
+    assert shapes == [(2, 3, 32, 32), (2, 6, 32, 32), (2, 4, 32, 32), (2, 3, 16, 16)]
+    assert len(list(tmp_path.glob("cache/*.pt"))) == 5 and "changed" not in capsys.readouterr().err
 
 
 # ---- drawn disasters
@@ -344,36 +341,44 @@ def test_a_tree_that_has_changed_is_read_again_and_each_option_has_its_own_cache
 def test_a_drawn_tree_is_an_xbd_tree_with_all_that_a_reader_may_meet(drawn):
     assert data.is_xbd(drawn) and not data.is_xbd(drawn / "train") and not data.is_xbd(drawn.parent)
     assert {p.name for p in drawn.iterdir()} == {"train", "test"}
-    names = {p.stem for p in drawn.glob("*/images/*.png")}
-    assert names == {p.stem for p in drawn.glob("*/labels/*.json")} and len(names) == 48
-    after, before = labels_of(drawn), labels_of(drawn, "pre")
-    assert {c["metadata"]["disaster_type"] for c in after} == {"wind", "flooding", "fire", "earthquake"}
-    subtypes, points, rings = set(), [], set()
-    for a, b in zip(after, before, strict=True):
-        assert a["metadata"]["width"] == 192 and a["metadata"]["gsd"] > 2 and len(a["metadata"]) == 18
-        assert a["metadata"]["img_name"].startswith(a["metadata"]["disaster"])
-        assert [p["properties"]["uid"] for p in a["features"]["xy"]] == [
-            p["properties"]["uid"] for p in b["features"]["lng_lat"]]
-        assert not [p for p in b["features"]["xy"] if "subtype" in p["properties"]]
-        for p in a["features"]["xy"]:
-            subtypes.add(p["properties"]["subtype"])
-            rings.add(len(polygon := wkt_polygon(p["wkt"])))
-            points.append(polygon[0])
-    assert subtypes == {*DAMAGE, "un-classified"} and rings == {1, 2}
+    pictures = {path.relative_to(drawn) for path in drawn.glob("*/images/*")}
+    labels = {path.relative_to(drawn) for path in drawn.glob("*/labels/*")}
+    tiles = {path.parent.parent / path.name.removesuffix("_post_disaster.json") for path in labels}
+    assert len(tiles) == 24 and pictures == {tile.parent / f"images/{tile.name}_{time}_disaster.png"
+                                             for tile in tiles for time in ("pre", "post")}
+    subtypes, kinds, points = set(), set(), []
+    for path in labels:
+        polygons, kind, extent = read_label(drawn / path)
+        assert extent == (192, 192) and kind == data.EVENTS[path.name[:path.name.index("_")]][0]
+        subtypes |= {subtype for _, subtype, _ in polygons}
+        kinds.add(kind)
+        for polygon in json.loads((drawn / path).read_bytes())["features"]["xy"]:
+            points += wkt_polygon(polygon["wkt"])
+    assert subtypes == {*DAMAGE, UNKNOWN} and len(kinds) == 4
     assert np.concatenate(points).min() < 0 and np.concatenate(points).max() > 192
 
 
-def test_a_tile_follows_from_seed_and_number_and_what_is_there_is_kept(tmp_path, drawn):
+def test_a_tile_follows_from_seed_and_number_and_only_what_is_missing_is_drawn(tmp_path, drawn, monkeypatch):
     again = draw_xbd(tmp_path / "again", tiles=5, side=192)
     other = draw_xbd(tmp_path / "other", tiles=1, side=192, seed=1)
     files = {p.relative_to(again): p.read_bytes() for p in again.glob("*/*/*")}
-    assert len(files) == 20 and all((drawn / name).read_bytes() == content for name, content in files.items())
+    assert len(files) == 15 and all((drawn / name).read_bytes() == content for name, content in files.items())
     assert not [p for p in other.glob("*/*/*") if p.read_bytes() == files[p.relative_to(other)]]
-    kept, gone = sorted(again.glob("*/images/*"))[:2]
-    kept.write_bytes(b"mine")
-    gone.unlink()
+    redrawn, tile = [], data.draw_tile
+    monkeypatch.setattr(data, "draw_tile", lambda event, *how: redrawn.append(event) or tile(event, *how))
+    (again / "train/images/drawn-flood_00000001_pre_disaster.png").unlink()
+    (again / "train/labels/drawn-wildfire_00000002_post_disaster.json").unlink()
     draw_xbd(again, tiles=5, side=192)
-    assert kept.read_bytes() == b"mine" and gone.read_bytes() == files[gone.relative_to(again)]
+    assert redrawn == ["drawn-flood", "drawn-wildfire"]
+    assert {p.relative_to(again): p.read_bytes() for p in again.glob("*/*/*")} == files
+
+
+def test_a_tile_looks_before_as_after_but_for_the_light_and_the_damage(monkeypatch):
+    monkeypatch.setattr(data, "strike", lambda *_: None)
+    before, after, _ = data.draw_tile("drawn-flood", np.random.default_rng(5), 96)
+    x, y = (np.asarray(picture, float).reshape(-1, 3) for picture in (before, after))
+    for channel in range(3):
+        assert np.corrcoef(x[:, channel], y[:, channel])[0, 1] > 0.98
 
 
 def test_damage_shows_after_the_disaster_and_the_rarer_classes_are_rare(drawn, tmp_path):
@@ -389,12 +394,12 @@ def test_damage_shows_after_the_disaster_and_the_rarer_classes_are_rare(drawn, t
 
 @pytest.mark.parametrize("kind", ["wind", "flooding", "fire", "earthquake"])
 def test_each_class_of_damage_looks_unlike_the_others(kind):
-    house = dict(spot=np.array([32, 32]), axes=14 * np.eye(2), rings=[data.SQUARE], roof=[RED])
     views = []
-    for subtype in DAMAGE:
-        c = data.Canvas(np.random.default_rng(0), 64)
-        c.axes, c.origin = 2 * np.eye(2), np.zeros(2)
-        data.draw_house(c, np.random.default_rng(0), {**house, "subtype": subtype}, [GREEN], kind)
+    for damage in DAMAGE:
+        c = data.Canvas(np.random.default_rng(0), 64, [GREEN])
+        c.axes, c.origin = 28 * np.eye(2), np.array([64, 64])
+        c.solid(0, data.SQUARE, [RED])
+        data.strike(c, np.random.default_rng(0), damage, kind)
         views.append(np.asarray(c.image, float)[20:108, 20:108])
     apart = [abs(a - b).mean() for k, a in enumerate(views) for b in views[:k]]
     assert min(apart) > 3, apart
@@ -405,21 +410,22 @@ def test_each_class_of_damage_looks_unlike_the_others(kind):
 @real
 def test_the_real_labels_are_counted_as_they_are():
     assert data.is_xbd(REAL)
-    survey, lines = survey_xbd(REAL)
-    assert sorted(survey["polygons"].values()) == [15, 15, 39, 43, 84] and survey["pairs"] == 6
-    assert lines[-2] == "5 label files with 196 polygons; 6 pairs of pictures without labels"
-    joplin, woolsey = survey["events"]["joplin-tornado"], survey["events"]["woolsey-fire"]
-    assert dict(joplin) == {"tiles": 1, "before": 15, "major-damage": 3, "destroyed": 11, "un-classified": 1}
-    assert dict(woolsey) == {"tiles": 1, "no-damage": 20, "destroyed": 21, "un-classified": 2}
-    assert survey["events"]["hurricane-florence"]["un-classified"] == 84
-    assert {k: len(v) for k, v in survey["gaps"].items()} == {"pictures without labels": 6,
-                                                              "labels without pictures": 4}
-    assert "joplin-tornado_00000050" in lines[-1] and "hurricane-florence_00000065" in lines[-1]
+    counts = {}
+    for tile, files in data.find_tiles(REAL).items():
+        for name in {"pre.json", "post.json"} & files.keys():
+            polygons, _, extent = read_label(files[name])
+            assert extent == (1024, 1024)
+            counts[tile.split("/")[1], name] = Counter(subtype for _, subtype, _ in polygons)
+    assert sorted(count.total() for count in counts.values()) == [15, 15, 39, 43, 84]
+    assert counts["joplin-tornado_00000050", "pre.json"] == {None: 15}
+    assert counts["joplin-tornado_00000050", "post.json"] == {"major-damage": 3, "destroyed": 11, UNKNOWN: 1}
+    assert {"no-damage": 20, "destroyed": 21, UNKNOWN: 2} in counts.values()
+    assert {UNKNOWN: 84} in counts.values()
 
 
 @real
 def test_the_real_tree_cannot_be_trained_on_and_says_why(tmp_path):
-    with pytest.raises(Problem, match="labels without pictures: 4 .* pictures without labels: 6"):
+    with pytest.raises(Problem, match="4 tiles without post.png, 6 tiles without post.json"):
         read_xbd(REAL, 32, cache=tmp_path)
 
 
@@ -457,9 +463,9 @@ def test_a_real_tile_gives_a_crop_of_its_pixels(tmp_path):
 
 @pytest.fixture(scope="module")
 def sixty_four(tmp_path_factory):
-    """64 drawn tiles, 16 of them in test: (root, its buildings)."""
+    """The buildings of 64 drawn tiles, 16 of which are in test."""
     root = data.draw_xbd(tmp_path_factory.mktemp("drawn") / "xbd", 64, side=128)
-    return root, data.read_xbd(root, 8, cache=root.parent / "cache")
+    return data.read_xbd(root, 8, cache=root.parent / "cache")
 
 
 def folders(scenes, index):
@@ -472,8 +478,8 @@ def events(scenes, index):
 
 @pytest.mark.parametrize("hold_out", ["", "drawn-flood"])
 def test_no_tile_is_cut_and_every_building_is_in_one_part(sixty_four, hold_out):
-    root, scenes = sixty_four
-    parts = data.split(scenes, root, hold_out=hold_out)
+    scenes = sixty_four
+    parts = data.split(scenes, hold_out=hold_out)
     assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(len(scenes)))
     tiles = [set(scenes.groups[index].tolist()) for index in parts.values()]
     assert not (tiles[0] & tiles[1] or tiles[0] & tiles[2] or tiles[1] & tiles[2])
@@ -486,9 +492,9 @@ def test_no_tile_is_cut_and_every_building_is_in_one_part(sixty_four, hold_out):
 
 
 def test_without_an_official_test_split_some_tiles_are_it(sixty_four):
-    root, scenes = sixty_four
+    scenes = sixty_four
     mine = scenes[torch.tensor([name.startswith("train/") for name in scenes.names])]
-    parts = data.split(mine, root)
+    parts = data.split(mine)
     tiles = [len(mine.groups[parts[part]].unique()) for part in ("train", "val", "test")]
     total = len(mine.groups.unique())
     assert sum(tiles) == total and np.allclose(np.array(tiles) / total, [0.6, 0.2, 0.2], atol=0.03)
@@ -499,29 +505,26 @@ def test_however_few_the_other_tiles_none_goes_to_the_test_split_of_the_event_he
     names = [f"train/a_{k:08d}/u" for k in range(tiles)] + ["train/b_00000000/u"]
     n = len(names)
     scenes = data.Scenes(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), ["x"],
-                         names, torch.arange(n))
-    parts = data.split_tiles(scenes, "b", 0, (0.6, 0.2, 0.2))
+                         names, torch.arange(n), tiles=True)
+    parts = data.split(scenes, hold_out="b")
     assert parts["test"].tolist() == [tiles] and len(parts["train"]) + len(parts["val"]) == tiles
 
 
 def test_a_subset_of_tiles_is_whole_nested_and_tells_what_is_missing(sixty_four):
-    root, scenes = sixty_four
-    train = data.split(scenes, root)["train"]
-    few, more, every = (set(data.some_tiles(scenes, train, n, 0).tolist()) for n in (12, 24, 0))
+    scenes = sixty_four
+    train = data.split(scenes)["train"]
+    few, more, every = (set(data.choose(scenes, train, n, 0).tolist()) for n in (12, 24, 0))
     assert few < more < every == set(train.tolist())
     few = torch.tensor(sorted(few))
     assert len(scenes.groups[few].unique()) == 12
     assert torch.isin(scenes.groups[train], scenes.groups[few]).sum() == len(few)
-    assert data.some_tiles(scenes, train, 12, 1).tolist() != few.tolist()
-    with pytest.raises(Problem, match="99 training tiles asked for, of"):
-        data.some_tiles(scenes, train, 99, 0)
-    with pytest.raises(Problem, match="no building is .* in 1 training tiles"):
-        data.some_tiles(scenes, train, 1, 0)
+    assert data.choose(scenes, train, 12, 1).tolist() != few.tolist()
+    with pytest.raises(Problem, match="99 asked for, but there are .* tiles to train on"):
+        data.choose(scenes, train, 99, 0)
+    with pytest.raises(Problem, match="no image to train on is .*: ask for more, or hold out another event"):
+        data.choose(scenes, train, 1, 0)
 
 
-def test_only_xbd_has_events_and_only_its_own(sixty_four, tmp_path):
-    root, scenes = sixty_four
+def test_an_event_that_is_not_there_cannot_be_held_out(sixty_four):
     with pytest.raises(Problem, match="no such event; there are drawn-earthquake, drawn-flood"):
-        data.split(scenes, root, hold_out="joplin-tornado")
-    with pytest.raises(Problem, match="only an xBD tree"):
-        data.split(scenes, tmp_path, hold_out="drawn-flood")
+        data.split(sixty_four, hold_out="joplin-tornado")
