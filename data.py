@@ -51,10 +51,14 @@ class Scenes:
     groups: torch.Tensor                                 # (N,) int64: same group, same split
     given: torch.Tensor = None                           # (N,) int64, its official part: TRAIN ... UNSAID
     tiles: bool = False                                  # groups are tiles of xBD, else exact doubles
+    numbers: torch.Tensor = None                         # (N, M) float32, metadata; nan where unknown
+    measures: tuple = ()                                 # M names of these numbers
 
     def __post_init__(self):
         if self.given is None:
             self.given = torch.full_like(self.labels, UNSAID)
+        if self.numbers is None:
+            self.numbers = torch.zeros(len(self.labels), 0)
 
     def __len__(self):
         return len(self.labels)
@@ -64,14 +68,15 @@ class Scenes:
         if index.dtype == torch.bool:
             index = index.nonzero().flatten()
         return replace(self, images=self.images[index], labels=self.labels[index], groups=self.groups[index],
-                       given=self.given[index], names=[self.names[i] for i in index.tolist()])
+                       given=self.given[index], numbers=self.numbers[index],
+                       names=[self.names[i] for i in index.tolist()])
 
     def __add__(self, other):
         """Join two sets of one tree: a group of both is one group. ValueError if the classes differ."""
         if (self.classes, self.tiles) != (other.classes, other.tiles):
             raise ValueError("Scenes of different trees cannot be joined: their groups would mix")
         both = {name: torch.cat([getattr(self, name), getattr(other, name)])
-                for name in ("images", "labels", "groups", "given")}
+                for name in ("images", "labels", "groups", "given", "numbers")}
         return replace(self, names=self.names + other.names, **both)
 
     @cached_property
@@ -135,7 +140,27 @@ def read_folder(root, size, skip_broken=False, cache="runs/cache"):
         if absent := [path.name for k, path in enumerate(lists) if k not in scenes.given]:
             raise Problem(f"{root / absent[0]} names no picture of {root}: "
                           "remove the list or give the data set that it belongs to")
+    if (root / "numbers.csv").is_file():
+        scenes.measures, known = read_numbers(root / "numbers.csv")
+        unknown = [math.nan] * len(scenes.measures)
+        scenes.numbers = torch.tensor([known.get(name, unknown) for name in scenes.names])
     return scenes
+
+
+def read_numbers(path):
+    """Read a table of metadata, a row per picture -> the names of its columns, {picture: [float]}.
+
+    Its first column is the picture's path in the tree; an empty cell is not known. Problem if it is broken.
+    """
+    try:
+        with open(path, newline="") as file:
+            header, *rows = csv.reader(file)
+        found = {row[0]: [float(cell or "nan") for cell in row[1:]] for row in rows}
+        if any(len(values) != len(header) - 1 for values in found.values()):
+            raise ValueError("rows of several lengths")
+    except ValueError as error:
+        raise Problem(f"{path}: {error}; give a header, and in each row a picture and numbers") from None
+    return tuple(header[1:]), found
 
 
 def find_pictures(root):
@@ -220,6 +245,7 @@ DAMAGE = ["no-damage", "minor-damage", "major-damage", "destroyed"]
 UNKNOWN = "un-classified"                                # under a cloud, say: of no class
 PAD = 0.5                                                # of a building's longer side, around it in its crop
 MIN_SIDE, MIN_AREA = 32, 64                              # of a crop and of a building, in pixels of the tile
+MEASURES = "longitude", "latitude", "gsd", "off_nadir_angle", "sun_elevation", "month"
 
 
 def read_xbd(root, size, label="damage", pre=False, mask=False, cache="runs/cache"):
@@ -235,7 +261,7 @@ def read_xbd(root, size, label="damage", pre=False, mask=False, cache="runs/cach
     content = cached(lambda: cut_tree(root, tiles, **how), root, cache, how, files)
     print(content.pop("summary"))
     given = [TEST if name.startswith("test/") else UNSAID for name in content["names"]]
-    return Scenes(**content, given=torch.tensor(given), tiles=True)
+    return Scenes(**content, given=torch.tensor(given), tiles=True, measures=MEASURES)
 
 
 def is_xbd(root):
@@ -261,20 +287,21 @@ def event_of(name):
 
 def cut_tree(root, tiles, size, label, pre, mask):
     """Read all labels, then cut all buildings -> the fields of Scenes, and a summary of what is left out."""
-    names, answers, groups, tasks = [], [], [], []
+    names, answers, groups, numbers, tasks = [], [], [], [], []
     number_of, left_out = {}, Counter()                              # {tile: its group}, {reason: how many}
     needed = ["post.json", "post.png", "pre.png"][:2 + pre]
     for tile, files in progress(tiles.items(), "reading labels"):
         if missing := [file for file in needed if file not in files]:
             left_out[f"tiles without {missing[0]}"] += 1
             continue
-        polygons, kind, extent = read_label(files["post.json"])
+        polygons, kind, extent, measured = read_label(files["post.json"])
         usable = [p for p in polygons if p[1] in DAMAGE and area(p[2]) >= MIN_AREA]
         unknown = sum(subtype == UNKNOWN for _, subtype, _ in polygons)
         left_out += Counter({UNKNOWN: unknown, "too small": len(polygons) - len(usable) - unknown})
         names += [f"{tile}/{uid}" for uid, _, _ in usable]
         answers += [dict(damage=subtype, type=kind)[label] for _, subtype, _ in usable]
         groups += [number_of.setdefault(tile.split("/")[1], len(number_of))] * len(usable)
+        numbers += [measured] * len(usable)
         tasks.append((files, [rings for _, _, rings in usable], extent))
     reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "nothing"
     if not names:
@@ -285,12 +312,12 @@ def cut_tree(root, tiles, size, label, pre, mask):
     in_threads(lambda k: cut_tile(parts[k], *tasks[k], pre, mask), range(len(tasks)), "cutting buildings")
     classes = DAMAGE if label == "damage" else sorted(set(answers))
     return dict(images=images, labels=torch.tensor([classes.index(answer) for answer in answers]),
-                classes=classes, names=names, groups=torch.tensor(groups),
+                classes=classes, names=names, groups=torch.tensor(groups), numbers=torch.tensor(numbers),
                 summary=f"{root.name}: {len(names)} buildings of {len(tasks)} tiles; left out: {reasons}")
 
 
 def read_label(path):
-    """Read a label file -> its polygons [(uid, subtype, rings)], the type of the disaster, (width, height).
+    """Read a label -> its polygons [(uid, subtype, rings)], the disaster's type, (width, height), MEASURES.
 
     Lengths are in pixels (metadata.gsd is that of another band than the pictures'); points off the tile are
     moved to its edge. Raises Problem if the file is broken.
@@ -304,9 +331,17 @@ def read_label(path):
             if subtype not in (*DAMAGE, UNKNOWN) and "_post_" in path.name:
                 raise ValueError(f"no subtype {subtype!r} is known")
             polygons.append((uid, subtype, [ring.clip(0, extent) for ring in wkt_polygon(p["wkt"])]))
-        return polygons, about["disaster_type"], extent
+        return polygons, about["disaster_type"], extent, measure(content)
     except (ValueError, KeyError, TypeError) as error:
         raise Problem(f"{path} is not an xBD label ({error!r}): unpack it again") from None
+
+
+def measure(content):
+    """Take the MEASURES from a label, [float], nan if there is none; the place is its first building's."""
+    about, places = content["metadata"], content["features"].get("lng_lat", [])
+    place = wkt_polygon(places[0]["wkt"])[0].mean(0).tolist() if places else [math.nan] * 2
+    month = about.get("capture_date", "")[5:7] or "nan"
+    return [*place, *(float(about.get(name, "nan")) for name in MEASURES[2:5]), float(month)]
 
 
 def wkt_polygon(text):
@@ -378,9 +413,9 @@ def draw_mask(rings, box, size):
 def split(scenes, seed=0, hold_out=""):
     """Split into train, val and test, {name: (n,) int64 indices}. No group is ever cut.
 
-    Test is the event held out, else what the data set says. If it says what training is too, that is all; if
-    not, other groups are cut by seed, 60 : 20 : 20 or, if there is a test part, 60 : 20: class by class, but
-    tiles all together. Of doubles in several given parts test keeps its own, else val. Problem if empty.
+    Parts that the data set gives are kept, and of doubles in several of them only those in test, or else in
+    val; an event held out is test instead. Unless train is given too, the other groups are cut 3 : 1 : 1 by
+    seed, or 3 : 1 beside a given test: class by class, but tiles all together. Problem if a part is empty.
     """
     given = scenes.given
     if hold_out:
@@ -389,7 +424,7 @@ def split(scenes, seed=0, hold_out=""):
             hint = f"there are {', '.join(sorted(set(events)))}" if events else "only an xBD tree has events"
             raise Problem(f"--hold-out {hold_out}: no such event; {hint}")
         given = torch.tensor([TEST if event == hold_out else UNSAID for event in events])
-    ours = TRAIN not in given                            # to place are the images that it does not
+    ours = TRAIN not in given                            # are the images without a part ours to place?
     heads, group = scenes.groups.unique(return_inverse=True)
     part = torch.full_like(heads, UNSAID).scatter_reduce(0, group, given, "amax")       # of each group
     shares = (0.6, 0.2) if TEST in part else (0.6, 0.2, 0.2)
@@ -487,7 +522,8 @@ class Canvas:
         self.dice = dice
         self.image = Image.new("RGB", (2 * size, 2 * size))
         self.pen = ImageDraw.Draw(self.image, "RGBA")
-        self.axes = size * dice.uniform(0.75, 1.25) * rotation(dice.uniform(0, 2 * np.pi))
+        self.scale = dice.uniform(0.75, 1.25)
+        self.axes = size * self.scale * rotation(dice.uniform(0, 2 * np.pi))
         self.origin = size * dice.uniform(0.75, 1.25, 2)
         self.shadow = dice.uniform(0.5, 1.3) * CIRCLE[dice.integers(32)]         # cast by one unit of height
         noise = [Image.fromarray(dice.standard_normal((n, n), np.float32)) for n in (4, 11, 37, 101)]
@@ -525,8 +561,10 @@ class Canvas:
         """Return the picture at its final size, with texture, under some light and haze: PIL RGB."""
         pixels = np.asarray(self.image.reduce(2), np.float32)
         pixels *= 1 + self.dice.uniform(0.03, 0.09) * self.texture[..., None]
-        pixels = 115 + self.dice.uniform(0.75, 1.2) * (pixels - 112) + self.dice.uniform(-22, 22)    # light
-        pixels += self.dice.uniform(0, 0.25) * (np.array([190, 198, 206]) - pixels)                   # haze
+        contrast, self.light = self.dice.uniform(0.75, 1.2), self.dice.uniform(-22, 22)
+        pixels = 115 + contrast * (pixels - 112) + self.light
+        self.haze = self.dice.uniform(0, 0.25)
+        pixels += self.haze * (np.array([190, 198, 206]) - pixels)
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -615,7 +653,7 @@ SCENES = {paint.__name__: paint for paint in (beach, circular_farmland, dense_re
 
 
 def draw_scene(name, dice, size=128):
-    """Draw one scene of a class of SCENES, PIL RGB; all chance comes from dice, a numpy Generator."""
+    """Draw one scene of a class of SCENES by dice, a numpy Generator: PIL RGB, its scale, light and haze."""
     c = Canvas(dice, size, LAND)
     # What may lie anywhere: a field, a house, a group of trees.
     for _ in range(dice.poisson(0 if name in ("dense_residential", "forest") else 1)):
@@ -624,16 +662,24 @@ def draw_scene(name, dice, size=128):
         for spot in dice.normal(dice.uniform(-1.2, 1.2, 2), 0.2, (dice.integers(1, 14), 2)):
             c.solid(spot, dice.uniform(0.02, 0.07) * CIRCLE[::3], CROWNS)
     SCENES[name](c, dice)
-    return c.photograph()
+    return c.photograph(), (c.scale, c.light, c.haze)
 
 
 def draw_tree(root, per_class, seed=0, size=128):
-    """Draw root/<class>/<class>_001.jpg ..., unless they are there: k is of (seed, class, k). -> root"""
+    """Draw root/<class>/<class>_001.jpg ..., unless they are there: k is of (seed, class, k). -> root
+
+    Their metadata are in root/numbers.csv.
+    """
+    table = Path(root) / "numbers.csv"
+    known = read_numbers(table)[1] if table.exists() else {}
     for name, k in progress([*product(SCENES, range(1, per_class + 1))], "drawing scenes"):
-        path = Path(root) / name / f"{name}_{k:03d}.jpg"
-        if not path.exists():
+        picture = f"{name}/{name}_{k:03d}.jpg"
+        if picture not in known or not (Path(root) / picture).exists():
             dice = np.random.default_rng([seed, zlib.crc32(name.encode()), k])
-            save_picture(draw_scene(name, dice, size), path, quality=90)
+            pil, known[picture] = draw_scene(name, dice, size)
+            save_picture(pil, Path(root) / picture, quality=90)
+    rows = [[picture, *map(float, measured)] for picture, measured in known.items()]
+    save_csv(table, ["picture", "scale", "light", "haze"], rows)
     return Path(root)
 
 
@@ -692,7 +738,8 @@ def draw_tile(event, dice, side):
     for axes, origin, damage in houses:
         c.axes, c.origin = axes, origin
         strike(c, dice, damage, kind)
-    about = dict(disaster=event, disaster_type=kind, width=side, height=side)
+    about = dict(disaster=event, disaster_type=kind, width=side, height=side,
+                 sun_elevation=math.degrees(math.atan2(1, np.hypot(*c.shadow))))
     return before, c.photograph(), dict(features=dict(xy=polygons), metadata=about)
 
 
@@ -715,7 +762,7 @@ def draw_xbd(root, tiles=24, seed=0, side=256):
 # ---- shared by all scripts
 
 def rng(*key, device="cpu"):
-    """Make a torch generator seeded by a key of integers, e.g. (seed, step): no state need be saved."""
+    """Make a torch generator seeded by a key of integers, e.g. (seed, step): no state has to be saved."""
     hashed = np.random.SeedSequence((len(key), *key)).generate_state(1)  # torch's CPU seeds have 32 bits
     return torch.Generator(device).manual_seed(int(hashed[0]))
 
@@ -726,7 +773,7 @@ def to_float(images):
 
 
 def to_uint8(x):
-    """Turn float in [-1, 1] into uint8. Rounds: cutting off would darken images by half a level, a cue."""
+    """Turn float in [-1, 1] into uint8. Rounds: truncation would darken images by half a level, a cue."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -833,7 +880,7 @@ def resume(path, kind, identity, parts):
 
 @contextmanager
 def processes(several=True):
-    """Join the processes that torchrun started, if it did. After an error, it ends all of them."""
+    """Join the processes that torchrun started, if it did. After an error, torchrun ends the others."""
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -875,9 +922,9 @@ def total(x):
 def sum_gradients(model):
     """Add up the gradients of all processes, in one message.
 
-    Each is of the sum over that process's images, divided by the images of all: the sum is the gradient of
-    the whole batch, even if it does not divide evenly. (DistributedDataParallel takes means, and hides the
-    sending behind the backward pass; that pays between machines, and costs a wrapped model.)
+    Each is of the sum over that process's images, divided by the images of all: so the sum is the gradient
+    of the whole batch, even if it does not divide evenly. (DistributedDataParallel takes means, and hides
+    the sending behind the backward pass; that pays between machines, and costs a wrapped model.)
     """
     if dist.is_initialized():
         gradients = [p.grad for p in model.parameters()]
@@ -965,7 +1012,7 @@ def some_of(things):
 
 
 def launch(main, config, argv=None, several=False):
-    """Run main with a config made of flags, with `several` in torchrun too. Exit code 2: a user's mistake."""
+    """Run main(config of these flags), if `several` by torchrun too. A mistake is one line, exit code 2."""
     def refuse(message):
         if int(os.environ.get("RANK", 0)):
             sleep(2)                 # process 0 most likely says the same, and torchrun then ends this one

@@ -127,7 +127,7 @@ def divide(x, told):
 def check(cfg, scenes, where):
     """Raise Problem if scenes lack what --given names."""
     C = scenes.images.shape[1]
-    lacking = {"pre": C < 6, "mask": C not in (4, 7), "numbers": scenes.numbers is None}
+    lacking = {"pre": C < 6, "mask": C not in (4, 7), "numbers": not scenes.measures}
     if missing := [name for name in cfg.told if lacking.get(name)]:
         raise Problem(f"--given {', '.join(missing)}: {where} has none; pre and mask are those of an xBD "
                       "tree, numbers those of xBD and of a folder with a numbers.csv")

@@ -80,10 +80,10 @@ class Numbers(nn.Module):
         self.layers = nn.Sequential(nn.Linear(M * width, D), nn.SiLU(), nn.Linear(D, D))
 
     def fit(self, numbers):
-        """Take the range of each number from the training images, (N, M)."""
+        """Take the range of each number from the training images, (N, M); one never told keeps 0 .. 1."""
         told = ~numbers.isnan()
-        self.least.copy_(torch.where(told, numbers, math.inf).amin(0))
-        self.most.copy_(torch.where(told, numbers, -math.inf).amax(0))
+        self.least.copy_(torch.where(told, numbers, math.inf).amin(0).nan_to_num(posinf=0))
+        self.most.copy_(torch.where(told, numbers, -math.inf).amax(0).nan_to_num(neginf=1))
 
     def forward(self, numbers):
         M, width = self.untold.shape

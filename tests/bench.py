@@ -308,7 +308,7 @@ def decode(count=300):
         names = list(data.SCENES)
         files = [Path(folder) / names[k % len(names)] / f"{k}.jpg" for k in range(count)]
         for k, path in enumerate(files):
-            scene = data.draw_scene(path.parent.name, np.random.default_rng(k), size=256)
+            scene = data.draw_scene(path.parent.name, np.random.default_rng(k), size=256)[0]
             data.save_picture(scene, path, quality=90)
         ours_s, theirs_s, ratio = in_turns(lambda: data.decode_tree(Path(folder), files, 64, False),
                                            lambda: plain(files))

@@ -89,7 +89,7 @@ def test_the_central_square_is_kept_and_reduced_without_aliasing(tmp_path):
 
 
 def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_to_speak_of(tmp_path):
-    scene = data.draw_scene("dense_residential", np.random.default_rng(0), 256)
+    scene = data.draw_scene("dense_residential", np.random.default_rng(0), 256)[0]
     data.save_picture(scene, tmp_path / "x.jpg", quality=95)
     with Image.open(tmp_path / "x.jpg") as whole:
         slow = np.asarray(whole.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)).astype(float)

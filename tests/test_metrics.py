@@ -111,7 +111,7 @@ def test_it_is_what_counting_gives():
 @pytest.fixture(scope="module")
 def pool():
     """50 drawn scenes of each of 8 classes at 24 px, subsets of which the trials take."""
-    drawn = [np.array(data.draw_scene(name, np.random.default_rng([c, k]), 48).resize((24, 24), Image.BOX))
+    drawn = [np.array(data.draw_scene(name, np.random.default_rng([c, k]), 48)[0].resize((24, 24), Image.BOX))
              for c, name in enumerate(data.SCENES) for k in range(50)]
     images = torch.from_numpy(np.stack(drawn)).movedim(3, 1).contiguous()
     labels = torch.arange(8).repeat_interleave(50)

@@ -152,7 +152,7 @@ def test_points_off_the_tile_move_to_its_edge_also_where_it_is_not_square(tmp_pa
     tile(tmp_path, "a_00000001", [house(box=(-7, -1e-7, 300, 200))])
     path = tmp_path / "train/labels/a_00000001_post_disaster.json"
     path.write_text(path.read_text().replace('"height": 128', '"height": 64'))
-    [(_, _, [ring])], kind, extent = read_label(path)
+    [(_, _, [ring])], kind, extent, _ = read_label(path)
     assert extent == (128, 64) and kind == "wind"
     assert ring.min(0).tolist() == [0, 0] and ring.max(0).tolist() == [128, 64]
 
@@ -348,7 +348,7 @@ def test_a_drawn_tree_is_an_xbd_tree_with_all_that_a_reader_may_meet(drawn):
                                              for tile in tiles for time in ("pre", "post")}
     subtypes, kinds, points = set(), set(), []
     for path in labels:
-        polygons, kind, extent = read_label(drawn / path)
+        polygons, kind, extent, _ = read_label(drawn / path)
         assert extent == (192, 192) and kind == data.EVENTS[path.name[:path.name.index("_")]][0]
         subtypes |= {subtype for _, subtype, _ in polygons}
         kinds.add(kind)
@@ -413,7 +413,7 @@ def test_the_real_labels_are_counted_as_they_are():
     counts = {}
     for tile, files in data.find_tiles(REAL).items():
         for name in {"pre.json", "post.json"} & files.keys():
-            polygons, _, extent = read_label(files[name])
+            polygons, _, extent, _ = read_label(files[name])
             assert extent == (1024, 1024)
             counts[tile.split("/")[1], name] = Counter(subtype for _, subtype, _ in polygons)
     assert sorted(count.total() for count in counts.values()) == [15, 15, 39, 43, 84]
@@ -432,7 +432,7 @@ def test_the_real_tree_cannot_be_trained_on_and_says_why(tmp_path):
 @real
 @pytest.mark.parametrize("time", ["pre", "post"])
 def test_real_polygons_cover_what_the_masks_beside_them_cover(time):
-    polygons, kind, extent = read_label(REAL / f"train/labels/joplin-tornado_00000050_{time}_disaster.json")
+    polygons, kind, extent, _ = read_label(REAL / f"train/labels/joplin-tornado_00000050_{time}_disaster.json")
     assert kind == "wind" and extent == (1024, 1024)
     with Image.open(REAL / f"joplin-tornado_00000050_{time}_disaster_b1.png") as pil:
         expected = np.asarray(pil)
