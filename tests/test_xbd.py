@@ -432,7 +432,8 @@ def test_the_real_tree_cannot_be_trained_on_and_says_why(tmp_path):
 @real
 @pytest.mark.parametrize("time", ["pre", "post"])
 def test_real_polygons_cover_what_the_masks_beside_them_cover(time):
-    polygons, kind, extent, _ = read_label(REAL / f"train/labels/joplin-tornado_00000050_{time}_disaster.json")
+    label = REAL / f"train/labels/joplin-tornado_00000050_{time}_disaster.json"
+    polygons, kind, extent, _ = read_label(label)
     assert kind == "wind" and extent == (1024, 1024)
     with Image.open(REAL / f"joplin-tornado_00000050_{time}_disaster_b1.png") as pil:
         expected = np.asarray(pil)
