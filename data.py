@@ -378,9 +378,9 @@ def draw_mask(rings, box, size):
 def split(scenes, seed=0, hold_out=""):
     """Split into train, val and test, {name: (n,) int64 indices}. No group is ever cut.
 
-    Test is the event held out, else what the data set says. If it says what training is too, that is all; if
-    not, other groups are cut by seed, 60 : 20 : 20 or, if there is a test part, 60 : 20: class by class, but
-    tiles all together. Of doubles in several given parts test keeps its own, else val. Problem if empty.
+    Parts that the data set gives are kept, and of doubles in several of them only those in test, or else in
+    val; an event held out is test instead. Unless train is given too, the other groups are cut 3 : 1 : 1 by
+    seed, or 3 : 1 beside a given test: class by class, but tiles all together. Problem if a part is empty.
     """
     given = scenes.given
     if hold_out:
@@ -389,7 +389,7 @@ def split(scenes, seed=0, hold_out=""):
             hint = f"there are {', '.join(sorted(set(events)))}" if events else "only an xBD tree has events"
             raise Problem(f"--hold-out {hold_out}: no such event; {hint}")
         given = torch.tensor([TEST if event == hold_out else UNSAID for event in events])
-    ours = TRAIN not in given                            # to place are the images that it does not
+    ours = TRAIN not in given                            # are the images without a part ours to place?
     heads, group = scenes.groups.unique(return_inverse=True)
     part = torch.full_like(heads, UNSAID).scatter_reduce(0, group, given, "amax")       # of each group
     shares = (0.6, 0.2) if TEST in part else (0.6, 0.2, 0.2)
@@ -715,7 +715,7 @@ def draw_xbd(root, tiles=24, seed=0, side=256):
 # ---- shared by all scripts
 
 def rng(*key, device="cpu"):
-    """Make a torch generator seeded by a key of integers, e.g. (seed, step): no state need be saved."""
+    """Make a torch generator seeded by a key of integers, e.g. (seed, step): no state has to be saved."""
     hashed = np.random.SeedSequence((len(key), *key)).generate_state(1)  # torch's CPU seeds have 32 bits
     return torch.Generator(device).manual_seed(int(hashed[0]))
 
@@ -726,7 +726,7 @@ def to_float(images):
 
 
 def to_uint8(x):
-    """Turn float in [-1, 1] into uint8. Rounds: cutting off would darken images by half a level, a cue."""
+    """Turn float in [-1, 1] into uint8. Rounds: truncation would darken images by half a level, a cue."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -833,7 +833,7 @@ def resume(path, kind, identity, parts):
 
 @contextmanager
 def processes(several=True):
-    """Join the processes that torchrun started, if it did. After an error, it ends all of them."""
+    """Join the processes that torchrun started, if it did. After an error, torchrun ends the others."""
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -875,9 +875,9 @@ def total(x):
 def sum_gradients(model):
     """Add up the gradients of all processes, in one message.
 
-    Each is of the sum over that process's images, divided by the images of all: the sum is the gradient of
-    the whole batch, even if it does not divide evenly. (DistributedDataParallel takes means, and hides the
-    sending behind the backward pass; that pays between machines, and costs a wrapped model.)
+    Each is of the sum over that process's images, divided by the images of all: so the sum is the gradient
+    of the whole batch, even if it does not divide evenly. (DistributedDataParallel takes means, and hides
+    the sending behind the backward pass; that pays between machines, and costs a wrapped model.)
     """
     if dist.is_initialized():
         gradients = [p.grad for p in model.parameters()]
@@ -965,7 +965,7 @@ def some_of(things):
 
 
 def launch(main, config, argv=None, several=False):
-    """Run main with a config made of flags, with `several` in torchrun too. Exit code 2: a user's mistake."""
+    """Run main(config of these flags), if `several` by torchrun too. A mistake is one line, exit code 2."""
     def refuse(message):
         if int(os.environ.get("RANK", 0)):
             sleep(2)                 # process 0 most likely says the same, and torchrun then ends this one
