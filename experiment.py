@@ -51,7 +51,7 @@ TITLES = dict(accuracy="accuracy", macro_f1="macro-F1", harmonic_f1="harmonic F1
 @dataclass(frozen=True)
 class Arm:
     """What a classifier is trained on; steps and images per step are the same in all."""
-    source: str = ""              # of images that take the place of real ones: generator, fresh or copies
+    source: str = ""              # of images in the place of real ones: generator, simulated, fresh, copies
     share: float = 0.0            # probability that one does
     augment: str = "none"         # augmentations by name
     balance: bool = False         # all classes equally often, however rare
@@ -64,6 +64,7 @@ class Arm:
     calls: int = 0                # network calls per synthetic image
     made: int = 0                 # synthetic images per class
     generator: int = 0            # which of several generators of the same images
+    start: float = 0.0            # each synthetic image starts at this share of the chain from a real one
     keep: float = 0.0             # only images to whose class a teacher gives more than keep / K
     soft: bool = False            # teach what the teacher says of a synthetic image, not its class
 
@@ -110,6 +111,7 @@ LEGS = {
             "real":                            AUGMENTED,
             "balanced":                        BALANCED,
             "balanced + synthetic":            replace(BALANCED, source="generator", share=0.5),
+            "balanced + simulated damage":   replace(BALANCED, source="simulated", share=0.5),
             "balanced + copy-paste":           replace(BALANCED, augment=f"{OVERHEAD},copypaste"),
             "balanced + fresh real":           replace(BALANCED, source="fresh", share=0.5),
             "balanced + copies":               replace(BALANCED, source="copies", share=0.5),
@@ -118,6 +120,7 @@ LEGS = {
         },
         mix="balanced + synthetic", bases=("balanced",),
         claims=(("balanced + synthetic", "balanced", "synthetic images of the rare classes"),
+                ("balanced + simulated damage", "balanced", "intact buildings with simulated damage"),
                 ("balanced + fresh real", "balanced", "fresh real images of the rare classes"),
                 ("balanced + copies", "balanced", "copies of the rare real images")),
         controls={"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True),
@@ -138,6 +141,7 @@ STUDIES = {       # what an arm does not say here is as in its leg's mix of real
     "filter": {str(k): dict(keep=k) for k in (0.0, 1.0, 3.0)},
     "soft": {str(on): dict(soft=on) for on in (False, True)},
     "generator": {str(k): dict(generator=k) for k in (0, 1, 2)},
+    "start": {f"{t:.2f}": dict(start=t) for t in (0.15, 0.3, 0.5, 0.7, 0.9)},
     "augment": {name: dict(augment=name, **ALONE) for name in ("none", *AUGMENTATIONS)},
     "model": {f"{name}, {how}": change | more for name, change in MODELS.items()
               for how, more in (("real", ALONE), ("real + synthetic", {}))},
@@ -307,6 +311,25 @@ class Case:
             self.memory |= dict(subset=(count, subset), chosen=self.choose(count, subset))
         return Cell(self, count, seed, subset, *self.memory["chosen"])
 
+    def at(self, index):
+        """Return the images at these indices as recognisers see them: without the picture from before."""
+        scenes = self.scenes[index]
+        return replace(scenes, images=scenes.images[:, [0, 1, 2, 6]]) if self.leg.rare else scenes
+
+    def before(self, scenes):
+        """Return the same buildings with nothing but the picture from before, and the mask: (N, 7, H, W).
+
+        Grey stands in the place of the picture from after the disaster, -1 in that of the damage.
+        """
+        pairs = self.pairs(scenes)
+        grey = torch.full_like(pairs.images[:, :3], 128)
+        return replace(pairs, images=torch.cat([grey, pairs.images[:, 3:]], 1), labels=-1 + 0 * pairs.labels)
+
+    def pairs(self, scenes):
+        """Return the same buildings with both pictures, (N, 7, H, W): after, before and mask."""
+        place = {name: i for i, name in enumerate(self.scenes.names)}
+        return self.scenes[torch.tensor([place[name] for name in scenes.names])]
+
     def choose(self, count, subset):
         """Return the real training images and, in random order, those of the training split that are left.
 
@@ -316,7 +339,7 @@ class Case:
         index = data.choose(self.scenes, train, count, subset)
         others = train[~torch.isin(self.scenes.groups[train], self.scenes.groups[index])]
         others = others[torch.randperm(len(others), generator=data.rng(subset))]
-        return self.scenes[index], self.scenes[others]
+        return self.at(index), self.at(others)
 
     @functools.cached_property
     def events(self):
@@ -349,10 +372,29 @@ class Cell:
     def possible(self, arm):
         """Can it be run here? Without as many fresh images as real ones there is no ceiling.
 
-        Few of them, drawn again and again, would rather hurt.
+        Few of them, drawn again and again, would rather hurt. And only damage can be simulated.
         """
         have, need = (x.labels.bincount(minlength=len(self.real.classes)) for x in (self.fresh, self.real))
-        return arm.source != "fresh" or bool((have >= need)[self.replaced].all())
+        return {"fresh": bool((have >= need)[self.replaced].all()),
+                "simulated": self.real.classes == data.DAMAGE}.get(arm.source, True)
+
+    def like(self, arm, classes):
+        """Choose the real images that the synthetic ones of these classes (N,) start from. -> Scenes or None.
+
+        Damage is simulated on intact buildings, or on those of the event held out: how they look before it.
+        """
+        if not (arm.start or arm.source == "simulated"):
+            return None
+        some, index = self.real, torch.zeros_like(classes)
+        if arm.source == "simulated":
+            held_out = self.case.cfg.hold_out
+            some = self.case.before(self.case.test if held_out else self.real[self.real.labels == 0])
+        for c in classes.unique():
+            mine = torch.arange(len(some))
+            if arm.start:
+                mine = mine[some.labels == c]
+            index[classes == c] = mine[torch.arange(int((classes == c).sum())) % len(mine)]
+        return some[index]
 
 
 @dataclass(frozen=True)
@@ -403,13 +445,14 @@ def prepare(cfg, name, out):
     if not cfg.data:
         (data.draw_xbd if leg.rare else data.draw_tree)(root, s.drawn)
     if leg.rare:
-        scenes = data.read_xbd(root, s.cls.size, cfg.label, mask=True, cache=cache)
+        scenes = data.read_xbd(root, s.cls.size, cfg.label, pre=True, mask=True, cache=cache)
     else:
         scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache)
     parts = data.split(scenes, hold_out=cfg.hold_out)
     title = "/".join(root.resolve().parts[-2:]) if cfg.data else f"drawn {name}"
     title += f" with {cfg.hold_out} held out" if cfg.hold_out else ""
-    case = Case(name, leg, cfg.wanted(leg), s, cfg, title, scenes, parts, scenes[parts["test"]], out)
+    case = Case(name, leg, cfg.wanted(leg), s, cfg, title, scenes, parts, scenes, out)
+    case.test = case.at(parts["test"])
     if not case.arms:
         raise Problem(f"--arms {cfg.arms}: no arm for {name} among them; these are: {', '.join(leg.arms)}")
     if not cfg.counts and not leg.rare:                  # a scale's own counts give way to smaller data sets
@@ -428,7 +471,7 @@ def runs(case, arms, counts):
             cell = case.cell(count, seed)
             for name, arm in arms.items():
                 if cell.possible(arm):
-                    after = generator_id(cell, arm) if arm.source == "generator" else ""
+                    after = generator_id(cell, arm) if is_made(arm) else ""
                     found.append(Task((case.name, count, seed), "run", name, (arm,), run_id(cell, arm),
                                       after))
     return found
@@ -535,11 +578,17 @@ def check_leaks(cell):
             raise RuntimeError(f"{event} is to be held out, but is trained on, or is not what is tested on")
 
 
+def is_made(arm):
+    """Are its images synthetic?"""
+    return arm.source in ("generator", "simulated")
+
+
 def run_id(cell, arm):
     """Hash everything but the code that determines a run's result: a stored run is not repeated."""
     how = recipe(cell, arm)
-    made = {"": (), "generator": (how,), "copies": (), "fresh": (how["made"], cell.fresh.digest)}
-    arm = replace(arm, w=None, calls=0, made=0, generator=0)                         # the recipe tells these
+    made = {"": (), "generator": (how,), "simulated": (how,), "copies": (),
+            "fresh": (how["made"], cell.fresh.digest)}
+    arm = replace(arm, w=None, calls=0, made=0, generator=0, start=0.0)              # the recipe tells these
     return digest(arm, cell.case.s.cls, made[arm.source], cell.real.digest, cell.case.test.digest, cell.seed)
 
 
@@ -555,10 +604,12 @@ def digest(*what):
 
 def recipe(cell, arm):
     """How the synthetic images of an arm are made: settings of the generator, then of the images."""
-    s = cell.case.s
+    s, like = cell.case.s, arm.start
     gen = replace(s.gen, seed=cell.subset + 1000 * arm.generator)
+    if arm.source == "simulated":
+        gen, like = replace(gen, given="pre,mask"), cell.case.cfg.hold_out and cell.case.test.digest
     return dict(gen=gen, classes=cell.replaced, w=s.w if arm.w is None else arm.w,
-                calls=arm.calls or s.calls, made=arm.made or s.made)
+                calls=arm.calls or s.calls, made=arm.made or s.made, like=like)
 
 
 def rare(scenes):
@@ -576,11 +627,15 @@ def synthesize(cell, arm):
     store = out / "synthetic" / f"{digest(how, cell.real.digest)}.pt"
     y = torch.tensor(how["classes"]).repeat_interleave(how["made"])
     if not store.exists():
-        real = cell.real[torch.isin(cell.real.labels, torch.tensor(how["classes"]))]
+        real, like = cell.real[torch.isin(cell.real.labels, torch.tensor(how["classes"]))], cell.like(arm, y)
+        if arm.source == "simulated":
+            real = cell.case.pairs(real)
         generator = train_gen.train(real, how["gen"], out / "generators" / f"{generator_id(cell, arm)}.pt",
                                     title=f"generator, {cell.title}")
-        images = train_gen.generate(generator, y, how["gen"].seed, how["calls"], how["w"],
+        images = train_gen.generate(generator, y, how["gen"].seed, how["calls"], how["w"], like, arm.start,
                                     title=f"synthetic images, {cell.title}")
+        if arm.source == "simulated":
+            images = torch.cat([images, like.images[:, -1:]], 1)                # the mask is that of before
         with data.replacing(store) as temporary:
             torch.save(images, temporary)
     return Scenes(torch.load(store, weights_only=True), y, cell.real.classes,
@@ -592,7 +647,7 @@ def replacements(cell, arm):
     if not arm.source:
         return None, None
     how = recipe(cell, arm)
-    if arm.source == "generator":
+    if is_made(arm):
         pool = synthesize(cell, arm)
     else:
         pool, most = (cell.real, None) if arm.source == "copies" else (cell.fresh, how["made"])
@@ -621,7 +676,7 @@ def score(cell, arm, title):
     """Train the classifier of an arm. -> its row: scores, circumstances, answers on the test split."""
     start, case = time.perf_counter(), cell.case
     real, (pool, soft) = cell.real, replacements(cell, arm)
-    test, val = case.test, case.scenes[case.parts["val"]]
+    test, val = case.test, case.at(case.parts["val"])
     if arm.grey:
         real, pool, test, val = (scenes and grey_outside(scenes) for scenes in (real, pool, test, val))
     cls, share = case.s.cls, arm.share if pool and len(pool) else 0.0    # a filter may let nothing through
@@ -687,7 +742,7 @@ def plan(case, planned, stored, jobs):
     seconds = {"generators": generators * s.gen.steps * gen, "sampling": calls / s.gen.batch * gen / 3,
                "classifiers": (networks + len(s.counts)) * s.cls.steps * cls}         # one for the features
     each = ", ".join(f"{name} {value / 60 / jobs:.1f}" for name, value in seconds.items())
-    _, model = train_gen.networks(s.gen, len(case.scenes.classes), case.scenes.images.shape[1])
+    _, model = train_gen.networks(s.gen, len(case.scenes.classes), case.test.images.shape[1])
     disk = generators * 16 * sum(p.numel() for p in model.parameters())       # weights, average, two moments
     disk += (images + len(case.scenes)) * case.scenes.images[0].numel()
     print(f"  minutes on {data.pick_device()}, {jobs} at a time: {each}, in all about "
@@ -696,7 +751,7 @@ def plan(case, planned, stored, jobs):
 
 def step_times(case):
     """Measure the seconds per step of a generator and of a classifier."""
-    probe = case.scenes[case.parts["train"][:64]]
+    probe = case.at(case.parts["train"][:64])
 
     def seconds(run, config):
         """Time what a longer run takes more than a shorter one, twice, after one that only warms up."""
@@ -854,7 +909,7 @@ def judge(case, real, synthetic, fresh, what):
     that stands in for them once more, since another real sample is the floor of every number.
     {} if fewer than ten images would be compared.
     """
-    unseen = fresh + case.scenes[case.parts["val"]]
+    unseen = fresh + case.at(case.parts["val"])
     unseen = unseen[torch.isin(unseen.labels, synthetic.labels)]
     unseen = unseen[torch.randperm(len(unseen), generator=data.rng(0))]
     heads, group = unseen.groups.unique(return_inverse=True)
@@ -1142,9 +1197,9 @@ def standing(case, count, prefix, part="test"):
 
 def trivial(case, part="test"):
     """Answer always the commonest class of the training split: its name, its first score on a split, %."""
-    held = case.scenes[case.parts[part]]
+    held = case.scenes.labels[case.parts[part]]
     c = case.scenes.labels[case.parts["train"]].bincount().argmax()
-    counts = totals(held.labels, c.expand(len(held)), len(held.classes))
+    counts = totals(held, c.expand(len(held)), len(case.test.classes))
     return case.test.classes[c], [100 * float(SCORES[name](counts)) for name in case.leg.scores]
 
 
@@ -1194,7 +1249,7 @@ def claims(case, given=None):
         prefix = recogniser(case, count) if given is None else given
         for arm, base, what in case.leg.claims:
             if g := first_gain(case, prefix + arm, prefix + base, count):
-                asks = case.leg.arms[arm].source == "generator"
+                asks = is_made(case.leg.arms[arm])
                 found.append(Claim(count, prefix + arm, prefix + base, what, g, asks))
     for family in (True, False):               # the question; and the controls, which only try the instrument
         mine = [claim for claim in found if claim.asks == family]
@@ -1449,6 +1504,9 @@ def blocks(case):
         yield side_by_side(*case.shown), (
             "A row for each class that has synthetic images. Left: real training images. Right: synthetic "
             "images of the same class, by a generator that saw nothing but such training images.")
+    if picture := simulated(case):
+        yield picture, ("Simulated damage: intact buildings as they are before the disaster, and what the "
+                        "generator, told this picture and the mask, makes of each.")
     for count, found in likeness(case):
         yield f"### With {amount(case, count)}"
         yield judged_rows(found)
@@ -1660,6 +1718,22 @@ def side_by_side(real, synthetic, columns=8):
         left, right = (torch.cat([s.images[s.labels == c], blank])[:columns] for s in (real, synthetic))
         strips.append(data.grid(torch.cat([left, blank[:1], right]), 2 * columns + 1))
     return labelled(strips, [real.classes[c] for c in shown], zoom=max(1, 64 // real.images.shape[-1]))
+
+
+def simulated(case, columns=16):
+    """Draw intact buildings above what the generator made of them, a row per class; None if nothing."""
+    done = {row["run"] for row in case.rows}
+    run = next((run for run in case.runs if run.arms[0].source == "simulated" and run.name in done), None)
+    if not run:
+        return None
+    cell = case.cell(*run.cell[1:])
+    made = synthesize(cell, run.arms[0])
+    like = cell.like(run.arms[0], made.labels)
+    strips, names = [like.images[:columns, 3:6]], ["before"]
+    for c in made.labels.unique():
+        strips.append(made.images[made.labels == c][:columns])
+        names.append(made.classes[c])
+    return labelled([data.grid(strip, columns) for strip in strips], names, max(1, 64 // strips[0].shape[-1]))
 
 
 def confusions(case):
