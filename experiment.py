@@ -79,7 +79,7 @@ class Leg:
     controls: dict                # of --study controls, changes of the mix
     scores: tuple                 # of SCORES; claims are about the first
     per: str                      # what --counts counts
-    rare: bool = False            # images of a source take places of the rarer classes only
+    rare: bool = False            # a generator makes images of the rarer classes only
 
 
 AUGMENTED, BALANCED = Arm(augment=OVERHEAD), Arm(augment=OVERHEAD, balance=True)
@@ -121,8 +121,8 @@ LEGS = {
         mix="balanced + synthetic", bases=("balanced",),
         claims=(("balanced + synthetic", "balanced", "synthetic images of the rare classes"),
                 ("balanced + simulated damage", "balanced", "intact buildings with simulated damage"),
-                ("balanced + fresh real", "balanced", "fresh real images of the rare classes"),
-                ("balanced + copies", "balanced", "copies of the rare real images")),
+                ("balanced + fresh real", "balanced", "fresh real images"),
+                ("balanced + copies", "balanced", "copies of the real images")),
         controls={"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True),
                   "surroundings greyed": dict(grey=True),
                   "surroundings greyed, real": dict(grey=True, **ALONE)},
@@ -364,10 +364,14 @@ class Cell:
         seed = f"seed {self.seed + 1} of {self.case.s.seeds}"
         return f"{self.case.name}, {amount(self.case, self.count)}, {seed}"
 
-    @property
-    def replaced(self):
-        """The classes in which images of a source take the place of real ones."""
-        return rare(self.real) if self.case.leg.rare else list(range(len(self.real.classes)))
+    def replaced(self, arm):
+        """List the classes in which images of the arm's source take the place of real ones.
+
+        Of rare classes alone they must come from where the others do. Fresh ones do not: a classifier would
+        learn that what lies elsewhere is damaged.
+        """
+        is_rare = self.case.leg.rare and arm.source == "generator"
+        return rare(self.real) if is_rare else list(range(len(self.real.classes)))
 
     def possible(self, arm):
         """Can it be run here? Without as many fresh images as real ones there is no ceiling.
@@ -375,7 +379,7 @@ class Cell:
         Few of them, drawn again and again, would rather hurt. And only damage can be simulated.
         """
         have, need = (x.labels.bincount(minlength=len(self.real.classes)) for x in (self.fresh, self.real))
-        return {"fresh": bool((have >= need)[self.replaced].all()),
+        return {"fresh": bool((have >= need).all()),
                 "simulated": self.real.classes == data.DAMAGE}.get(arm.source, True)
 
     def like(self, arm, classes):
@@ -586,8 +590,8 @@ def is_made(arm):
 def run_id(cell, arm):
     """Hash everything but the code that determines a run's result: a stored run is not repeated."""
     how = recipe(cell, arm)
-    made = {"": (), "generator": (how,), "simulated": (how,), "copies": (),
-            "fresh": (how["made"], cell.fresh.digest)}
+    made = {"": (), "generator": (how,), "simulated": (how,), "copies": (how["classes"],),
+            "fresh": (how["classes"], how["made"], cell.fresh.digest)}
     arm = replace(arm, w=None, calls=0, made=0, generator=0, start=0.0)              # the recipe tells these
     return digest(arm, cell.case.s.cls, made[arm.source], cell.real.digest, cell.case.test.digest, cell.seed)
 
