@@ -612,7 +612,7 @@ def recipe(cell, arm):
     gen = replace(s.gen, seed=cell.subset + 1000 * arm.generator)
     if arm.source == "simulated":
         gen, like = replace(gen, given="pre,mask"), cell.case.cfg.hold_out and cell.case.test.digest
-    return dict(gen=gen, classes=cell.replaced, w=s.w if arm.w is None else arm.w,
+    return dict(gen=gen, classes=cell.replaced(arm), w=s.w if arm.w is None else arm.w,
                 calls=arm.calls or s.calls, made=arm.made or s.made, like=like)
 
 

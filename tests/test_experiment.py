@@ -405,7 +405,7 @@ def test_rare_classes_are_those_below_the_mean_and_a_generator_makes_only_these(
     assert experiment.rare(cell.real) == [1, 2, 3]
     for name in ("copies", "fresh"):
         got, _ = experiment.replacements(cell, Arm(name, 0.5))
-        assert set(got.labels.tolist()) == {0, 1, 2, 3}                 # of the rare alone, elsewhere is damage
+        assert set(got.labels.tolist()) == {0, 1, 2, 3}               # of rare ones only, elsewhere is damage
     assert experiment.recipe(cell, Arm("generator", 0.5))["classes"] == [1, 2, 3]
 
 
