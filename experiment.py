@@ -184,7 +184,7 @@ SCALES = {
     "buildings": dict(
         smoke=replace(_SMOKE, counts=(12,), drawn=64, curve=(8, 16)),
         small=replace(_SMALL, counts=(8,), drawn=256, curve=(8, 16, 32, 64),
-                      gen=replace(_SMALL.gen, steps=900), cls=replace(_SMALL.cls, steps=300)),
+                      gen=replace(_SMALL.gen, steps=900), cls=replace(_SMALL.cls, steps=600)),
         full=replace(_FULL, counts=(0,), made=5000, drawn=1000, subsets=1, curve=(100, 400, 1600))),
 }
 
