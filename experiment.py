@@ -161,30 +161,34 @@ class Scale:
     w: float                                  # guidance scale
     drawn: int                                # scenes per class, or tiles, where no data are given
     curve: tuple                              # the counts of the study of that name
+    arms: tuple                               # which arms are run if none are asked for (empty: all)
     gen: train_gen.Config
     cls: train_cls.Config
 
 
 _SMOKE = Scale(
-    counts=(4, 8), seeds=2, subsets=2, made=8, calls=4, w=1.5, drawn=30, curve=(2, 4),
+    counts=(4, 8), seeds=2, subsets=2, made=8, calls=4, w=1.5, drawn=30, curve=(2, 4), arms=(),
     gen=train_gen.Config(size=16, width=16, mults=(1, 2), blocks=1, steps=10, batch=16, warmup=5,
                          augment="none"),
     cls=train_cls.Config(size=16, patch=4, dim=32, depth=1, heads=2, steps=10, batch=32, warmup=5))
 _SMALL = Scale(
-    counts=(5,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(3, 5, 10, 20, 40),
-    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, predict="x0", steps=1000,
+    counts=(4,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(2, 4, 10, 20, 40), arms=(),
+    gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, predict="x0", steps=800,
                          batch=32, lr=2e-3, warmup=50, ema=0.99, augment="none"),
     cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=200, batch=64, lr=4e-3, warmup=50))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
     counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=12, w=1.5, drawn=700, curve=(5, 20, 40, 150),
+    arms=(),
     gen=train_gen.Config(augment="none"), cls=train_cls.Config())
 SCALES = {
     "scenes": dict(smoke=_SMOKE, small=_SMALL, full=_FULL),
     "buildings": dict(
         smoke=replace(_SMOKE, counts=(12,), drawn=64, curve=(8, 16)),
         small=replace(_SMALL, counts=(8,), drawn=256, curve=(8, 16, 32, 64),
-                      gen=replace(_SMALL.gen, steps=900), cls=replace(_SMALL.cls, steps=600)),
+                      gen=replace(_SMALL.gen, steps=700), cls=replace(_SMALL.cls, steps=550),
+                      arms=("balanced", "balanced + synthetic", "balanced + fresh real", "balanced + copies",
+                            "linear: balanced", "linear: balanced + synthetic")),
         full=replace(_FULL, counts=(0,), made=5000, drawn=1000, subsets=1, curve=(100, 400, 1600))),
 }
 
@@ -206,7 +210,7 @@ class Config:
     smoke: bool = flag(False, "every stage in under a minute, the same as --scale smoke")
     dry_run: bool = flag(False, "print the plan: runs, steps, time, disk; run nothing")
     leg: str = flag("", "without --data: scenes or buildings only (empty: both)")
-    arms: str = flag("", "which arms, by comma (empty: all)")
+    arms: str = flag("", "which arms, by comma, or all (empty: those of --scale)")
     study: str = flag("", f"more arms, by comma: {', '.join(STUDIES)}")
     counts: str = flag("", "real images per class, or for buildings training tiles (0: all), by comma")
     seeds: int = flag(0, "repetitions")
@@ -222,7 +226,7 @@ class Config:
     jobs: int = flag(0, "runs at the same time, each in a process of one thread (0: a core each; 1 on a GPU)")
 
     def __post_init__(self):
-        known = list(dict.fromkeys(name for leg in LEGS.values() for name in leg.arms))
+        known = list(dict.fromkeys(["all", *(name for leg in LEGS.values() for name in leg.arms)]))
         for what, asked, allowed in (("arm", listed(self.arms), known),
                                      ("study", listed(self.study), STUDIES),
                                      ("scale", [self.scale], ["", *SCALES["scenes"]]),
@@ -269,7 +273,8 @@ class Config:
 
     def wanted(self, leg):
         """The arms of a leg that are asked for, {name: Arm}, those of the studies last."""
-        arms = {name: arm for name, arm in leg.arms.items() if not self.arms or name in listed(self.arms)}
+        asked = listed(self.arms) or self.resolved("buildings" if leg.rare else "scenes").arms or ["all"]
+        arms = {name: arm for name, arm in leg.arms.items() if name in asked or "all" in asked}
         for study in listed(self.study):
             for name, change in (leg.controls if study == "controls" else STUDIES[study]).items():
                 if leg.rare or change.get("augment") != "copypaste":            # scenes have no masks

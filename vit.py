@@ -110,13 +110,13 @@ class Convolutions(nn.Module):
         if halvings < 1 or patch != 2**halvings or dim % 16:
             raise ValueError(f"convolutions need a patch of 2, 4, 8 ... pixels and a width divisible by 16, "
                              f"not {patch} and {dim}")
-        widths = [channels, dim // 2, *[dim] * halvings]
+        widths = [channels, dim // 2, dim // 2, *[dim] * (halvings - 1)]
         strides = [2, 1, *[2] * (halvings - 1)]
         layers = []
         for c_in, c_out, stride in zip(widths[:-1], widths[1:], strides, strict=True):
             layers.append(nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False))
             layers += [nn.GroupNorm(8, c_out), nn.GELU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], dim, 1))
 
     def forward(self, x):
         return rearrange(self.layers(x), "b d h w -> b (h w) d")

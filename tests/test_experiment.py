@@ -288,10 +288,12 @@ def test_w_0_is_a_guidance_scale_and_none_is_that_of_the_scale():
 def test_every_study_changes_what_a_run_is():
     cell = case_by_hand(40, 2).cell(4, 0)
     for name, leg in LEGS.items():
-        plain = Config(leg=name).wanted(leg)
+        plain = Config(leg=name, arms="all").wanted(leg)
         assert plain == leg.arms
+        few = Config(leg=name, scale="small").wanted(leg)
+        assert list(few) == list(experiment.SCALES[name]["small"].arms or leg.arms)
         for study, changes in (STUDIES | dict(controls=leg.controls)).items():
-            wanted = Config(study=study, leg=name).wanted(leg)
+            wanted = Config(study=study, leg=name, arms="all").wanted(leg)
             arms = {arm: how for arm, how in wanted.items() if arm not in plain}
             pasting = study == "augment" and not leg.rare               # scenes have no masks to paste by
             assert len(arms) == len(changes) - pasting and all(arm.startswith(study) for arm in arms)
@@ -821,7 +823,7 @@ def test_flags_change_what_they_name_and_nothing_else():
     assert s == replace(base, counts=(5,), seeds=7, subsets=7, made=9, w=3.0)
     assert Config(scale="small", w=0.0).resolved("scenes").w == 0 and base.w == 1.5
     assert Config(leg="buildings", counts="8,0,4,8").resolved("buildings").counts == (4, 8, 0)
-    assert Config(study="counts").resolved("scenes").counts == (3, 5, 10, 20, 40)
+    assert Config(study="counts").resolved("scenes").counts == (2, 4, 10, 20, 40)
     s = Config(scale="full", size=32, gen_steps=11, cls_steps=12).resolved("scenes")
     assert (s.gen.size, s.cls.size, s.cls.patch, s.gen.steps, s.cls.steps) == (32, 32, 4, 11, 12)
     patches = {size: Config(scale="small", size=size).resolved("scenes").cls.patch
