@@ -508,21 +508,29 @@ def test_a_start_goes_on_as_the_flow_of_a_gaussian_does(share):
     model = Exact(diffusion, torch.full((1, 4), m, dtype=torch.float64), s)
     x0, y = gaussian(50, 1, 2, 2), Condition(torch.zeros(50, dtype=torch.long))
     out = diffusion.sample(model, y, source(50, 1, 2, 2), steps=200, clip=False, start=(x0, t))
-    t = diffusion.levels(200)[diffusion.levels(200) <= t][0]                 # the first level of the plan
     signal, noise = diffusion.abar[t].sqrt(), (1 - diffusion.abar[t]).sqrt()
     x = signal * x0 + noise * source(50, 1, 2, 2)()
     expected = m + s * (x - signal * m) / (signal**2 * s**2 + noise**2).sqrt()
     assert_close(out, expected, rtol=0, atol=5e-3)
 
 
-def test_a_start_at_the_end_of_the_chain_is_none_and_one_before_the_last_step_is_told():
+def test_a_start_at_the_end_of_the_chain_is_none():
     diffusion, y = Diffusion(1000), Condition(torch.zeros(2, dtype=torch.long))
     model, x0 = Exact(diffusion, torch.full((1, 4), 0.2, dtype=torch.float64), 0.3), gaussian(2, 1, 2, 2)
     plain = diffusion.sample(model, y, source(2, 1, 2, 2), steps=8)
     assert_close(diffusion.sample(model, y, source(2, 1, 2, 2), steps=8, start=(x0, 999)), plain, atol=1e-3,
                  rtol=0)
-    with pytest.raises(ValueError, match="at t = 3 or below"):
-        diffusion.sample(model, y, source(2, 1, 2, 2), steps=8, start=(x0, 3))
+
+
+def test_however_few_the_steps_a_plan_begins_at_its_start_and_goes_on_at_levels_a_step_apart():
+    diffusion = Diffusion(1000)
+    for order, steps in ((2, 12), (1, 5)):
+        levels = diffusion.levels(steps)
+        for start in range(1000):
+            ts, rows, _ = diffusion.plan(steps, order=order, start=start)
+            assert ts[0] == start and ts[1:].tolist() == levels[levels <= start][1:].tolist()
+            assert_close(rows[0, 0].square(), diffusion.abar[start])
+    assert diffusion.plan(8, start=3)[0].tolist() == [3]                     # below the last level: one step
 
 
 class Correlated(nn.Module):

@@ -1,0 +1,290 @@
+"""The lecture's systems in small, each with its figure beside an honest baseline: a script run by hand.
+
+    python tests/systems.py [WORD ...]        the systems with WORD in the name; 1 to 4 minutes each
+
+TABLE
+"""
+import math
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data  # noqa: E402
+import experiment  # noqa: E402
+import train_cls  # noqa: E402
+import train_gen  # noqa: E402
+from train_gen import edges, generate, lowres  # noqa: E402
+from unet import Condition  # noqa: E402
+
+OUT, SMALL = Path("runs/systems"), experiment.SCALES["scenes"]["small"]
+REAL_XBD = Path(__file__).resolve().parents[2] / "shared/data/xbd"
+
+
+# ---- shared: data, networks, measures
+
+@cache
+def scenes():
+    """Draw 8 classes of 160 scenes, 24 px -> 768 to train on, 256 to test with."""
+    root = data.draw_tree(OUT / "scenes", 160)
+    real = data.read_folder(root, 24, cache=OUT / "cache")
+    parts = data.split(real)
+    return real[parts["train"]], real[parts["test"]]
+
+
+@cache
+def buildings():
+    """Draw 96 tiles of buildings with masks, 24 px -> those of 72 tiles to train on, of 24 to test with."""
+    real = data.read_xbd(data.draw_xbd(OUT / "xbd", 96), 24, mask=True, cache=OUT / "cache")
+    return real[real.given != data.TEST], real[real.given == data.TEST]
+
+
+def trained(name, real, given="", steps=1000):
+    """Train a small generator, or go on with the one of an earlier run."""
+    cfg = replace(SMALL.gen, given=given, steps=steps)
+    return train_gen.train(real, cfg, OUT / f"{name}.pt", title=name)
+
+
+@cache
+def plain():
+    """Train the generator that is told the class alone."""
+    return trained("plain", scenes()[0])
+
+
+@cache
+def classifier():
+    """Train a classifier on the real scenes."""
+    return train_cls.fit(scenes()[0], None, replace(SMALL.cls, steps=500), title="classifier")[0]
+
+
+def accuracy(images, labels):
+    """Return the share of images that the classifier of real ones takes for what they should be."""
+    return (train_cls.predict(classifier(), images) == labels).float().mean().item()
+
+
+def distance(images, real):
+    """Measure the Fréchet distance of the classifier's features, scaled to variance 1 over the real ones."""
+    a, b = (train_cls.outputs(classifier().features, x) for x in (real, images))
+    return experiment.frechet((a - a.mean(0)) / a.std(0), (b - a.mean(0)) / a.std(0))
+
+
+def rmse(a, b):
+    """Return the root mean square difference of uint8 images in grey levels."""
+    return (a.float() - b.float()).square().mean().sqrt().item()
+
+
+def sheet(name, rows, count=16, zoom=3):
+    """Save pictures beneath each other, {what: (N, C, H, W) uint8}."""
+    strips = [data.grid(images[:count], count) for images in rows.values()]
+    data.save_picture(experiment.labelled(strips, list(rows), zoom), OUT / f"{name}.png")
+
+
+def head(images, masks, seed, steps=300):
+    """Train a segmenter, three convolutions (15 px wide in all), on RGB (N, 3, H, W) and masks (N, H, W)."""
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=2, dilation=2),
+              nn.ReLU(), nn.Conv2d(32, 1, 3, padding=4, dilation=4)]
+    model, g = nn.Sequential(*layers), data.rng(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        index = torch.randint(len(images), (32,), generator=g)
+        out = model(data.to_float(images[index]))[:, 0]
+        F.binary_cross_entropy_with_logits(out, masks[index].float()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def iou(a, b):
+    """Return intersection over union of masks (N, H, W) bool, of all pixels together."""
+    return ((a & b).sum() / (a | b).sum()).item()
+
+
+def marked(model, images):
+    """Segment RGB images: (N, H, W) bool."""
+    return train_cls.outputs(lambda x: model(x)[:, 0].flatten(1), images).view(-1, 24, 24) > 0
+
+
+# ---- the systems
+
+def super_resolution():
+    """Enlarge 6 px to 24: one sample, and the mean of 8, beside interpolation (class not told)."""
+    train, test = scenes()
+    model, y = trained("lowres", train, "lowres"), torch.full((len(test),), -1)
+    x = data.to_float(test.images)
+    several = torch.stack([generate(model, y, seed, w=1.0, like=test) for seed in range(8)])
+    cubic = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bicubic")
+    rows = {"bilinear": data.to_uint8(lowres(x)), "bicubic": data.to_uint8(cubic), "one sample": several[0],
+            "mean of 8": several.float().mean(0).round().to(torch.uint8), "real": test.images}
+    for name, images in rows.items():
+        kept = rmse(*(F.avg_pool2d(z.float(), 4) for z in (images, test.images)))
+        psnr = 20 * math.log10(255 / max(rmse(images, test.images), 1e-9))
+        print(f"{name:12} PSNR {psnr:6.2f} dB, features {distance(images, test.images):7.2f}, error of the "
+              f"low resolution asked for {kept:5.2f} grey levels, right class "
+              f"{accuracy(images, test.labels):.3f}")
+    print(f"features of other real images: {distance(train.images[::3], test.images):.2f}")
+    sheet("super-resolution", {name: images[::16] for name, images in rows.items()})
+
+
+def painting():
+    """Paint three holes of 6 x 6 pixels anew: the known region, the seam, and the error inside."""
+    (_, test), model = scenes(), plain()
+    test = test[torch.arange(0, 256, 2)]
+    g, hole = data.rng(0), torch.zeros(len(test), 1, 24, 24, dtype=torch.bool)
+    for k, (row, column) in enumerate(torch.randint(1, 17, (3 * len(test), 2), generator=g).tolist()):
+        hole[k // 3, 0, row:row + 6, column:column + 6] = True
+    found = {"real": test.images, "holes": torch.where(hole, 128, test.images).to(torch.uint8)}
+    for rounds in (1, 10):
+        noise = train_gen.noise_of(range(len(test)), (3, 24, 24))
+        out = model.diffusion.sample(model.model, Condition(test.labels), noise, order=1, w=1.5,
+                                     known=(data.to_float(test.images), ~hole), rounds=rounds)
+        found[f"{rounds} rounds"] = data.to_uint8(out)
+    other = generate(model, test.labels, 1)
+    found["pasted sample"] = torch.where(hole, other, test.images)
+    for name, images in found.items():
+        seam = [(images.float().diff(dim=d).abs().mean(1, keepdim=True)[hole.int().diff(dim=d) != 0])
+                for d in (2, 3)]
+        off = (images.int() - test.images.int()).abs().amax(1, keepdim=True)
+        inside = (images.float() - test.images.float()).square().mean(1, keepdim=True)[hole].mean().sqrt()
+        print(f"{name:14} known region: greatest error {off[~hole].max()}; seam {torch.cat(seam).mean():.2f} "
+              f"grey levels; error inside {inside:.1f}")
+    sheet("painting", {name: images[::8] for name, images in found.items()})
+
+
+def f1(asked, found, reach):
+    """Return F1 of edges (N, 1, H, W) in {-1, 1}; one within `reach` pixels counts as found."""
+    a, b = asked > 0, found > 0
+    wide_a, wide_b = (F.max_pool2d(z.float(), 2 * reach + 1, 1, reach) > 0 for z in (a, b))
+    precision, recall = (b & wide_a).sum() / b.sum(), (a & wide_b).sum() / a.sum()
+    return (2 * precision * recall / (precision + recall)).item()
+
+
+def crs_diff_edges():
+    """Ask for the edges of held-out scenes, beside the class alone, and the edges themselves as a picture."""
+    train, test = scenes()
+    model, asked = trained("edges", train, "edges"), edges(data.to_float(test.images))
+    near = torch.stack([((edges(data.to_float(train.images)) != a).sum((1, 2, 3))).argmin() for a in asked])
+    rows = {"asked": data.to_uint8(asked.expand(-1, 3, -1, -1)), "real": test.images,
+            "nearest in training": train.images[near], "class alone": generate(plain(), test.labels, 1)}
+    rows |= {f"edges, w {w}": generate(model, test.labels, 1, w=w, like=test) for w in (1, 1.5, 3)}
+    rows["edges, no class, w 1"] = generate(model, torch.full_like(test.labels, -1), 1, w=1, like=test)
+    for name, images in rows.items():
+        found = edges(data.to_float(images))
+        print(f"{name:20} F1 {f1(asked, found, 0):.3f}, within 1 px {f1(asked, found, 1):.3f}; edges in "
+              f"{(found > 0).float().mean():.3f} of the pixels; right class "
+              f"{accuracy(images, test.labels):.3f}; features {distance(images, test.images):.2f}")
+    print(f"share of edges asked for: {(asked > 0).float().mean():.3f}; F1 of the edges of other scenes "
+          f"{f1(asked, asked.roll(1, 0), 0):.3f}, within 1 px {f1(asked, asked.roll(1, 0), 1):.3f}")
+    sheet("crs-diff-edges", {name: images[::16] for name, images in rows.items()})
+
+
+def crs_diff_mask():
+    """Ask for the mask of held-out buildings; a segmenter of real pairs says what came out."""
+    train, test = buildings()
+    print(f"{len(train)} buildings to train on, {len(test)} to test with")
+    test = test[torch.arange(min(256, len(test)))]
+    asked, model = test.images[:, 3] > 0, trained("mask", train, "mask")
+    segment = head(train.images[:, :3], train.images[:, 3] > 0, 0, 600)
+    rows = {"asked": test.images[:, 3:].expand(-1, 3, -1, -1), "real": test.images[:, :3]}
+    rows |= {f"mask, w {w}": generate(model, test.labels, 1, w=w, like=test) for w in (1, 1.5, 3)}
+    for name, images in list(rows.items())[1:]:
+        found = marked(segment, images)
+        print(f"{name:12} IoU with what was asked {iou(found, asked):.3f}, with what another was asked "
+              f"{iou(found, asked.roll(1, 0)):.3f}")
+    print(f"IoU of the masks of two buildings: {iou(asked, asked.roll(1, 0)):.3f}")
+    sheet("crs-diff-mask", {name: images[::16] for name, images in rows.items()})
+
+
+def within(values, labels):
+    """Take the mean of its class from each value."""
+    means = torch.stack([values[labels == c].mean() for c in range(int(labels.max()) + 1)])
+    return values - means[labels]
+
+
+def metadata():
+    """Ask for the light and the haze of held-out scenes; correlations within classes, and a sweep of each."""
+    train, test = scenes()
+    model = trained("numbers", train, "numbers")
+    measures = {"light": lambda x: x.float().mean((1, 2, 3)),                           # brightness
+                "haze": lambda x: (x.amax(1).float() - x.amin(1)).mean((1, 2))}         # saturation
+    many = [test.images, *(generate(model, test.labels, 1, w=w, like=test) for w in (1.0, 1.5))]
+    order = torch.randperm(len(test), generator=data.rng(0))
+    for column, name in ((test.measures.index(name), name) for name in measures):
+        numbers, measure = train.numbers[:, column], measures[name]
+        asked = within(test.numbers[:, column], test.labels)
+        found = [within(measure(images), test.labels) for images in many]
+        r = [torch.corrcoef(torch.stack([asked, z]))[0, 1] for z in [*found, found[1][order]]]
+        print(f"{name}: correlation in real images {r[0]:.2f}, in generated ones {r[1]:.2f} (w 1), "
+              f"{r[2]:.2f} (w 1.5), in shuffled ones {r[3]:.2f}")
+        rows = []
+        for value in torch.linspace(numbers.min(), numbers.max(), 5):
+            told = torch.full((128, len(test.measures)), math.nan)
+            told[:, column] = value
+            like = replace(test[torch.arange(128)], numbers=told)
+            rows.append(generate(model, torch.arange(8).repeat_interleave(16), 2, w=1.0, like=like))
+        slope = (asked @ found[0] / (asked @ asked)).item()
+        print("  one noise, all else not told, from least to most: "
+              f"{', '.join(f'{measure(images).mean():.1f}' for images in rows)}; real images differ by "
+              f"{slope * (numbers.max() - numbers.min()):.1f}")
+        sheet(f"metadata-{name}", {f"{name} {k + 1} of 5": images[::8] for k, images in enumerate(rows)})
+    for path in sorted(REAL_XBD.glob("train/labels/*.json")):
+        read = zip(data.MEASURES, data.read_label(path)[3], strict=True)
+        print(path.stem[:28], ", ".join(f"{name} {value:.2f}" for name, value in read))
+
+
+def satsynth():
+    """Make images with their masks; a segmenter of real, of synthetic and of both pairs, on held-out ones."""
+    train, test = buildings()
+    few = train[torch.randperm(len(train), generator=data.rng(0))[:200]]
+    real = few.images
+    made = generate(trained("satsynth", few), few.labels.repeat(3), 1)
+    pairs = {"real": real, "synthetic": made, "both": torch.cat([real.repeat(3, 1, 1, 1), made]),
+             "four times as many real": train.images[:800]}
+    for name, images in pairs.items():
+        scores = [iou(marked(head(images[:, :3], images[:, 3] > 127, seed), test.images[:, :3]),
+                      test.images[:, 3] > 127) for seed in range(3)]
+        print(f"{name:24} IoU {sum(scores) / 3:.3f} ({min(scores):.3f} to {max(scores):.3f})")
+    middle = (made[:, 3] > 25) & (made[:, 3] < 230)
+    covered = ((images[:, 3] > 127).float().mean() for images in (made, real))
+    print(f"mask pixels neither black nor white: {middle.float().mean():.3f}; buildings cover of the "
+          "synthetic pixels {:.3f}, of the real ones {:.3f}".format(*covered))
+    sheet("satsynth", {"real": real[:, :3], "its mask": real[:, 3:].expand(-1, 3, -1, -1),
+                       "synthetic": made[:, :3], "synthetic mask": made[:, 3:].expand(-1, 3, -1, -1)})
+
+
+def real_guidance():
+    """Start from held-out images at t* of the chain: how far it goes from them, and what class comes out."""
+    (_, test), model = scenes(), plain()
+    rows = {"real": test.images}
+    rows |= {f"t* {t}": generate(model, test.labels, 1, like=test, start=t)
+             for t in (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)}
+    rows["from noise"] = generate(model, test.labels, 1)
+    for name, images in rows.items():
+        print(f"{name:12} {rmse(images, test.images):5.1f} grey levels from its picture; right class "
+              f"{accuracy(images, test.labels):.3f}; features {distance(images, test.images):.2f}")
+    same = torch.cat([(test.labels == c).nonzero().flatten().roll(1) for c in range(8)])
+    order = torch.cat([(test.labels == c).nonzero().flatten() for c in range(8)])
+    print(f"two real images of a class: {rmse(test.images[order], test.images[same]):.1f} grey levels apart")
+    sheet("real-guidance", {name: images[::16] for name, images in rows.items()})
+
+
+SYSTEMS = super_resolution, painting, crs_diff_edges, crs_diff_mask, metadata, satsynth, real_guidance
+
+
+def main(words):
+    """Run the systems with one of the words in the name, or all."""
+    torch.manual_seed(0)
+    for system in SYSTEMS:
+        if not words or any(word in system.__name__ for word in words):
+            print(f"\n{system.__name__}: {system.__doc__}", flush=True)
+            system()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
