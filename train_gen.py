@@ -85,13 +85,15 @@ class Script(Config):
     like: str = flag("", "with --sample: picture, folder or xBD tree that tells the rest, or where to start")
     start: float = flag(0.0, "with --like: share of the chain at which to start from it (0: from noise)")
     paint: str = flag("", "with --like: picture that is white where to paint anew")
+    rounds: int = flag(1, "with --paint: rounds of each step (RePaint: 10; small generators do best with 1)")
     calls: int = flag(12, "network calls per image")
     w: float = flag(1.5, "guidance scale (1: no guidance, 0: no class)")
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.start <= 1:
-            raise ValueError(f"--start {self.start}: a share of the chain, 0 to 1")
+        if not 0 <= self.start <= 1 or self.rounds < 1:
+            raise ValueError(f"--start {self.start} --rounds {self.rounds}: a share of the chain, 0 to 1, and "
+                             "at least 1")
 
 
 # ---- hints: what a generator is told in pixels, made from the batch that is on the device
@@ -265,21 +267,21 @@ def noise_of(seeds, shape, device="cpu"):
     return lambda: torch.stack([torch.randn(shape, generator=g, device=device) for g in generators])
 
 
-def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=None, batch=256,
-             title="images"):
+def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=None, rounds=1,
+             batch=256, title="images"):
     """Make images of the classes y (N,) int64, -1: not told. -> uint8 (N, C, H, W) on the CPU.
 
-    like: Scenes of N real images, for what else the generator is told. start: at which share of the chain, in
-    0..1, to begin, at like with the noise of it. paint: what to paint anew of like, (N, 1, H, W) bool.
-    Image k follows from (seed, k), whatever the batch and the number of processes. Each process makes its
-    part, and all get all of them.
+    like: Scenes of N real images, for what else the generator is told. start: share of the chain, in 0..1, at
+    which to begin, at like with the noise of it. paint (N, 1, H, W) bool: what to paint anew of like, by DDPM
+    steps in so many rounds; DDIM's fitted worse to what is known. Image k follows from (seed, k), whatever
+    the batch and the number of processes. Each process makes its part, and all get all of them.
     """
     diffusion, model, cfg = generator.diffusion, generator.model, generator.config
     assert like is not None or not (cfg.told or start or paint is not None), "like what?"
     device = diffusion.signal.device
     shape = (model.channels, cfg.size, cfg.size)
     images = torch.zeros(len(y), *shape, dtype=torch.uint8, device=device)
-    part, how = data.share(len(y)), dict(steps=calls, w=w, order=1 if paint is not None else 2)
+    part, how = data.share(len(y)), dict(steps=calls, w=w)
     for first in data.progress(range(part.start, part.stop, batch), title):
         these = slice(first, min(first + batch, part.stop))
         seeds = [(seed * 1_000_003 + k) % 2**32 for k in range(these.start, these.stop)]
@@ -292,7 +294,7 @@ def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=N
             if start:
                 how["start"] = x0, round(start * (cfg.timesteps - 1))
             if paint is not None:
-                how["known"] = x0, ~paint[these].to(device)
+                how |= dict(known=(x0, ~paint[these].to(device)), rounds=rounds, order=1, eta=1.0)
         with data.autocast(device):
             images[these] = data.to_uint8(diffusion.sample(model, cond, noise, **how))
     return data.total(images).cpu()                      # zeros stand where the others' images go
@@ -336,7 +338,8 @@ def sample(cfg):
     if cfg.paint:
         hole = data.read_pictures(cfg.paint, generator.config.size).images[0]
         paint = (hole.float().mean(0) > 127).expand(len(y), 1, -1, -1)
-    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint)
+    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint,
+                      cfg.rounds)
     if data.rank():
         return
     for k, image in enumerate(images):

@@ -292,6 +292,8 @@ def test_painting_keeps_the_known_pixels_exactly_and_changes_the_others():
         paint[k, :, k:k + 3, 2:5] = True                                 # of each image another hole
     images = generate(generator, like.labels, 1, calls=5, like=like, paint=paint)
     assert (images == like.images)[~paint].all()
+    more = generate(generator, like.labels, 1, calls=5, like=like, paint=paint, rounds=3)
+    assert (more == like.images)[~paint].all() and (more != images)[paint].float().mean() > 0.5
     assert ((images.int() - like.images.int()).abs()[paint].view(6, 9) > 3).float().mean(1).min() > 0.5
 
 
@@ -388,8 +390,9 @@ def checkpoints(tmp_path_factory):
     ("numbers", "", "--like is missing: .* numbers"),
     ("plain", "--start .5", "--like is missing: .* --start"),
     ("plain", "--paint ok/a.png", "--like is missing: .* --paint"),
-    ("plain", "--like ok --start 1.5", "--start 1.5: a share of the chain, 0 to 1"),
+    ("plain", "--like ok --start 1.5", "--start 1.5 .* a share of the chain, 0 to 1"),
     ("plain", "--like ok --start -.1", "--start -0.1"),
+    ("plain", "--like ok --paint ok/a.png --rounds 0", "--rounds 0: .*at least 1"),
     ("plain", "--like nowhere --start .5", "no pictures in nowhere"),
     ("plain", "--like empty --start .5", "no pictures in empty"),
     ("plain", "--like broken --start .5", "do not decode .*b.png"),
