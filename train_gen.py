@@ -92,7 +92,7 @@ class Script(Config):
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.start <= 1 or self.rounds < 1:
-            raise ValueError(f"--start {self.start} --rounds {self.rounds}: a share of the chain, 0 to 1, and "
+            raise ValueError(f"--start {self.start} --rounds {self.rounds}: a share of the chain, 0 to 1; "
                              "at least 1")
 
 

@@ -79,10 +79,16 @@ def rmse(a, b):
     return (a.float() - b.float()).square().mean().sqrt().item()
 
 
-def sheet(name, rows, count=16, zoom=3):
-    """Save pictures beneath each other, {what: (N, C, H, W) uint8}."""
-    strips = [data.grid(images[:count], count) for images in rows.values()]
-    data.save_picture(experiment.labelled(strips, list(rows), zoom), OUT / f"{name}.png")
+def tell(name, **figures):
+    """Print a row of figures."""
+    parts = [f"{what.replace('_', ' ')} {value:.3f}" for what, value in figures.items()]
+    print(f"  {name:22}", ", ".join(parts), flush=True)
+
+
+def sheet(name, rows):
+    """Save pictures beneath each other, {what: (16, C, H, W) uint8}."""
+    strips = [data.grid(images, 16) for images in rows.values()]
+    data.save_picture(experiment.labelled(strips, list(rows), 3), OUT / f"{name}.png")
 
 
 def head(images, masks, seed, steps=300):
@@ -123,12 +129,11 @@ def super_resolution():
     rows = {"bilinear": data.to_uint8(lowres(x)), "bicubic": data.to_uint8(cubic), "one sample": several[0],
             "mean of 8": several.float().mean(0).round().to(torch.uint8), "real": test.images}
     for name, images in rows.items():
-        kept = rmse(*(F.avg_pool2d(z.float(), 4) for z in (images, test.images)))
-        psnr = 20 * math.log10(255 / max(rmse(images, test.images), 1e-9))
-        print(f"{name:12} PSNR {psnr:6.2f} dB, features {distance(images, test.images):7.2f}, error of the "
-              f"low resolution asked for {kept:5.2f} grey levels, right class "
-              f"{accuracy(images, test.labels):.3f}")
-    print(f"features of other real images: {distance(train.images[::3], test.images):.2f}")
+        asked, found = (F.avg_pool2d(z.float(), 4) for z in (test.images, images))
+        tell(name, PSNR=20 * math.log10(255 / max(rmse(images, test.images), 1e-9)),
+             error_of_the_asked=rmse(asked, found), features=distance(images, test.images),
+             right_class=accuracy(images, test.labels))
+    tell("other real images", features=distance(train.images[::3], test.images))
     sheet("super-resolution", {name: images[::16] for name, images in rows.items()})
 
 
@@ -154,8 +159,8 @@ def painting():
         off = (images.float() - test.images.float()) * torch.where(hole, 1, 0)
         tone = (off.sum((2, 3)) / hole.sum((2, 3))).square().mean().sqrt()
         wrong = (images != test.images).amax(1, True)[~hole].sum()
-        print(f"{name:16} known pixels that changed {wrong}; mean step over the seam {seam:.2f}, within the "
-              f"holes {inner:.2f}; error of the mean of an image's holes {tone:.1f}")
+        tell(name, known_pixels_changed=wrong, step_over_the_seam=seam, within_the_holes=inner,
+             error_of_the_holes_mean=tone)
     sheet("painting", {name: images[::8] for name, images in found.items()})
 
 
@@ -178,11 +183,10 @@ def crs_diff_edges():
     rows["edges, no class, w 1"] = generate(model, torch.full_like(test.labels, -1), 1, w=1, like=test)
     for name, images in rows.items():
         found = edges(data.to_float(images))
-        print(f"{name:20} F1 {f1(asked, found, 0):.3f}, within 1 px {f1(asked, found, 1):.3f}; edges in "
-              f"{(found > 0).float().mean():.3f} of the pixels; right class "
-              f"{accuracy(images, test.labels):.3f}; features {distance(images, test.images):.2f}")
-    print(f"share of edges asked for: {(asked > 0).float().mean():.3f}; F1 of the edges of other scenes "
-          f"{f1(asked, asked.roll(1, 0), 0):.3f}, within 1 px {f1(asked, asked.roll(1, 0), 1):.3f}")
+        tell(name, F1=f1(asked, found, 0), within_1_px=f1(asked, found, 1), share=(found > 0).float().mean(),
+             right_class=accuracy(images, test.labels), features=distance(images, test.images))
+    other = asked.roll(1, 0)
+    tell("edges of other scenes", F1=f1(asked, other, 0), within_1_px=f1(asked, other, 1))
     sheet("crs-diff-edges", {name: images[::16] for name, images in rows.items()})
 
 
@@ -197,9 +201,8 @@ def crs_diff_mask():
     rows |= {f"mask, w {w}": generate(model, test.labels, 1, w=w, like=test) for w in (1, 1.5, 3)}
     for name, images in list(rows.items())[1:]:
         found = marked(segment, images)
-        print(f"{name:12} IoU with what was asked {iou(found, asked):.3f}, with what another was asked "
-              f"{iou(found, asked.roll(1, 0)):.3f}")
-    print(f"IoU of the masks of two buildings: {iou(asked, asked.roll(1, 0)):.3f}")
+        tell(name, IoU_with_the_asked=iou(found, asked), with_another=iou(found, asked.roll(1, 0)))
+    tell("masks of two buildings", IoU=iou(asked, asked.roll(1, 0)))
     sheet("crs-diff-mask", {name: images[::16] for name, images in rows.items()})
 
 
@@ -215,15 +218,14 @@ def metadata():
     model = trained("numbers", train, "numbers")
     measures = {"light": lambda x: x.float().mean((1, 2, 3)),                           # brightness
                 "haze": lambda x: (x.amax(1).float() - x.amin(1)).mean((1, 2))}         # saturation
-    many = [test.images, *(generate(model, test.labels, 1, w=w, like=test) for w in (1.0, 1.5))]
+    many = [test.images, *(generate(model, test.labels, 1, w=w, like=test) for w in (1.5, 1.0))]
     order = torch.randperm(len(test), generator=data.rng(0))
     for column, name in ((test.measures.index(name), name) for name in measures):
         numbers, measure = train.numbers[:, column], measures[name]
         asked = within(test.numbers[:, column], test.labels)
         found = [within(measure(images), test.labels) for images in many]
         r = [torch.corrcoef(torch.stack([asked, z]))[0, 1] for z in [*found, found[1][order]]]
-        print(f"{name}: correlation in real images {r[0]:.2f}, in generated ones {r[1]:.2f} (w 1), "
-              f"{r[2]:.2f} (w 1.5), in shuffled ones {r[3]:.2f}")
+        tell(name, correlation_real=r[0], generated=r[1], with_w_1=r[2], shuffled=r[3])
         rows = []
         for value in torch.linspace(numbers.min(), numbers.max(), 5):
             told = torch.full((128, len(test.measures)), math.nan)
@@ -231,13 +233,12 @@ def metadata():
             like = replace(test[torch.arange(128)], numbers=told)
             rows.append(generate(model, torch.arange(8).repeat_interleave(16), 2, w=1.0, like=like))
         slope = (asked @ found[0] / (asked @ asked)).item()
-        print("  one noise, all else not told, from least to most: "
-              f"{', '.join(f'{measure(images).mean():.1f}' for images in rows)}; real images differ by "
-              f"{slope * (numbers.max() - numbers.min()):.1f}")
+        tell("one noise, this told", **{f"step_{k}": measure(z).mean() for k, z in enumerate(rows)},
+             real_difference=slope * (numbers.max() - numbers.min()))
         sheet(f"metadata-{name}", {f"{name} {k + 1} of 5": images[::8] for k, images in enumerate(rows)})
     for path in sorted(REAL_XBD.glob("train/labels/*.json")):
         read = zip(data.MEASURES, data.read_label(path)[3], strict=True)
-        print(path.stem[:28], ", ".join(f"{name} {value:.2f}" for name, value in read))
+        tell(path.stem[:22], **dict(read))
 
 
 def satsynth():
@@ -251,13 +252,13 @@ def satsynth():
     for name, images in pairs.items():
         scores = [iou(marked(head(images[:, :3], images[:, 3] > 127, seed), test.images[:, :3]),
                       test.images[:, 3] > 127) for seed in range(3)]
-        print(f"{name:24} IoU {sum(scores) / 3:.3f} ({min(scores):.3f} to {max(scores):.3f})")
+        tell(name, IoU=sum(scores) / 3, least=min(scores), most=max(scores))
     middle = (made[:, 3] > 25) & (made[:, 3] < 230)
-    covered = ((images[:, 3] > 127).float().mean() for images in (made, real))
-    print(f"mask pixels neither black nor white: {middle.float().mean():.3f}; buildings cover of the "
-          "synthetic pixels {:.3f}, of the real ones {:.3f}".format(*covered))
-    sheet("satsynth", {"real": real[:, :3], "its mask": real[:, 3:].expand(-1, 3, -1, -1),
-                       "synthetic": made[:, :3], "synthetic mask": made[:, 3:].expand(-1, 3, -1, -1)})
+    covered = [(images[:, 3] > 127).float().mean() for images in (made, real)]
+    tell("masks", neither_black_nor_white=middle.float().mean(), covers=covered[0], real_covers=covered[1])
+    sheet("satsynth", {f"{who} {what}": some[:16, part].expand(-1, 3, -1, -1)
+                       for who, some in (("real", real), ("synthetic", made))
+                       for what, part in (("image", slice(3)), ("mask", slice(3, 4)))})
 
 
 def real_guidance():
@@ -268,11 +269,11 @@ def real_guidance():
              for t in (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)}
     rows["from noise"] = generate(model, test.labels, 1)
     for name, images in rows.items():
-        print(f"{name:12} {rmse(images, test.images):5.1f} grey levels from its picture; right class "
-              f"{accuracy(images, test.labels):.3f}; features {distance(images, test.images):.2f}")
-    same = torch.cat([(test.labels == c).nonzero().flatten().roll(1) for c in range(8)])
-    order = torch.cat([(test.labels == c).nonzero().flatten() for c in range(8)])
-    print(f"two real images of a class: {rmse(test.images[order], test.images[same]):.1f} grey levels apart")
+        tell(name, distance=rmse(images, test.images), right_class=accuracy(images, test.labels),
+             features=distance(images, test.images))
+    order = [(test.labels == c).nonzero().flatten() for c in range(8)]
+    two = (test.images[torch.cat(list(z))] for z in (order, [index.roll(1) for index in order]))
+    tell("two real of a class", distance=rmse(*two))
     sheet("real-guidance", {name: images[::16] for name, images in rows.items()})
 
 
