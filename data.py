@@ -88,9 +88,11 @@ class Scenes:
         return hashed.hexdigest()[:12]
 
 
-def read(root, size, skip_broken=False, cache="runs/cache"):
-    """Read the Scenes of a tree: the buildings of an xBD tree by damage, or a folder per class."""
-    return read_xbd(root, size, cache=cache) if is_xbd(root) else read_folder(root, size, skip_broken, cache)
+def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache"):
+    """Read the Scenes of a tree: the buildings of an xBD tree by damage, or a folder per class, RGB alone."""
+    if is_xbd(root):
+        return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
+    return read_folder(root, size, skip_broken, cache)
 
 
 def cached(make, root, cache, how, files):
@@ -140,25 +142,48 @@ def read_folder(root, size, skip_broken=False, cache="runs/cache"):
         if absent := [path.name for k, path in enumerate(lists) if k not in scenes.given]:
             raise Problem(f"{root / absent[0]} names no picture of {root}: "
                           "remove the list or give the data set that it belongs to")
-    if (root / "numbers.csv").is_file():
-        scenes.measures, known = read_numbers(root / "numbers.csv")
-        unknown = [math.nan] * len(scenes.measures)
-        scenes.numbers = torch.tensor([known.get(name, unknown) for name in scenes.names])
-    return scenes
+    return with_numbers(scenes, root)
+
+
+def read_pictures(path, size, skip_broken=False, pre=False, mask=False, cache="runs/cache"):
+    """Read the buildings of an xBD tree; or a picture, or all in a folder and below it, of no class."""
+    root = Path(path)
+    if is_xbd(root):
+        return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
+    images, files = decode_all(pictures_in(root), size, f"reading {root}", skip_broken)
+    if not files:
+        raise Problem(f"{root}: no picture decodes")
+    names = [file.relative_to(root if root.is_dir() else root.parent).as_posix() for file in files]
+    untold = torch.full((len(files),), -1)
+    return with_numbers(Scenes(images, untold, [], names, torch.arange(len(files))), root)
+
+
+def with_numbers(scenes, root):
+    """Return scenes with the metadata of root/numbers.csv, if there is one.
+
+    Its first column is the picture's path in root, the others are numbers; an empty cell is not known, nor
+    are those of a picture without a row. Raises Problem if it is broken or names no picture.
+    """
+    path = root / "numbers.csv"
+    if not path.is_file():
+        return scenes
+    measures, known = read_numbers(path)
+    if not known.keys() & set(scenes.names):
+        raise Problem(f"{path} names no picture of {root}: give paths in {root} like {scenes.names[0]}")
+    unknown = [math.nan] * len(measures)
+    numbers = torch.tensor([known.get(name, unknown) for name in scenes.names])
+    return replace(scenes, measures=measures, numbers=numbers)
 
 
 def read_numbers(path):
-    """Read a table of metadata, a row per picture -> the names of its columns, {picture: [float]}.
-
-    Its first column is the picture's path in the tree; an empty cell is not known. Problem if it is broken.
-    """
+    """Read a table of metadata -> the names of its columns but the first, {first cell: [float]}."""
     try:
         with open(path, newline="") as file:
             header, *rows = csv.reader(file)
-        found = {row[0]: [float(cell or "nan") for cell in row[1:]] for row in rows}
+        found = {row[0]: [float(cell or "nan") for cell in row[1:]] for row in rows if row}
         if any(len(values) != len(header) - 1 for values in found.values()):
             raise ValueError("rows of several lengths")
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise Problem(f"{path}: {error}; give a header, and in each row a picture and numbers") from None
     return tuple(header[1:]), found
 

@@ -163,12 +163,12 @@ class Diffusion(nn.Module):
         Columns of rows: signal, noise = sqrt(abar), sqrt(1 - abar) at t, and a, b0, b1, b2, the weights of x
         and of the last three x0 in the next x. To this sigma times fresh noise is added. All are float64 but
         t. The last step leads to abar = 1, the image itself: there b0 = 1, and the other weights are 0. With
-        start, a t, the first step is that, the others are those after it.
+        start, a t, it takes the place of the first level that is not above it: those above are not visited.
         """
         assert order == 1 or (order == 2 and eta == 0), "order 2 is for sampling without fresh noise: eta = 0"
         ts = self.levels(steps)
         if start is not None:
-            ts = torch.cat([ts.new_tensor([start]), ts[ts < start]])
+            ts = torch.cat([torch.tensor([start]), ts[ts <= start][1:]])
         abar = self.abar[ts]
         abar_next = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])
         a, b, sigma = posterior(abar, abar_next, eta)

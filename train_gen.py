@@ -22,6 +22,8 @@ from data import Problem, flag
 from ddpm import PREDICTS, SCHEDULES, Diffusion
 from unet import Condition, UNet
 
+GIVEN = "pre", "mask", "lowres", "edges", "numbers"
+
 
 @dataclass
 class Config:
@@ -47,8 +49,10 @@ class Config:
 
     def __post_init__(self):
         compose(self.augment)
-        if unknown := set(self.told) - {*HINTS, "numbers"}:
-            raise ValueError(f"--given {', '.join(sorted(unknown))}: known are {', '.join(HINTS)}, numbers")
+        if unknown := set(self.told) - set(GIVEN):
+            raise ValueError(f"--given {', '.join(sorted(unknown))}: known are {', '.join(GIVEN)}")
+        if "lowres" in self.told and self.size % 4:
+            raise ValueError(f"--given lowres: --size {self.size} must be divisible by 4")
         if self.width % 8:
             raise ValueError(f"--width {self.width} must be divisible by 8")
         if self.schedule == "linear" and self.timesteps <= 20:
@@ -60,7 +64,6 @@ class Config:
         if self.size % factor:
             raise ValueError(f"--size {self.size} must be divisible by {factor}: --patch, "
                              "times 2 for every resolution in --mults after the first")
-
 
     @property
     def told(self):
@@ -82,8 +85,15 @@ class Script(Config):
     like: str = flag("", "with --sample: picture, folder or xBD tree that tells the rest, or where to start")
     start: float = flag(0.0, "with --like: share of the chain at which to start from it (0: from noise)")
     paint: str = flag("", "with --like: picture that is white where to paint anew")
+    rounds: int = flag(1, "with --paint: rounds of each step (RePaint: 10; small generators do best with 1)")
     calls: int = flag(12, "network calls per image")
     w: float = flag(1.5, "guidance scale (1: no guidance, 0: no class)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.start <= 1 or self.rounds < 1:
+            raise ValueError(f"--start {self.start} --rounds {self.rounds}: a share of the chain, 0 to 1; "
+                             "at least 1")
 
 
 # ---- hints: what a generator is told in pixels, made from the batch that is on the device
@@ -105,31 +115,26 @@ def edges(x, threshold=0.15):
     return 2.0 * (strength > threshold) - 1
 
 
-HINTS = {"pre": 3, "mask": 1, "lowres": 3, "edges": 1}                   # and how many channels each has
-
-
 def divide(x, told):
     """Divide a batch (B, C, H, W) into what is generated of it, and the hint, (B, J, H, W) or None.
 
     C is 3, RGB; 4 with the mask of a building; 6 with the picture from before the disaster; 7 with both.
     """
-    x0 = x
+    x0, hints = x, []
     if "mask" in told:
-        x0, mask = x0[:, :-1], x0[:, -1:]
+        x0, hints = x0[:, :-1], [x[:, -1:]]
     if "pre" in told:
-        x0, pre = torch.cat([x0[:, :3], x0[:, 6:]], 1), x0[:, 3:6]
-    hints = {"pre": lambda: pre, "mask": lambda: mask, "lowres": lambda: lowres(x[:, :3]),
-             "edges": lambda: edges(x[:, :3])}
-    parts = [hint() for name, hint in hints.items() if name in told]
-    return x0, torch.cat(parts, 1) if parts else None
+        x0, hints = torch.cat([x0[:, :3], x0[:, 6:]], 1), [x[:, 3:6], *hints]
+    hints += [make(x[:, :3]) for make in (lowres, edges) if make.__name__ in told]
+    return x0, torch.cat(hints, 1) if hints else None
 
 
-def check(cfg, scenes, where):
+def check(cfg, scenes):
     """Raise Problem if scenes lack what --given names."""
     C = scenes.images.shape[1]
-    lacking = {"pre": C < 6, "mask": C not in (4, 7), "numbers": not scenes.measures}
+    lacking = dict(pre=C < 6, mask=C not in (4, 7), numbers=scenes.numbers.isnan().all())
     if missing := [name for name in cfg.told if lacking.get(name)]:
-        raise Problem(f"--given {', '.join(missing)}: {where} has none; pre and mask are those of an xBD "
+        raise Problem(f"--given {', '.join(missing)}: the data have none; pre and mask are those of an xBD "
                       "tree, numbers those of xBD and of a folder with a numbers.csv")
 
 
@@ -141,13 +146,11 @@ class Generator:
     classes: list[str]
     config: Config
     channels: int                             # of the images in training, hints among them
+    measures: list[str]                       # the numbers that it is told, by name
 
 
 def networks(cfg, classes, channels, numbers=0):
-    """Make the noise process and a fresh network, its weights fixed by the seed.
-
-    channels: of the images in training, those of their hints among them; numbers: how many are told.
-    """
+    """Make the noise process and a fresh network, its weights fixed by the seed, told so many numbers."""
     torch.manual_seed(cfg.seed)
     made, hint = divide(torch.zeros(1, channels, 8, 8), cfg.told)
     model = UNet(classes, made.shape[1], cfg.width, cfg.mults, cfg.blocks, cfg.patch,
@@ -175,26 +178,24 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     goes on at its last checkpoint and ends with the numbers of one that was not (on a CPU to the bit). Raises
     Problem if the checkpoint is of other settings or images, or if the loss is not finite.
     """
-    check(cfg, real, "the data")
-    device, numbers = data.pick_device(), real.numbers if "numbers" in cfg.told else None
-    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1],
-                                0 if numbers is None else numbers.shape[1])
-    if numbers is not None:
-        model.numbers.fit(numbers)
-        numbers = numbers.to(device)
+    check(cfg, real)
+    device, measures = data.pick_device(), list(real.measures) if "numbers" in cfg.told else []
+    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1], len(measures))
+    if measures:
+        model.numbers.fit(real.numbers)
     diffusion, model = diffusion.to(device), model.to(device)
     ema = copy.deepcopy(model).eval()
-    generator = Generator(diffusion, ema, real.classes, cfg, real.images.shape[1])
+    generator = Generator(diffusion, ema, real.classes, cfg, real.images.shape[1], measures)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
     identity = dict(config=settings, classes=real.classes, names=real.names, images=real.digest,
-                    channels=real.images.shape[1], numbers=0 if numbers is None else numbers.shape[1])
+                    channels=real.images.shape[1], measures=measures)
     saved = data.resume(path, "generator", identity, parts) or dict(step=0, log=[])
     start, log = saved["step"], saved["log"]
 
-    images, labels = real.images.to(device), real.labels.to(device)
+    images, labels, numbers = (part.to(device) for part in (real.images, real.labels, real.numbers))
     augment = compose(cfg.augment)
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
     quarters = torch.zeros(2, 4, device=device)                       # per quarter of t: sum of losses, count
@@ -203,7 +204,7 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
         index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
         x, _ = augment(data.to_float(images[index]), None, g)
         x0, hint = divide(x, cfg.told)
-        cond = Condition(labels[index], None if numbers is None else numbers[index], hint)
+        cond = Condition(labels[index], numbers[index] if measures else None, hint)
         if cfg.told:
             cond = cond.hide_each(cfg.drop, g)
         with data.autocast(device):
@@ -250,10 +251,11 @@ def load_generator(path):
     """Read the Generator of a checkpoint. Raises Problem if the file is none."""
     saved = data.load_checkpoint(path, "generator")
     cfg = Config(**saved["config"])
-    diffusion, model = networks(cfg, len(saved["classes"]), saved["channels"], saved["numbers"])
+    diffusion, model = networks(cfg, len(saved["classes"]), saved["channels"], len(saved["measures"]))
     model.load_state_dict(saved["ema"])
     device = data.pick_device()
-    return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg, saved["channels"])
+    return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg, saved["channels"],
+                     saved["measures"])
 
 
 def noise_of(seeds, shape, device="cpu"):
@@ -265,21 +267,21 @@ def noise_of(seeds, shape, device="cpu"):
     return lambda: torch.stack([torch.randn(shape, generator=g, device=device) for g in generators])
 
 
-def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=None, batch=256,
-             title="images"):
+def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=None, rounds=1,
+             batch=256, title="images"):
     """Make images of the classes y (N,) int64, -1: not told. -> uint8 (N, C, H, W) on the CPU.
 
-    like: Scenes of N real images, for what else the generator is told. start: at which share of the chain, in
-    0..1, to begin, at like with the noise of it. paint: what to paint anew of like, (N, 1, H, W) bool.
-    Image k follows from (seed, k), whatever the batch and the number of processes. Each process makes its
-    part, and all get all of them.
+    like: Scenes of N real images, for what else the generator is told. start: share of the chain, in 0..1, at
+    which to begin, at like with the noise of it. paint (N, 1, H, W) bool: what to paint anew of like, by DDPM
+    steps in so many rounds; DDIM's fitted worse to what is known. Image k follows from (seed, k), whatever
+    the batch and the number of processes. Each process makes its part, and all get all of them.
     """
     diffusion, model, cfg = generator.diffusion, generator.model, generator.config
     assert like is not None or not (cfg.told or start or paint is not None), "like what?"
     device = diffusion.signal.device
     shape = (model.channels, cfg.size, cfg.size)
     images = torch.zeros(len(y), *shape, dtype=torch.uint8, device=device)
-    part, how = data.share(len(y)), dict(steps=calls, w=w, order=1 if paint is not None else 2)
+    part, how = data.share(len(y)), dict(steps=calls, w=w)
     for first in data.progress(range(part.start, part.stop, batch), title):
         these = slice(first, min(first + batch, part.stop))
         seeds = [(seed * 1_000_003 + k) % 2**32 for k in range(these.start, these.stop)]
@@ -287,12 +289,12 @@ def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=N
         cond = Condition(y[these].to(device))
         if like is not None:
             x0, cond.hint = divide(data.to_float(like.images[these]).to(device), cfg.told)
-            if "numbers" in cfg.told:
+            if generator.measures:
                 cond.numbers = like.numbers[these].to(device)
             if start:
                 how["start"] = x0, round(start * (cfg.timesteps - 1))
             if paint is not None:
-                how["known"] = x0, ~paint[these].to(device)
+                how |= dict(known=(x0, ~paint[these].to(device)), rounds=rounds, order=1, eta=1.0)
         with data.autocast(device):
             images[these] = data.to_uint8(diffusion.sample(model, cond, noise, **how))
     return data.total(images).cpu()                      # zeros stand where the others' images go
@@ -302,20 +304,17 @@ def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=N
 
 def read_like(cfg, generator):
     """Read what --like names, with the size and channels that the generator knows. -> Scenes or None."""
-    size, told = generator.config.size, generator.config.told
+    gen, C = generator.config, generator.channels
     if not cfg.like:
-        if told or cfg.start or cfg.paint:
-            what = ", ".join(told) or "where to start"
-            raise Problem(f"--like is missing: {cfg.sample} must be told {what}")
+        if wanted := gen.told or ["--start"] * (cfg.start > 0) + ["--paint"] * bool(cfg.paint):
+            raise Problem(f"--like is missing: a picture, a folder or an xBD tree for {', '.join(wanted)}")
         return None
-    if data.is_xbd(cfg.like):
-        like = data.read_xbd(cfg.like, size, pre=generator.channels >= 6, mask=generator.channels in (4, 7))
-    else:
-        like = data.read_pictures(cfg.like, size)
-    check(generator.config, like, cfg.like)
-    if like.images.shape[1] != generator.channels:
-        raise Problem(f"--like {cfg.like}: images of {like.images.shape[1]} channels, and {cfg.sample} knows "
-                      f"{generator.channels}; give an xBD tree for one that was trained on xBD")
+    like = data.read_pictures(cfg.like, gen.size, cfg.skip_broken, pre=C >= 6, mask=C in (4, 7))
+    if like.images.shape[1] != C:
+        raise Problem(f"--like {cfg.like}: pictures alone; {cfg.sample} must be given an xBD tree")
+    if generator.measures and list(like.measures) != generator.measures:
+        raise Problem(f"--like {cfg.like}: {cfg.sample} must be told {', '.join(generator.measures)}, here "
+                      f"are {', '.join(like.measures) or 'none'}; give a folder with such a numbers.csv")
     return like
 
 
@@ -337,9 +336,10 @@ def sample(cfg):
     if like:
         like = like[torch.arange(len(like)).repeat_interleave(cfg.count).repeat(len(names))]
     if cfg.paint:
-        hole = torch.from_numpy(data.decode(cfg.paint, generator.config.size))
+        hole = data.read_pictures(cfg.paint, generator.config.size).images[0]
         paint = (hole.float().mean(0) > 127).expand(len(y), 1, -1, -1)
-    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint)
+    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint,
+                      cfg.rounds)
     if data.rank():
         return
     for k, image in enumerate(images):
@@ -353,10 +353,7 @@ def main(cfg):
     """Train on the training split of a tree, or make images with a checkpoint."""
     if cfg.sample:
         return sample(cfg)
-    if data.is_xbd(cfg.data):
-        scenes = data.read_xbd(cfg.data, cfg.size, pre="pre" in cfg.told, mask="mask" in cfg.told)
-    else:
-        scenes = data.read_folder(cfg.data, cfg.size, cfg.skip_broken)
+    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken, "pre" in cfg.told, "mask" in cfg.told)
     index = data.split(scenes)["train"]
     if cfg.per_class:
         index = data.choose(scenes, index, cfg.per_class, cfg.seed)

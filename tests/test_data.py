@@ -146,6 +146,75 @@ def test_a_tree_that_will_not_do_is_told_why(tmp_path, make, message):
 
 # ---- splits
 
+def test_numbers_belong_to_their_pictures_and_a_missing_one_is_not_known(tmp_path):
+    root, nan = tree(tmp_path / "t", count=2), float("nan")
+    for read in (lambda: data.read_folder(root, 8, cache=tmp_path / "cache"),
+                 lambda: data.read_pictures(root, 8)):
+        (root / "numbers.csv").unlink(missing_ok=True)
+        assert read().measures == () and read().numbers.shape == (4, 0)
+        (root / "numbers.csv").write_text("picture,gsd,month\nriver/river_1.png,.5,\n\nelsewhere.png,7,7\n"
+                                          "forest/forest_1.png,-2e1,12\nforest/forest_0.png,,nan\n")
+        s = read()                                                       # also from the cache of the pictures
+        assert s.measures == ("gsd", "month")
+        assert_close(dict(zip(s.names, s.numbers.tolist(), strict=True)), {
+            "forest/forest_0.png": [nan, nan], "forest/forest_1.png": [-20.0, 12.0],
+            "river/river_0.png": [nan, nan], "river/river_1.png": [0.5, nan]}, equal_nan=True)
+        assert_close(s[torch.tensor([3, 1])].numbers, torch.tensor([[0.5, nan], [-20, 12]]), equal_nan=True)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "not enough values"), ("picture,a\nforest/forest_0.png,high\n", "high"),
+    ("picture,a,b\nforest/forest_0.png,1\n", "several lengths"),
+    ("picture,a\nforest/forest_0.png\n", "several lengths"),
+    ("picture,a\nforest_0.png,1\n", "names no picture of .* like forest/forest_0.png"),
+    (b"picture,a\n\xff\xfe,1\n", "give a header")])
+def test_a_broken_table_of_numbers_is_named(tmp_path, text, said):
+    root = tree(tmp_path / "t", count=1)
+    (root / "numbers.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(Problem, match=f"numbers.csv.*{said}") as problem:
+        data.read_pictures(root, 8)
+    assert "\n" not in str(problem.value)
+
+
+def test_pictures_are_read_one_alone_or_all_below_a_folder(tmp_path, capsys):
+    root = tree(tmp_path / "t", count=2)
+    (root / "river/deep").mkdir()
+    for name in ("river/deep/x.PNG", "top.png", ".hidden.png"):
+        Image.new("RGB", (20, 20), "white").save(root / name)
+    s = data.read_pictures(root, 8)
+    assert s.names == ["forest/forest_0.png", "forest/forest_1.png", "river/deep/x.PNG", "river/river_0.png",
+                       "river/river_1.png", "top.png"]
+    assert s.images.shape == (6, 3, 8, 8) and (s.labels == -1).all()
+    assert_close(s.images[3], torch.from_numpy(data.decode(root / "river/river_0.png", 8)))
+    one = data.read_pictures(root / "river/river_0.png", 8)
+    assert one.names == ["river_0.png"] and (one.images[0] == s.images[3]).all()
+    (root / "top.png").write_text("no picture")
+    with pytest.raises(Problem, match="1 of 6 .*top.png"):
+        data.read_pictures(root, 8)
+    assert len(data.read_pictures(root, 8, skip_broken=True)) == 5 and "top.png" in capsys.readouterr().err
+    with pytest.raises(Problem, match="no picture decodes"):
+        data.read_pictures(root / "top.png", 8, skip_broken=True)
+
+
+def test_a_drawn_scene_is_as_light_and_hazy_as_its_numbers_say(tmp_path):
+    root = data.draw_tree(tmp_path / "t", 24, size=32)
+    s = data.read_folder(root, 16, cache=tmp_path / "cache")
+    assert s.measures == ("scale", "light", "haze") and s.numbers.isfinite().all()
+    light = s.images.float().mean((1, 2, 3))
+    saturation = (s.images.amax(1) - s.images.amin(1)).float().mean((1, 2))
+    for seen, name, sign in ((light, "light", 1), (saturation, "haze", -1)):
+        told = s.numbers[:, s.measures.index(name)]
+        a, b = (torch.cat([z[s.labels == c] - z[s.labels == c].mean() for c in range(8)])
+                for z in (seen, told))
+        assert sign * torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.4
+    before = (root / "numbers.csv").read_text()
+    data.draw_tree(root, 24, size=32)                                    # nothing to draw: the same table
+    assert (root / "numbers.csv").read_text() == before
+    (root / "river/river_003.jpg").unlink()
+    data.draw_tree(root, 24, size=32)
+    assert (root / "numbers.csv").read_text() == before
+
+
 def test_a_split_is_stratified_disjoint_complete_and_by_seed():
     s = scenes(list(range(200)), [0] * 150 + [1] * 50)
     parts = data.split(s, seed=3)

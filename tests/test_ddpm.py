@@ -524,6 +524,17 @@ def test_a_start_at_the_end_of_the_chain_is_none_and_one_at_its_beginning_change
     assert_close(early, x0, atol=0.05, rtol=0)
 
 
+def test_however_few_the_steps_a_plan_begins_at_its_start_and_goes_on_at_levels_a_step_apart():
+    diffusion = Diffusion(1000)
+    for order, steps in ((2, 12), (1, 5)):
+        levels = diffusion.levels(steps)
+        for start in range(1000):
+            ts, rows, _ = diffusion.plan(steps, order=order, start=start)
+            assert ts[0] == start and ts[1:].tolist() == levels[levels <= start][1:].tolist()
+            assert_close(rows[0, 0].square(), diffusion.abar[start])
+    assert diffusion.plan(8, start=3)[0].tolist() == [3]                     # below the last level: one step
+
+
 class Correlated(nn.Module):
     """The perfect network for images of two pixels from N(0, C)."""
 

@@ -1,4 +1,5 @@
 """train_gen.py: a generator learns, a killed run ends as others do, images follow from their number."""
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
@@ -14,7 +16,7 @@ import train_gen
 from augment import compose
 from data import Problem, Scenes
 from experiment import SCALES
-from train_gen import Config, generate, load_generator, noise_of, train, update_ema
+from train_gen import Config, divide, edges, generate, load_generator, lowres, noise_of, train, update_ema
 from unet import Condition
 
 TINY = Config(size=8, width=16, mults=(1, 2), blocks=1, timesteps=100, steps=6, batch=8, lr=1e-3, warmup=2,
@@ -53,10 +55,12 @@ def test_folded_pixels_leave_a_checkerboard_unless_x0_is_predicted_as_the_small_
     assert [(gen.patch, gen.predict) for gen in small] == [(2, "x0")] * len(small)
 
 
-def test_training_is_this_loop_written_out(adamw_by_hand, in_float64):
-    """Draw, augment, loss, clip, learning rate, AdamW, and an average that forgets its start sooner."""
+@pytest.mark.parametrize("given", ["", "edges"])
+def test_training_is_this_loop_written_out(adamw_by_hand, in_float64, given):
+    """Draw, augment, hide each part if there are several, loss, clip, learning rate, AdamW, average."""
     real = halves(12, noise=0.5)
-    cfg = replace(TINY, steps=4, warmup=2, lr=2e-2, ema=0.2, drop=0.4, seed=7, augment="hflip,rot90,crop")
+    cfg = replace(TINY, steps=4, warmup=2, lr=2e-2, ema=0.2, drop=0.4, seed=7, given=given,
+                  augment="hflip,rot90,crop")
     generator = train(real, cfg)
 
     diffusion, model = train_gen.networks(cfg, 2, channels=1)
@@ -66,7 +70,10 @@ def test_training_is_this_loop_written_out(adamw_by_hand, in_float64):
         g = data.rng(7, step)
         places = torch.randint(12, (8,), generator=g)
         x0, _ = compose(cfg.augment)(real.images[places] / 127.5 - 1, None, g)
-        loss, _ = diffusion.loss(model, x0, Condition(real.labels[places]), 0.4, g)
+        cond = Condition(real.labels[places], hint=edges(x0) if given else None)
+        if given:
+            cond = cond.hide_each(0.4, g)
+        loss, _ = diffusion.loss(model, x0, cond, 0.4, g)
         gradients = torch.autograd.grad(loss.mean(), by_hand.parameters)
         norms.append(sum(d.square().sum() for d in gradients).sqrt().item())
         by_hand.move([d / max(1.0, norms[-1] + 1e-6) for d in gradients], rate)
@@ -168,6 +175,152 @@ def test_bad_settings_are_told(kw, message):
         Config(**{"size": 16, "mults": (1, 2, 2), **kw})
 
 
+# ---- what it is told beside the class
+
+@pytest.mark.parametrize("C, told, made, hint", [
+    (3, "", "012", ""), (4, "", "0123", ""), (6, "", "012345", ""), (7, "", "0123456", ""),
+    (4, "mask", "012", "3"), (6, "pre", "012", "345"), (7, "mask", "012345", "6"),
+    (7, "pre", "0126", "345"), (7, "pre,mask", "012", "3456"), (7, "mask,pre", "012", "3456")])
+def test_each_channel_is_either_made_or_told(C, told, made, hint):
+    x = torch.arange(C).view(1, C, 1, 1) + 10.0 * torch.rand(2, 1, 8, 8)
+    x0, found = divide(x, told.split(","))
+    assert_close(x0, x[:, [int(k) for k in made]])
+    assert_close(found, x[:, [int(k) for k in hint]] if hint else None)
+
+
+@pytest.mark.parametrize("C", [3, 4, 6, 7])
+def test_hints_of_the_image_itself_are_of_its_rgb_and_take_nothing_from_it(C):
+    x = torch.rand(2, C, 8, 8)
+    x0, hint = divide(x, ["edges", "lowres"])
+    assert_close(x0, x)
+    assert_close(hint, torch.cat([lowres(x[:, :3]), edges(x[:, :3])], 1))
+    if C == 7:
+        x0, hint = divide(x, ["pre", "lowres", "edges"])
+        assert_close(hint, torch.cat([x[:, 3:6], lowres(x[:, :3]), edges(x[:, :3])], 1))
+
+
+def test_a_low_resolution_keeps_means_and_slopes_and_nothing_finer_than_four_pixels():
+    x, ramp = torch.randn(2, 3, 16, 24), torch.arange(16.0).expand(1, 3, 16, 16)
+    assert_close(lowres(x).mean((2, 3)), x.mean((2, 3)))
+    assert_close(lowres(ramp)[..., 2:-2], ramp[..., 2:-2])               # from the first middle to the last
+    assert_close(lowres(ramp)[..., :2], torch.full((1, 3, 16, 2), 1.5))
+    fine = torch.tensor([1.0, -1.0]).repeat(8).expand(1, 3, 16, 16)
+    assert_close(lowres(fine), torch.zeros(1, 3, 16, 16))
+    assert lowres(x).shape == x.shape
+
+
+def test_edges_are_where_the_grey_rises_by_more_than_the_threshold_per_pixel():
+    def marked(grey, *threshold):
+        x = torch.tensor([0.5, 1.0, 1.5]).view(1, 3, 1, 1) * grey        # its grey is the mean
+        found = edges(x, *threshold)
+        assert found.shape == (1, 1, 9, 9) and set(found.unique().tolist()) <= {-1.0, 1.0}
+        return found[0, 0] > 0
+
+    step = (torch.arange(9) >= 4).float().expand(9, 9)                   # half of it in each of two columns
+    two = ((torch.arange(9) == 3) | (torch.arange(9) == 4)).expand(9, 9)
+    assert_close(marked(0.31 * step), two)
+    assert_close(marked(-0.31 * step.T), two.T)
+    assert not marked(0.29 * step).any() and marked(0.29 * step, 0.14).any()
+    assert not marked(torch.ones(9, 9)).any()                            # nor is the border one
+    slope = torch.arange(9).float()[:, None] + torch.arange(9)           # sqrt 2 per pixel
+    assert marked(0.11 * slope)[1:-1, 1:-1].all() and not marked(0.10 * slope).any()
+    spot = torch.zeros(9, 9)
+    spot[4, 4] = 0.61                                                    # beside it 1/4, diagonally .177
+    assert marked(spot).nonzero().tolist() == [[3, 4], [4, 3], [4, 5], [5, 4]]
+
+
+def steps_of(side, light, column):
+    """Grey images with a step of .6 up at this column or down, about so much light: Scenes with numbers."""
+    x = torch.where(torch.arange(8) < column[:, None], -0.3, 0.3) * side[:, None] + light[:, None]
+    x = x[:, None, None].expand(-1, 1, 8, 8)
+    n, numbers = len(light), torch.stack([5 + 3 * light, torch.full_like(light, float("nan"))], 1)
+    return Scenes(data.to_uint8(x), (side > 0).long(), ["down", "up"], [f"{k}" for k in range(n)],
+                  torch.arange(n), numbers=numbers, measures=("light", "haze"))
+
+
+def some_steps(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    side, light, column = (torch.rand(n, generator=g) for _ in range(3))
+    return steps_of(2.0 * (side > 0.5) - 1, 1.2 * light - 0.6, torch.where(column > 0.5, 2, 6))
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A generator that is told where the edge is, and how light it is; and where its checkpoint is."""
+    path = tmp_path_factory.mktemp("told") / "g.pt"
+    cfg = replace(TINY, steps=300, batch=32, lr=3e-3, warmup=20, ema=0.95, predict="x0",
+                  given="edges,numbers")
+    return train(some_steps(128, 0), cfg, path), path
+
+
+def correlation(a, b):
+    return torch.corrcoef(torch.stack([a.float(), b.float()]))[0, 1].item()
+
+
+def test_what_is_made_follows_the_hint_and_the_number_it_was_told(told):
+    generator, like = told[0], some_steps(60, 1)
+
+    def found(images):
+        x = data.to_float(images)[:, 0]
+        return x.diff(dim=2).mean(1).abs().argmax(1), x.mean((1, 2))     # where the step is, how light it is
+
+    asked, light = found(like.images)[0], like.numbers[:, 0]
+    where, bright = found(generate(generator, like.labels, 2, calls=8, w=1.0, like=like))
+    assert correlation(where, asked) > 0.9 and correlation(bright, light) > 0.8
+    mute = replace(like, numbers=float("nan") * like.numbers)            # edges alone do not say how light
+    where, bright = found(generate(generator, like.labels, 2, calls=8, w=1.0, like=mute))
+    assert correlation(where, asked) > 0.9 and abs(correlation(bright, light)) < 0.5
+    others = like[torch.arange(60).roll(1)]                              # the one that was asked, no other
+    where, bright = found(generate(generator, like.labels, 2, calls=8, w=1.0, like=others))
+    assert correlation(where, asked.roll(1)) > 0.9 and correlation(bright, light.roll(1)) > 0.8
+    assert max(abs(correlation(where, asked)), abs(correlation(bright, light))) < 0.5
+
+
+def test_a_start_near_the_image_gives_it_back_and_one_at_the_end_of_the_chain_does_not():
+    generator, like = train(halves(), TINY), halves(6, noise=0.5)
+    near, half, whole, none = (generate(generator, like.labels, 1, like=like, start=share).int()
+                               for share in (0.02, 0.5, 1.0, None))
+    off = [(images - like.images.int()).abs().float().mean() for images in (near, half, whole)]
+    assert off[0] < 6 < off[1] < off[2] - 10
+    assert (whole - none).abs().max() <= 2
+
+
+def test_painting_keeps_the_known_pixels_exactly_and_changes_the_others():
+    generator, like = train(halves(), TINY), halves(6, noise=0.5)
+    paint = torch.zeros(6, 1, 8, 8, dtype=torch.bool)
+    for k in range(6):
+        paint[k, :, k:k + 3, 2:5] = True                                 # of each image another hole
+    images = generate(generator, like.labels, 1, calls=5, like=like, paint=paint)
+    assert (images == like.images)[~paint].all()
+    more = generate(generator, like.labels, 1, calls=5, like=like, paint=paint, rounds=3)
+    assert (more == like.images)[~paint].all() and (more != images)[paint].float().mean() > 0.5
+    assert ((images.int() - like.images.int()).abs()[paint].view(6, 9) > 3).float().mean(1).min() > 0.5
+
+
+@pytest.mark.parametrize("more", [{}, dict(start=0.5), dict(paint=True)])
+def test_image_k_follows_from_seed_and_k_also_if_it_is_told_or_begins_somewhere(told, more):
+    like, more = some_steps(5, 1), dict(more)
+    if "paint" in more:
+        more["paint"] = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.3
+    whole = generate(told[0], like.labels, 3, calls=3, like=like, **more)
+    parts = generate(told[0], like.labels, 3, calls=3, like=like, batch=2, **more)
+    assert (whole.int() - parts.int()).abs().max() <= 1 and (whole[0] != whole[1]).any()
+    assert (whole != generate(told[0], like.labels, 4, calls=3, like=like, **more)).any()
+
+
+def test_a_checkpoint_knows_what_it_must_be_told(told):
+    made, path = told
+    loaded, like = load_generator(path), some_steps(4, 1)
+    assert loaded.config.told == ["edges", "numbers"] and loaded.measures == ["light", "haze"]
+    assert_close(generate(loaded, like.labels, 0, calls=3, like=like),
+                 generate(made, like.labels, 0, calls=3, like=like), rtol=0, atol=0)
+    assert (loaded.model.numbers.least[0], loaded.model.numbers.most[0]) != (0, 1)        # the range it saw
+    with pytest.raises(AssertionError, match="like what"):
+        generate(loaded, like.labels, 0, calls=3)
+
+
+# ---- the command line
+
 def run(*argv):
     return subprocess.run([sys.executable, "train_gen.py", *map(str, argv)], capture_output=True, text=True)
 
@@ -192,3 +345,93 @@ def test_the_commands_train_and_make_pictures_that_can_be_read_back(tmp_path, la
     wrong = launch(train_gen, "--sample", checkpoint, "--classes", "moon")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
     assert "moon" in wrong.stderr and "river" in wrong.stderr
+
+
+def picture(path, size=16):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.linear_gradient("L").resize((size, size)).convert("RGB").save(path)
+    return path
+
+
+def test_the_commands_tell_a_generator_edges_and_numbers_of_pictures_and_say_where_to_start(tmp_path, launch):
+    root, flags = data.draw_tree(tmp_path / "t", 5, size=16), "--size 16 --width 16 --mults 1,2 --blocks 1"
+    flags = f"{flags} --steps 2 --batch 4 --warmup 1 --given edges,numbers --augment none".split()
+    trained = launch(train_gen, "--data", root, "--out", tmp_path / "gen", *flags)
+    assert trained.returncode == 0, trained.stderr
+    like = data.draw_tree(tmp_path / "like", 1, seed=1, size=16)
+    hole = tmp_path / "hole.png"
+    pixels = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    pixels[:, 4:9, 4:9] = 255
+    data.save_picture(data.picture(pixels), hole)
+    made = launch(train_gen, "--sample", tmp_path / "gen/generator.pt", "--classes", "river,any",
+                  "--count", 2, "--calls", 3, "--like", like, "--paint", hole, "--out", tmp_path / "made")
+    assert made.returncode == 0, made.stderr
+    real = data.read_pictures(like, 16)
+    assert len(real) == 8 and real.measures == ("scale", "light", "haze")
+    for name in ("river", "any"):                                        # of each picture two, in its order
+        files = sorted((tmp_path / "made" / name).glob("*.png"))
+        images = torch.stack([torch.from_numpy(data.decode(path, 16)) for path in files])
+        same = images == real.images.repeat_interleave(2, 0)
+        assert len(images) == 16 and same[..., pixels[0] == 0].all() and not same[..., 4:9, 4:9].all()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Generators of 8 x 8 pixels that were told nothing, numbers, and the picture from before."""
+    root, rgb = tmp_path_factory.mktemp("made"), halves(12).images.expand(-1, 3, -1, -1)
+    numbers = replace(halves(12), images=rgb, numbers=torch.rand(12, 1), measures=("light",))
+    six = replace(halves(12), images=rgb.repeat(1, 2, 1, 1))
+    for real, given in ((numbers, ""), (numbers, "numbers"), (six, "pre")):
+        train(real, replace(TINY, steps=1, given=given), root / f"{given or 'plain'}.pt")
+    return root
+
+
+@pytest.mark.parametrize("which, flags, said", [
+    ("numbers", "", "--like is missing: .* numbers"),
+    ("plain", "--start .5", "--like is missing: .* --start"),
+    ("plain", "--paint ok/a.png", "--like is missing: .* --paint"),
+    ("plain", "--like ok --start 1.5", "--start 1.5 .* a share of the chain, 0 to 1"),
+    ("plain", "--like ok --start -.1", "--start -0.1"),
+    ("plain", "--like ok --paint ok/a.png --rounds 0", "--rounds 0: .*at least 1"),
+    ("plain", "--like nowhere --start .5", "no pictures in nowhere"),
+    ("plain", "--like empty --start .5", "no pictures in empty"),
+    ("plain", "--like broken --start .5", "do not decode .*b.png"),
+    ("plain", "--like broken/b.png --start .5 --skip-broken", "no picture decodes"),
+    ("plain", "--like ok --paint broken/b.png", "do not decode .*b.png"),
+    ("plain", "--like ok --paint nowhere.png", "no pictures in nowhere.png"),
+    ("numbers", "--like ok", "must be told light, here are none"),
+    ("numbers", "--like others", "must be told light, here are haze"),
+    ("numbers", "--like strangers", "numbers.csv names no picture"),
+    ("pre", "--like ok", "--like ok: pictures alone; .*xBD tree"),
+])
+def test_a_wrong_or_missing_like_is_one_line_and_nothing_is_written(checkpoints, tmp_path, monkeypatch,
+                                                                    launch, which, flags, said):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("ok", "others", "strangers"):
+        picture(tmp_path / folder / "a.png")
+    (tmp_path / "others/numbers.csv").write_text("picture,haze\na.png,1\n")
+    (tmp_path / "strangers/numbers.csv").write_text("picture,light\nx.png,1\n")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/b.png").write_bytes(b"no picture")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    told = launch(train_gen, "--sample", checkpoints / f"{which}.pt", "--out", "made", "--calls", 2,
+                  *flags.split())
+    *skipped, line = told.stderr.splitlines()
+    assert told.returncode == 2 and re.search(said, line), told.stderr
+    assert all(other.startswith("skipped") for other in skipped) and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("given, said", [
+    ("edgs", "--given edgs: known are pre, mask, lowres, edges, numbers"),
+    ("pre", "--given pre: the data have"),
+    ("mask,edges", "--given mask: the data have"), ("numbers", "--given numbers: the data have"),
+    ("lowres --size 6", "--size 6 must be divisible by 4")])
+def test_what_the_data_lack_cannot_be_given(tmp_path, monkeypatch, launch, given, said):
+    monkeypatch.chdir(tmp_path)
+    for k in range(10):
+        picture(tmp_path / f"t/{'ab'[k % 2]}/{k}.png", size=16 + k)
+    told = launch(train_gen, "--data", "t", "--out", "gen", "--size", 8, "--mults", "1,2", "--steps", 1,
+                  "--width", 8, "--given", *given.split())
+    assert told.returncode == 2 and said in told.stderr and told.stderr.count("\n") == 1
+    assert not (tmp_path / "gen").exists()

@@ -460,6 +460,40 @@ def test_a_real_tile_gives_a_crop_of_its_pixels(tmp_path):
         assert_close(images[k:k + 3], expected)
 
 
+@real
+def test_the_measures_of_a_real_label_are_its_own():
+    """As `python -m json.tool` shows them; the place is Joplin, Missouri."""
+    found = dict(zip(data.MEASURES, read_label(
+        REAL / "train/labels/joplin-tornado_00000050_post_disaster.json")[3], strict=True))
+    assert found["longitude"] == pytest.approx(-94.5, abs=0.1)
+    assert found["latitude"] == pytest.approx(37.07, abs=0.1)
+    assert found["gsd"] == 2.35255861282349 and found["month"] == 5
+    assert (found["off_nadir_angle"], found["sun_elevation"]) == (28.4302768707275, 71.8531799316406)
+
+
+def test_measures_that_a_label_lacks_are_not_known_and_each_building_has_those_of_its_tile(tmp_path, read):
+    root = tile(tmp_path / "tree", "a_00000001", [house(), house(box=(80, 80, 99, 99))])
+    tile(root, "b_00000002", [house()])
+    path = root / "train/labels/b_00000002_post_disaster.json"
+    content = json.loads(path.read_bytes())
+    content["metadata"] |= dict(capture_date="2018-09-20T16:04:41.000Z", sun_elevation=61.5)
+    content["features"]["lng_lat"] = [dict(wkt="POLYGON ((-78 34, -78 36, -80 36, -80 34))")]
+    path.write_text(json.dumps(content))
+    s, nan = read(), float("nan")
+    assert s.measures == ("longitude", "latitude", "gsd", "off_nadir_angle", "sun_elevation", "month")
+    a, b = [nan, nan, 2.4, nan, nan, nan], [-79, 35, 2.4, nan, 61.5, 9]
+    assert_close(s.numbers, torch.tensor([a, a, b]), equal_nan=True)
+    content["metadata"]["sun_elevation"] = "high"
+    path.write_text(json.dumps(content))
+    with pytest.raises(Problem, match="b_00000002_post_disaster.json is not an xBD label"):
+        read()
+
+
+def test_a_drawn_label_tells_the_height_of_the_sun_which_the_shadows_show(drawn):
+    heights = [read_label(path)[3][4] for path in drawn.glob("*/labels/*_post_disaster.json")]
+    assert len(set(heights)) > 20 and 35 < min(heights) < 45 and 55 < max(heights) < 65    # atan 1/1.3, 1/.5
+
+
 # ---- splits
 
 @pytest.fixture(scope="module")
