@@ -71,7 +71,7 @@ def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
 def test_every_run_is_a_row_and_all_arms_of_networks_have_the_same_budget(smoke):
     rows = results(smoke[0])
     assert len({(r["leg"], r["arm"], r["count"], r["seed"]) for r in rows}) == len(rows)
-    assert len([r for r in rows if not r["arm"].startswith("resnet")]) == 4 * 10 + 2 * 8
+    assert len([r for r in rows if not r["arm"].startswith("resnet")]) == 4 * 10 + 2 * 9
     for r in rows:
         arm = LEGS[r["leg"]].arms[r["arm"].removeprefix("resnet: ")]
         budget = ("0", "0") if arm.model == "linear" else ("10", "320")
@@ -174,8 +174,10 @@ def test_generators_saw_the_training_images_of_their_arm_and_nothing_else(smoke)
                 rare = experiment.rare(real) if scenes.tiles else range(8)
                 names = zip(real.names, real.labels.tolist(), strict=True)
                 expected.add(tuple(sorted(name for name, c in names if c in rare)))
+                if scenes.tiles:
+                    expected.add(tuple(sorted(real.names)))             # to simulate damage and its absence
         assert not {name for names in trained for name in names} & set(scenes[parts["test"]].names)
-    assert trained == expected and len(trained) == 6
+    assert trained == expected and len(trained) == 8
 
 
 def test_without_git_the_commit_is_left_empty(monkeypatch):
@@ -187,9 +189,9 @@ def test_without_git_the_commit_is_left_empty(monkeypatch):
 def test_the_page_needs_nothing_but_itself(smoke):
     page = (smoke[0] / "report.html").read_text()
     assert "http" not in page and "<script" not in page and page.count("<h2>") == 3
-    # per leg a grid and confusions, per count suspects; per leg the claims and all arms
-    assert page.count("data:image/png;base64,") == page.count('<img alt="') == 7
-    assert page.count("<svg") == 4 and page.count("<figcaption>") == 11
+    # per leg a grid and confusions, per count suspects, simulated damage; per leg the claims and all arms
+    assert page.count("data:image/png;base64,") == page.count('<img alt="') == 8
+    assert page.count("<svg") == 4 and page.count("<figcaption>") == 12
     assert re.search("python experiment.py --out [^ ]+ --smoke --jobs [12]", page)
     for name in (*LEGS["scenes"].arms, *LEGS["buildings"].arms):
         name = html.escape(name) + " (8)" * (name in LEGS["scenes"].arms and name != "balanced")
@@ -226,7 +228,7 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(smoke, tmp_path, capsys):
     root = smoke[0] / "drawn-buildings-64"
     experiment.main(Config(smoke=True, dry_run=True, data=str(root), out=str(tmp_path)))
     said = capsys.readouterr().out
-    assert "2 generators of 10 steps" in said and "minutes on" in said and "MB" in said
+    assert "4 generators of 10 steps" in said and "minutes on" in said and "MB" in said
     assert not (tmp_path / "results.csv").exists() and not (tmp_path / "generators").exists()
 
 
@@ -305,7 +307,8 @@ def test_a_run_is_another_if_anything_that_decides_it_is():
     cell, arm = case.cell(4, 0), Arm("generator", 0.5)
     other = replace(case, s=replace(case.s, made=9))
     changes = dict(share=0.4, augment="hflip", balance=True, model="resnet", wide=2.0, pretrain=True,
-                   shuffle=True, grey=True, w=3.0, calls=5, made=7, generator=1, keep=1.0, soft=True)
+                   shuffle=True, grey=True, w=3.0, calls=5, made=7, generator=1, keep=1.0, soft=True,
+                   start=0.5)
     runs = [(case.cell(*where), arm) for where in ((4, 0), (4, 1), (8, 0))] + [(other.cell(4, 0), arm)]
     runs += [(cell, replace(arm, **{name: value})) for name, value in changes.items()]
     assert len({experiment.run_id(*run) for run in runs}) == len(runs)
@@ -409,6 +412,51 @@ def test_rare_classes_are_those_below_the_mean_and_a_generator_makes_only_these(
         got, _ = experiment.replacements(cell, Arm(name, 0.5))
         assert set(got.labels.tolist()) == {0, 1, 2, 3}               # of rare ones only, elsewhere is damage
     assert experiment.recipe(cell, Arm("generator", 0.5))["classes"] == [1, 2, 3]
+
+
+def test_damage_is_simulated_on_the_picture_from_before_and_the_building_stays(smoke, monkeypatch):
+    """Of intact buildings of the training tiles, or with an event held out of all of that event."""
+    for event in ("", "drawn-flood"):
+        case = case_of(smoke[0], "buildings", hold_out=event)
+        cell, arm = case.cell(12, 0), Arm("simulated", 0.5, balance=True)
+        y = torch.arange(4).repeat_interleave(5)
+        like = cell.like(arm, y)
+        named = {name: k for k, name in enumerate(case.scenes.names)}
+        origin = case.scenes[torch.tensor([named[name] for name in like.names])]
+        assert (like.images[:, 3:] == origin.images[:, 3:]).all() and like.images.shape[1] == 7
+        assert (like.images[:, :3] == 128).all() and (like.labels == -1).all()     # how it ended is not told
+        if event:
+            assert {data.event_of(name) for name in like.names} == {event}
+        else:
+            assert set(origin.labels.tolist()) == {0} and set(like.names) <= set(cell.real.names)
+        told = {}
+        monkeypatch.setattr(experiment.train_gen, "train", lambda real, cfg, *_, told=told, **kw: (
+            told.update(real=real, given=cfg.given)))
+        monkeypatch.setattr(experiment.train_gen, "generate", lambda _, y, *args, told=told, **kw: (
+            told.update(like=args[3]) or torch.zeros(len(y), 3, 16, 16, dtype=torch.uint8)))
+        case.out = smoke[0] / f"simulated-{event}"
+        made = experiment.synthesize(cell, arm)
+        assert told["given"] == "pre,mask" and set(told["real"].names) == set(cell.real.names)
+        assert not {data.event_of(name) for name in told["real"].names} & {event}
+        assert made.images.shape[1] == 4 and made.labels.unique().tolist() == [0, 1, 2, 3]
+        assert (made.images[:, 3] == told["like"].images[:, 6]).all()              # the mask of before
+
+
+def test_nothing_but_damage_can_be_simulated(smoke):
+    for label, possible in (("damage", True), ("type", False)):
+        cell = case_of(smoke[0], "buildings", label=label).cell(12, 0)
+        assert cell.possible(Arm("simulated", 0.5)) is possible
+
+
+def test_edited_images_start_from_real_ones_of_their_class(scenes_case, monkeypatch, tmp_path):
+    cell, told = replace(scenes_case, out=tmp_path).cell(4, 0), {}
+    monkeypatch.setattr(experiment.train_gen, "train", lambda *_, **kw: None)
+    monkeypatch.setattr(experiment.train_gen, "generate", lambda _, y, *args, **kw: (
+        told.update(y=y, like=args[3], start=args[4]) or torch.zeros(len(y), 3, 16, 16, dtype=torch.uint8)))
+    experiment.synthesize(cell, Arm("generator", 0.5, start=0.3))
+    assert told["start"] == 0.3 and (told["like"].labels == told["y"]).all()
+    assert set(told["like"].names) == set(cell.real.names)                         # all of them, in turn
+    assert cell.like(Arm("generator", 0.5), told["y"]) is None
 
 
 def test_leaks_are_caught(smoke, scenes_case):
