@@ -1503,8 +1503,10 @@ def blocks(case):
     if case.leg.rare:
         yield "## By class and event; –: never recognised"
         yield detail_rows(case)
-    yield f"## Which classes gain, with {amount(case, case.s.counts[-1])}; not corrected for their number"
-    yield class_rows(case)
+    header, rows = class_rows(case)
+    if rows:
+        yield f"## Which classes gain, with {amount(case, case.s.counts[-1])}; not corrected for their number"
+        yield header, rows
     if picture := confusions(case):
         yield picture, (f"What was taken for what: {base} left, {arm} right. A row is the truth, a column "
                         "the answer; black is always.")
