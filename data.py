@@ -494,8 +494,8 @@ def choose(scenes, index, count, seed):
 
 
 def picture(image):
-    """Convert (C, H, W) uint8 to PIL; of more than three channels the first three."""
-    return Image.fromarray(rearrange(image[:3].cpu(), "c h w -> h w c").numpy())
+    """Convert (C, H, W) uint8 to PIL: RGB, or RGBA if C = 4, where the mask becomes the opacity."""
+    return Image.fromarray(rearrange(image.cpu(), "c h w -> h w c").numpy())
 
 
 def grid(images, columns, zoom=1):

@@ -113,6 +113,8 @@ LEGS = {
             "balanced + synthetic":            replace(BALANCED, source="generator", share=0.5),
             "balanced + simulated damage":   replace(BALANCED, source="simulated", share=0.5),
             "balanced + copy-paste":           replace(BALANCED, augment=f"{OVERHEAD},copypaste"),
+            "balanced + pasted synthetic":   replace(BALANCED, source="generator", share=0.5,
+                                                     augment=f"{OVERHEAD},copypaste"),
             "balanced + fresh real":           replace(BALANCED, source="fresh", share=0.5),
             "balanced + copies":               replace(BALANCED, source="copies", share=0.5),
             "linear: balanced":                Arm(balance=True, model="linear"),

@@ -353,7 +353,7 @@ def main(cfg):
     """Train on the training split of a tree, or make images with a checkpoint."""
     if cfg.sample:
         return sample(cfg)
-    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken, "pre" in cfg.told, "mask" in cfg.told)
+    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken, pre="pre" in cfg.told, mask=True)
     index = data.split(scenes)["train"]
     if cfg.per_class:
         index = data.choose(scenes, index, cfg.per_class, cfg.seed)

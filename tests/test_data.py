@@ -104,6 +104,14 @@ def test_read_folder_gives_sorted_classes_names_and_right_labels(tmp_path):
     assert_close(data.picture(s.images[7]).tobytes(), Image.open(tmp_path / "t" / s.names[7]).tobytes())
 
 
+def test_a_mask_is_saved_as_opacity_and_leaves_the_picture_as_it_is(tmp_path):
+    image = torch.randint(256, (4, 8, 8), dtype=torch.uint8, generator=data.rng(0))
+    data.save_picture(data.picture(image), tmp_path / "a.png")
+    assert (torch.from_numpy(data.decode(tmp_path / "a.png", 8)) == image[:3]).all()
+    with Image.open(tmp_path / "a.png") as pil:
+        assert (torch.from_numpy(np.array(pil.getchannel("A"))) == image[3]).all()
+
+
 def test_the_cache_is_used_and_a_stale_one_noticed(tmp_path, monkeypatch, capsys):
     root, cache = tree(tmp_path / "t"), tmp_path / "cache"
     first = data.read_folder(root, 8, cache=cache)
