@@ -365,8 +365,9 @@ def measure(content):
     """Take the MEASURES from a label, [float], nan if there is none; the place is its first building's."""
     about, places = content["metadata"], content["features"].get("lng_lat", [])
     place = wkt_polygon(places[0]["wkt"])[0].mean(0).tolist() if places else [math.nan] * 2
-    month = about.get("capture_date", "")[5:7] or "nan"
-    return [*place, *(float(about.get(name, "nan")) for name in MEASURES[2:5]), float(month)]
+    month = (about.get("capture_date") or "")[5:7]
+    known = [about.get(name) for name in MEASURES[2:5]] + [month or None]
+    return place + [math.nan if value is None else float(value) for value in known]
 
 
 def wkt_polygon(text):

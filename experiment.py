@@ -10,7 +10,8 @@ on the test split. The rules:
 
     equal budget   every arm takes the same optimizer steps and images per step: a synthetic image takes the
                    place of a real one
-    no leak        a generator sees its arm's real training images and nothing else; nothing is chosen on test
+    no leak        a generator is trained on its arm's real training images alone; nothing is chosen on test.
+                   Only simulated damage, with an event held out, starts from how its buildings look before
     paired         a seed fixes subset, weights and batches in all arms: differences are per seed and image
 
 In this order: what is compared; the runs; statistics; what synthetic images are like; answers; the page.
@@ -120,9 +121,9 @@ LEGS = {
             "linear: balanced":                Arm(balance=True, model="linear"),
             "linear: balanced + synthetic":    Arm("generator", 0.5, balance=True, model="linear"),
         },
-        mix="balanced + synthetic", bases=("balanced",),
+        mix="balanced + synthetic", bases=("balanced", "balanced + copy-paste"),
         claims=(("balanced + synthetic", "balanced", "synthetic images of the rare classes"),
-                ("balanced + simulated damage", "balanced", "intact buildings with simulated damage"),
+                ("balanced + simulated damage", "balanced", "simulated damage"),
                 ("balanced + fresh real", "balanced", "fresh real images"),
                 ("balanced + copies", "balanced", "copies of the real images")),
         controls={"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True),
@@ -329,8 +330,9 @@ class Case:
         Grey stands in the place of the picture from after the disaster, -1 in that of the damage.
         """
         pairs = self.pairs(scenes)
-        grey = torch.full_like(pairs.images[:, :3], 128)
-        return replace(pairs, images=torch.cat([grey, pairs.images[:, 3:]], 1), labels=-1 + 0 * pairs.labels)
+        images = pairs.images.clone()
+        images[:, :3] = 128
+        return replace(pairs, images=images, labels=torch.full_like(pairs.labels, -1))
 
     def pairs(self, scenes):
         """Return the same buildings with both pictures, (N, 7, H, W): after, before and mask."""
@@ -347,6 +349,11 @@ class Case:
         others = train[~torch.isin(self.scenes.groups[train], self.scenes.groups[index])]
         others = others[torch.randperm(len(others), generator=data.rng(subset))]
         return self.at(index), self.at(others)
+
+    @functools.cached_property
+    def val(self):
+        """The images on which the recogniser and its threshold are chosen."""
+        return self.at(self.parts["val"])
 
     @functools.cached_property
     def events(self):
@@ -469,8 +476,6 @@ def prepare(cfg, name, out):
     if not cfg.counts and not leg.rare:                  # a scale's own counts give way to smaller data sets
         least = int(scenes.labels[parts["train"]].bincount().min())
         s.counts = tuple(n for n in s.counts if n <= least) or (least,)
-    for count in s.counts:
-        case.choose(count, 0)
     return case
 
 
@@ -501,9 +506,10 @@ def whole(cases, planned, stored):
 
     Of each seed first the generators, then what needs none, at last what does.
     """
-    todo = [run for case in cases for run in planned[case.name] if run.name not in stored]
-    looks = [replace(run, kind="judge", name="") for case in cases for run in planned[case.name]
-             if run.arms == (case.leg.arms[case.leg.mix],) and run.cell[2] == 0]
+    todo = {run.name: run for case in cases for run in planned[case.name] if run.name not in stored}
+    looks = {run.cell: replace(run, kind="judge", name="") for case in cases for run in planned[case.name]
+             if run.arms == (case.leg.arms[case.leg.mix],) and run.cell[2] == 0}
+    todo, looks = list(todo.values()), list(looks.values())      # arms of several names may be the same run
     waiting = {}
     for task in todo + looks:
         waiting.setdefault(task.after, []).append(task)
@@ -600,12 +606,14 @@ def run_id(cell, arm):
     made = {"": (), "generator": (how,), "simulated": (how,), "copies": (how["classes"],),
             "fresh": (how["classes"], how["made"], cell.fresh.digest)}
     arm = replace(arm, w=None, calls=0, made=0, generator=0, start=0.0)              # the recipe tells these
-    return digest(arm, cell.case.s.cls, made[arm.source], cell.real.digest, cell.case.test.digest, cell.seed)
+    held = cell.case.val.digest, cell.case.test.digest
+    return digest(arm, cell.case.s.cls, made[arm.source], cell.real.digest, held, cell.seed)
 
 
 def generator_id(cell, arm):
     """Hash all that determines the generator of an arm."""
-    return digest(recipe(cell, arm)["gen"], cell.real.digest)
+    how = recipe(cell, arm)
+    return digest(how["gen"], how["gen"].given and how["like"], cell.real.digest)
 
 
 def digest(*what):
@@ -618,7 +626,7 @@ def recipe(cell, arm):
     s, like = cell.case.s, arm.start
     gen = replace(s.gen, seed=cell.subset + 1000 * arm.generator)
     if arm.source == "simulated":
-        gen, like = replace(gen, given="pre,mask"), cell.case.cfg.hold_out and cell.case.test.digest
+        gen, like = replace(gen, given="pre,mask"), (cell.case.cfg.hold_out, cell.case.scenes.digest)
     return dict(gen=gen, classes=cell.replaced(arm), w=s.w if arm.w is None else arm.w,
                 calls=arm.calls or s.calls, made=arm.made or s.made, like=like)
 
@@ -647,6 +655,8 @@ def synthesize(cell, arm):
                                     title=f"synthetic images, {cell.title}")
         if arm.source == "simulated":
             images = torch.cat([images, like.images[:, -1:]], 1)                # the mask is that of before
+        if images.shape[1] == 4:                               # a grey mask would tell them from real ones
+            images[:, 3] = 255 * (images[:, 3] > 127)
         with data.replacing(store) as temporary:
             torch.save(images, temporary)
     return Scenes(torch.load(store, weights_only=True), y, cell.real.classes,
@@ -687,7 +697,7 @@ def score(cell, arm, title):
     """Train the classifier of an arm. -> its row: scores, circumstances, answers on the test split."""
     start, case = time.perf_counter(), cell.case
     real, (pool, soft) = cell.real, replacements(cell, arm)
-    test, val = case.test, case.at(case.parts["val"])
+    test, val = case.test, case.val
     if arm.grey:
         real, pool, test, val = (scenes and grey_outside(scenes) for scenes in (real, pool, test, val))
     cls, share = case.s.cls, arm.share if pool and len(pool) else 0.0    # a filter may let nothing through
@@ -732,12 +742,12 @@ def amount(case, *counts):
 
 def plan(case, planned, stored, jobs):
     """Say what is to be run, and from a few steps of each kind how long it takes here."""
-    s, made, missing = case.s, {}, [run for run in planned if run.name not in stored]
-    for run in missing:
+    s, made, missing = case.s, {}, {run.name: run for run in planned if run.name not in stored}
+    for run in missing.values():
         if run.after:                                        # arms with the same images are told apart by it
             how = recipe(case.cell(*run.cell[1:]), run.arms[0])
             made[run.after, repr(how)] = how
-    networks = sum(run.arms[0].model != "linear" for run in missing)
+    networks = sum(run.arms[0].model != "linear" for run in missing.values())
     images = sum(how["made"] * len(how["classes"]) for how in made.values())
     generators = len({name for name, _ in made})
     sizes = ", ".join(f"{len(index)} {part}" for part, index in case.parts.items())
@@ -920,7 +930,7 @@ def judge(case, real, synthetic, fresh, what):
     that stands in for them once more, since another real sample is the floor of every number.
     {} if fewer than ten images would be compared.
     """
-    unseen = fresh + case.at(case.parts["val"])
+    unseen = fresh + case.val
     unseen = unseen[torch.isin(unseen.labels, synthetic.labels)]
     unseen = unseen[torch.randperm(len(unseen), generator=data.rng(0))]
     heads, group = unseen.groups.unique(return_inverse=True)
@@ -1177,8 +1187,9 @@ def difference(case, arm, base, count, statistic):
     None unless both ran the same seeds, at least two, and there are two groups of test images.
     """
     a, b = (sampled(case, name, count, statistic) for name in (arm, base))
+    seeds, others = ([r["seed"] for r in runs_of(case, name, count)] for name in (arm, base))
     groups = len(case.test.groups.unique())
-    if arm == base or a is None or b is None or len(a) != len(b) or len(a) < 2 or groups < 2:
+    if arm == base or seeds != others or len(seeds) < 2 or groups < 2:
         return None
     a, b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
     gains = [gain(a[..., k], b[..., k], groups) for k in range(a.shape[2])]
@@ -1387,9 +1398,12 @@ def conditions(case):
                f"images per class; classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over "
                f"seeds and test {unit}")
     summary += ", which do not cover another draw of the training images" * (n == 1) + "."
-    done = {row["arm"] for row in case.rows}
-    if any(arm.source == "fresh" and name not in done for name, arm in case.arms.items()):
-        summary += " No ceiling: fewer real images are left over than are trained on."
+    ceilings = {name for name, arm in case.arms.items() if arm.source == "fresh"}
+    there = {n for n, name in present(case) if name in ceilings}
+    lacking = [n for n in s.counts if ceilings and n not in there]
+    if lacking and len({(row["count"], row["seed"]) for row in case.rows}) == len(s.counts) * s.seeds:
+        summary += (f" No ceiling with {amount(case, *lacking)}: fewer real images are left over than are "
+                    "trained on.")
     if not case.cfg.data:
         summary += f" Drawn {case.name} show that the method works; they say nothing about the world."
     return summary
@@ -1518,8 +1532,9 @@ def blocks(case):
             "A row for each class that has synthetic images. Left: real training images. Right: synthetic "
             "images of the same class, by a generator that saw nothing but such training images.")
     if picture := simulated(case):
-        yield picture, ("Simulated damage: intact buildings as they are before the disaster, and what the "
-                        "generator, told this picture and the mask, makes of each.")
+        whose = "of the event held out" if case.cfg.hold_out else "that stay intact"
+        yield picture, (f"Simulated damage: buildings {whose}, as they look before, and what the generator, "
+                        "told this picture and the mask, makes of each.")
     for count, found in likeness(case):
         yield f"### With {amount(case, count)}"
         yield judged_rows(found)
@@ -1621,13 +1636,12 @@ def command(cfg):
 
 def forest(case, found):
     """Plot the gains of the claims, and below them where the linear floor is."""
-    arm, base, _ = case.leg.claims[0]
     gains = {}                                                           # {row: {count: (Gain, arm, base)}}
     for claim in found:
         row = f"{claim.what}, against {claim.base}"
         gains.setdefault(row, {})[claim.count] = claim.gain, claim.arm, claim.base
     for count in case.s.counts:
-        floor, _ = standing(case, count, LINEAR)
+        floor, base = standing(case, count, LINEAR)[0], recogniser(case, count) + case.leg.claims[0][1]
         if floor and (g := first_gain(case, floor, base, count)):
             gains.setdefault(f"the linear floor, against {base}", {})[count] = g, floor, base
     rows = []

@@ -2,7 +2,7 @@
 
     python train_gen.py --data data/NWPU-RESISC45 --out runs/gen
     python train_gen.py --sample runs/gen/generator.pt --classes river,forest --count 16 --out runs/made
-    python train_gen.py --data data/xbd --given pre,mask       # told the picture from before
+    python train_gen.py --data data/xbd --given pre,mask --out runs/damage      # told how it looks before
     torchrun --nproc-per-node 4 train_gen.py ...               # equal numbers, on 4 GPUs
 
 The loss barely moves after the first minutes, and a lower one is no better image: look at samples-*.png.
@@ -42,7 +42,7 @@ class Config:
     lr: float = flag(2e-4, "peak learning rate")
     warmup: int = flag(500, "steps to reach it")
     ema: float = flag(0.999, "decay of the averaged weights, with which images are made")
-    drop: float = flag(0.1, "share of the images trained without their class, for guidance")
+    drop: float = flag(0.1, "share of the images told nothing, for guidance; with --given each part as often")
     given: str = flag("", "what it is told beside the class, by comma: pre, mask, lowres, edges, numbers")
     augment: str = flag("hflip,rot90", "augmentations that keep images likely: the generator learns them")
     seed: int = flag(0, "fixes the choice of images, weights and noise")
@@ -191,7 +191,8 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
     identity = dict(config=settings, classes=real.classes, names=real.names, images=real.digest,
-                    channels=real.images.shape[1], measures=measures)
+                    channels=real.images.shape[1], measures=measures,
+                    numbers=repr(real.numbers.tolist()) if measures else "")
     saved = data.resume(path, "generator", identity, parts) or dict(step=0, log=[])
     start, log = saved["step"], saved["log"]
 
@@ -229,7 +230,9 @@ def save(generator, path, identity, parts, log, real, look):
         data.save_csv(path.with_suffix(".csv"), ["step", "loss", "t_1", "t_2", "t_3", "t_4"], log)
     if look:
         y = torch.arange(len(generator.classes)).repeat_interleave(look)
-        like = real[torch.arange(len(y)) % len(real)] if cfg.told else None
+        mine = [(real.labels == c).nonzero().flatten() for c in range(len(generator.classes))]
+        some = [m if len(m) else torch.arange(len(real)) for m in mine]
+        like = real[torch.cat([m[torch.arange(look) % len(m)] for m in some])] if cfg.told else None
         images = generate(generator, y, 0, min(12, cfg.timesteps), like=like)           # by all processes
         if data.rank() == 0:
             grid = data.grid(images, look, zoom=max(1, 64 // cfg.size))
@@ -251,11 +254,11 @@ def load_generator(path):
     """Read the Generator of a checkpoint. Raises Problem if the file is none."""
     saved = data.load_checkpoint(path, "generator")
     cfg = Config(**saved["config"])
-    diffusion, model = networks(cfg, len(saved["classes"]), saved["channels"], len(saved["measures"]))
+    diffusion, model = networks(cfg, len(saved["classes"]), saved["channels"], len(saved.get("measures", ())))
     model.load_state_dict(saved["ema"])
     device = data.pick_device()
     return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg, saved["channels"],
-                     saved["measures"])
+                     saved.get("measures", []))
 
 
 def noise_of(seeds, shape, device="cpu"):
@@ -309,6 +312,8 @@ def read_like(cfg, generator):
         if wanted := gen.told or ["--start"] * (cfg.start > 0) + ["--paint"] * bool(cfg.paint):
             raise Problem(f"--like is missing: a picture, a folder or an xBD tree for {', '.join(wanted)}")
         return None
+    if not (gen.told or cfg.start or cfg.paint):
+        raise Problem(f"--like {cfg.like}: {cfg.sample} is told classes alone; give --start or --paint too")
     like = data.read_pictures(cfg.like, gen.size, cfg.skip_broken, pre=C >= 6, mask=C in (4, 7))
     if like.images.shape[1] != C:
         raise Problem(f"--like {cfg.like}: pictures alone; {cfg.sample} must be given an xBD tree")

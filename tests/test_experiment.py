@@ -481,10 +481,12 @@ def test_a_ceiling_takes_as_many_fresh_images_as_real_ones():
 
 
 def test_the_conditions_say_that_there_is_no_ceiling(scenes_case):
-    rows = [dict(arm=arm) for arm in scenes_case.arms]
-    fewer = [row for row in rows if "fresh" not in row["arm"]]
-    for there, said in ((rows, False), (fewer, True)):
-        assert ("No ceiling" in experiment.conditions(replace(scenes_case, rows=there))) is said
+    rows = [dict(arm=arm, count=n, seed=seed) for arm in scenes_case.arms for n in (4, 8) for seed in (0, 1)]
+    fewer = [row for row in rows if "fresh" not in row["arm"] or row["count"] == 4]
+    half = [row for row in fewer if row["seed"] == 0]
+    for there, said in ((rows, False), (fewer, True), (half, False)):                # not while it still runs
+        told = experiment.conditions(replace(scenes_case, rows=there))
+        assert ("No ceiling with 8 real images per class" in told) is ("No ceiling" in told) is said
 
 
 def test_a_class_without_synthetic_images_keeps_its_real_ones_at_share_1(smoke):
