@@ -312,6 +312,9 @@ def test_a_run_is_another_if_anything_that_decides_it_is():
     runs = [(case.cell(*where), arm) for where in ((4, 0), (4, 1), (8, 0))] + [(other.cell(4, 0), arm)]
     runs += [(cell, replace(arm, **{name: value})) for name, value in changes.items()]
     assert len({experiment.run_id(*run) for run in runs}) == len(runs)
+    before = experiment.run_id(cell, arm)
+    fewer = replace(case, parts=case.parts | dict(val=case.parts["val"][1:]))
+    assert experiment.run_id(fewer.cell(4, 0), arm) != before           # the threshold is chosen on val
     assert experiment.run_id(cell, Arm(w=3.0)) == experiment.run_id(cell, Arm())       # nothing is generated
     assert set(changes) | {"source"} == {f.name for f in fields(Arm)}
 
@@ -440,6 +443,16 @@ def test_damage_is_simulated_on_the_picture_from_before_and_the_building_stays(s
         assert not {data.event_of(name) for name in told["real"].names} & {event}
         assert made.images.shape[1] == 4 and made.labels.unique().tolist() == [0, 1, 2, 3]
         assert (made.images[:, 3] == told["like"].images[:, 6]).all()              # the mask of before
+
+
+def test_generated_masks_are_as_sharp_as_real_ones(smoke, monkeypatch, tmp_path):
+    cell = replace(case_of(smoke[0], "buildings"), out=tmp_path).cell(12, 0)
+    monkeypatch.setattr(experiment.train_gen, "train", lambda *_, **kw: None)
+    monkeypatch.setattr(experiment.train_gen, "generate", lambda _, y, *args, **kw: (
+        torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(len(y), 4, 16, 16).clone()))
+    made = experiment.synthesize(cell, Arm("generator", 0.5)).images
+    assert (made[:, 3].flatten(1) == 255 * (torch.arange(256) > 127)).all()
+    assert (made[:, 0].flatten(1) == torch.arange(256)).all()                      # only the mask
 
 
 def test_nothing_but_damage_can_be_simulated(smoke):
@@ -790,6 +803,21 @@ def test_of_each_seed_generators_come_first_and_seeds_come_in_order(scenes_case)
         assert kinds == [(True, False)] * 2 + [(False, False)] * 10 + [(False, True)] * (10 + 2 * (seed == 0))
     missing = {run.name: {} for run in wanted[1:]}
     assert experiment.whole([scenes_case], {"scenes": wanted[:1]}, missing) == wanted[:1]
+
+
+def test_arms_of_two_names_that_are_the_same_run_are_run_once(smoke):
+    case = case_of(smoke[0], study="share,soft")
+    wanted = experiment.runs(case, case.arms, (4,))
+    tasks = [task for task in experiment.whole([case], {"scenes": wanted}, {}) if task.kind == "run"]
+    assert len(wanted) == 2 * 16 and len(tasks) == 2 * 14              # .5 and False are the mix
+    assert len({task.name for task in tasks}) == len(tasks)
+
+
+def test_runs_of_different_seeds_are_not_compared(tmp_path):
+    case = compared(tmp_path, {"real": 0.4, "real + synthetic": 0.6})
+    assert experiment.first_gain(case, "real + synthetic", "real", 4)
+    case.rows = [r for r in case.rows if (r["arm"], r["seed"]) not in (("real", 1), ("real + synthetic", 2))]
+    assert experiment.first_gain(case, "real + synthetic", "real", 4) is None
 
 
 def test_a_task_waits_for_its_generator_and_no_more_run_than_jobs(scenes_case, tmp_path, monkeypatch):
