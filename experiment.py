@@ -1444,7 +1444,8 @@ def present(case):
 
 def main_rows(case):
     """Tabulate the scores of each arm and count, below those of always the commonest class."""
-    leg, rows = case.leg, []
+    leg, rows, there = case.leg, [], {arm for _, arm in present(case)}
+    bases = [base for base in leg.bases if base in there]
     name, scores = trivial(case)
     rows.append([f"always {name}", *(f"{score:.1f}" for score in scores)])
     for count, arm in present(case):
@@ -1453,10 +1454,10 @@ def main_rows(case):
             found = values(case, arm, count, column)
             spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 and column != "train" else ""
             cells.append(f"{np.mean(found):.1f}{spread}")
-        gains = [first_gain(case, arm, base, count) for base in leg.bases]
+        gains = [first_gain(case, arm, base, count) for base in bases]
         rows.append([named(case, arm, count), *cells, *(points(g) if g else "" for g in gains)])
     return ["arm", *(f"{TITLES[score]}, %" for score in leg.scores), "on its real training images",
-            *(f"{TITLES[leg.scores[0]]} against {base}" for base in leg.bases)], rows
+            *(f"{TITLES[leg.scores[0]]} against {base}" for base in bases)], rows
 
 
 def claim_rows(case):
