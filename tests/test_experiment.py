@@ -71,7 +71,7 @@ def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
 def test_every_run_is_a_row_and_all_arms_of_networks_have_the_same_budget(smoke):
     rows = results(smoke[0])
     assert len({(r["leg"], r["arm"], r["count"], r["seed"]) for r in rows}) == len(rows)
-    assert len([r for r in rows if not r["arm"].startswith("resnet")]) == 4 * 10 + 2 * 9
+    assert len([r for r in rows if not r["arm"].startswith("resnet")]) == 4 * 10 + 2 * 10
     for r in rows:
         arm = LEGS[r["leg"]].arms[r["arm"].removeprefix("resnet: ")]
         budget = ("0", "0") if arm.model == "linear" else ("10", "320")
@@ -809,7 +809,7 @@ def test_arms_of_two_names_that_are_the_same_run_are_run_once(smoke):
     case = case_of(smoke[0], study="share,soft")
     wanted = experiment.runs(case, case.arms, (4,))
     tasks = [task for task in experiment.whole([case], {"scenes": wanted}, {}) if task.kind == "run"]
-    assert len(wanted) == 2 * 16 and len(tasks) == 2 * 14              # .5 and False are the mix
+    assert len(wanted) == 2 * 16 and len(tasks) == 2 * 13       # shares .5, 1 and soft: False are arms
     assert len({task.name for task in tasks}) == len(tasks)
 
 

@@ -243,7 +243,7 @@ def test_the_settings_name_the_stem_of_the_vit(model, kind):
 def test_every_recogniser_learns_what_a_glance_tells(model, more):
     s = coloured([0, 1] * 16, ["dull", "green"])
     s.images[1::2, 1] = 255
-    trained, _ = fit(s, None, replace(TINY, model=model, steps=30, **more))
+    trained, _ = fit(s, None, replace(TINY, model=model, steps=50, **more))
     assert_close(predict(trained, s.images), s.labels)
 
 
