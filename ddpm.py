@@ -292,6 +292,7 @@ class Nothing:
     """The condition of a network that has none."""
 
     def hide(self, _):
+        """Return itself: there is nothing to hide, and nothing to select."""
         return self
     __getitem__ = hide
 

@@ -112,10 +112,10 @@ LEGS = {
             "real":                            AUGMENTED,
             "balanced":                        BALANCED,
             "balanced + synthetic":            replace(BALANCED, source="generator", share=0.5),
-            "balanced + simulated damage":   replace(BALANCED, source="simulated", share=0.5),
+            "balanced + simulated damage":     replace(BALANCED, source="simulated", share=0.5),
             "balanced + copy-paste":           replace(BALANCED, augment=f"{OVERHEAD},copypaste"),
-            "balanced + pasted synthetic":   replace(BALANCED, source="generator", share=0.5,
-                                                     augment=f"{OVERHEAD},copypaste"),
+            "balanced + pasted synthetic":     replace(BALANCED, source="generator", share=0.5,
+                                                       augment=f"{OVERHEAD},copypaste"),
             "balanced + fresh real":           replace(BALANCED, source="fresh", share=0.5),
             "balanced + copies":               replace(BALANCED, source="copies", share=0.5),
             "linear: balanced":                Arm(balance=True, model="linear"),
@@ -521,7 +521,7 @@ def whole(cases, planned, stored):
 def run_all(cases, planned, stored, pool, jobs):
     """Do what is missing of the planned runs, `jobs` tasks at a time, each when what it needs is there."""
     waiting, running, done = whole(cases, planned, stored), {}, {""}
-    left, bar = Counter(task.cell for task in waiting), data.progress(None, "comparison", len(waiting))
+    left, progress = Counter(task.cell for task in waiting), data.progress(None, "comparison", len(waiting))
     cases = {case.name: case for case in cases}
     for name, case in cases.items():
         case.runs += planned[name]
@@ -540,12 +540,12 @@ def run_all(cases, planned, stored, pool, jobs):
                 cases[name].collect(stored)
             done.add(task.name)
             left[task.cell] -= 1
-            bar.update()
+            progress.update()
             if not left[task.cell]:                                     # half done, it has its table and page
                 print(scores_of(cases[name].cell(count, seed)), flush=True)
                 save_table(cases[name].out, stored)
                 report(cases.values(), cases[name].cfg, cases[name].out)
-    bar.close()
+    progress.close()
 
 
 def work(task):
@@ -700,7 +700,7 @@ def score(cell, arm, title):
     test, val = case.test, case.val
     if arm.grey:
         real, pool, test, val = (scenes and grey_outside(scenes) for scenes in (real, pool, test, val))
-    cls, share = case.s.cls, arm.share if pool and len(pool) else 0.0    # a filter may let nothing through
+    cls, share = case.s.cls, arm.share if pool else 0.0    # a filter may let nothing through
     cfg = replace(cls, seed=cell.seed, share=share, augment=arm.augment, balance=arm.balance,
                   pretrain=arm.pretrain, model=arm.model or cls.model, dim=round(cls.dim * arm.wide))
     model, seen = train_cls.fit(real, pool, cfg, soft=soft, title=title)
@@ -1218,7 +1218,7 @@ def standing(case, count, prefix, part="test"):
 
 
 def trivial(case, part="test"):
-    """Answer always the commonest class of the training split: its name, its first score on a split, %."""
+    """Answer always the commonest class of the training split: its name, its scores on a split, %."""
     held = case.scenes.labels[case.parts[part]]
     c = case.scenes.labels[case.parts["train"]].bincount().argmax()
     counts = totals(held, c.expand(len(held)), len(case.test.classes))
@@ -1663,8 +1663,8 @@ def standings(case, names):
         for count in case.s.counts:
             found = sampled(case, name, count, SCORES[case.leg.scores[0]])
             dots = values(case, name, count, case.leg.scores[0])
-            able = found is not None and len(dots) > 1 and groups > 1
-            g = gain(found, 0, groups) if able else Gain(float(np.mean(dots)) / 100, ()) if dots else None
+            varies = len(dots) > 1 and groups > 1
+            g = gain(found, 0, groups) if varies else Gain(float(np.mean(dots)) / 100, ()) if dots else None
             spans.append(span_of(g, dots, 0) if g else None)
         rows.append((name, spans))
     common, (score, *_) = trivial(case)

@@ -343,8 +343,7 @@ def sample(cfg):
     if cfg.paint:
         hole = data.read_pictures(cfg.paint, generator.config.size).images[0]
         paint = (hole.float().mean(0) > 127).expand(len(y), 1, -1, -1)
-    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint,
-                      cfg.rounds)
+    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint, cfg.rounds)
     if data.rank():
         return
     for k, image in enumerate(images):
