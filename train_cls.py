@@ -263,49 +263,67 @@ class Mixture:
         return torch.where(fake, self.offset + self.synthetic.draw(c, v), self.real.draw(c, u)), fake
 
 
+def settings(cfg):
+    """Return what of cfg makes a classifier, as a dict."""
+    return {f.name: getattr(cfg, f.name) for f in fields(Config)}
+
+
+def train(model, loss, cfg, path, kind, identity, every, title, **tallies):
+    """Take cfg.steps steps of AdamW on loss(step, generator), whose randomness follows from (seed, step).
+
+    loss is this process's sum, divided by the images of all; tallies are tensors in which it counts. All is
+    kept at path, a checkpoint of this kind and identity, from which a killed run goes on.
+    """
+    device, optimizer = data.pick_device(), adamw(model, cfg.decay)
+    parts = dict(model=model, optimizer=optimizer)
+    saved = data.resume(path, kind, identity, parts) or dict(step=0, **tallies)
+    for name, tally in tallies.items():
+        tally.copy_(saved[name])
+
+    def keep(step):
+        if path and data.rank() == 0:
+            data.save_checkpoint(path, kind, identity, step, parts, **tallies)
+
+    for step in data.progress(range(saved["step"], cfg.steps), title, cfg.steps, initial=saved["step"]):
+        value = loss(step, data.rng(cfg.seed, step, device=device))
+        data.descend(model, optimizer, value, step, cfg)
+        if (step + 1) % every == 0 or step + 1 == cfg.steps:
+            if not math.isfinite(mean := data.total(value.detach()).item()):
+                raise Problem(f"the loss is {mean} at step {step + 1}: lower --lr")
+            keep(step + 1)
+    if cfg.steps == 0:
+        keep(0)
+
+
 def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier"):
     """Train a recogniser from scratch on real and synthetic (Scenes; one that is not used may be None).
 
-    soft (N, K): what to teach of each synthetic image instead of its class. Randomness follows from (seed,
-    step). A checkpoint is kept at path, from which a killed run goes on. Returns model.eval() and counts.
+    soft (N, K): what to teach of each synthetic image instead of its class. A checkpoint is kept at path.
+    Returns model.eval() and counts.
     """
     device = data.pick_device()
     mixture = Mixture(real, synthetic, cfg, soft, device)
     channels = mixture.images.shape[1]
     model = network(cfg, mixture.K, channels).to(device, memory_format=torch.channels_last)  # a tenth faster
-    optimizer = adamw(model, cfg.decay)
-    parts = dict(model=model, optimizer=optimizer)
-    settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
-    identity = dict(config=settings, classes=mixture.pools[0].classes, channels=channels,
+    identity = dict(config=settings(cfg), classes=mixture.pools[0].classes, channels=channels,
                     images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
-    saved = data.resume(path, "classifier", identity, parts) or dict(step=0, synthetic_seen=torch.zeros(()))
-    start, synthetic_seen = saved["step"], saved["synthetic_seen"].to(device)
-
-    def keep(step):
-        if path and data.rank() == 0:
-            data.save_checkpoint(path, "classifier", identity, step, parts, synthetic_seen=synthetic_seen)
-
-    if cfg.model == "linear":                                 # solved, without steps, seed and augmentation
-        model.solve(mixture)
-        keep(0)
-        return model.eval(), dict(steps=0, images=0, synthetic=0)
-
-    augment = compose(cfg.augment)
+    augment, synthetic_seen = compose(cfg.augment), torch.zeros((), device=device)
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
-    for step in data.progress(range(start, cfg.steps), title, cfg.steps, initial=start):
-        g = data.rng(cfg.seed, step, device=device)
+
+    def loss(step, g):
         if cfg.pretrain:                                              # synthetic images first, then real ones
             mixture.share = float(step < cfg.share * cfg.steps)
         index, fake = mixture.draw(cfg.batch, g)
-        synthetic_seen += fake.sum()
+        synthetic_seen.add_(fake.sum())
         x, y = augment(data.to_float(mixture.images[index]), mixture.targets[index], g)
         with data.autocast(device):
-            loss = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
-        data.descend(model, optimizer, loss / cfg.batch, step, cfg)
-        if (step + 1) % every == 0 or step + 1 == cfg.steps:
-            if not math.isfinite(mean := data.total(loss.detach()).item() / cfg.batch):
-                raise Problem(f"the loss is {mean} at step {step + 1}: lower --lr")
-            keep(step + 1)
+            each = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
+        return each / cfg.batch
+
+    if cfg.model == "linear":                                 # solved, without steps, seed and augmentation
+        cfg = replace(cfg, steps=0)
+        model.solve(mixture)
+    train(model, loss, cfg, path, "classifier", identity, every, title, synthetic_seen=synthetic_seen)
     return model.eval(), dict(steps=cfg.steps, images=cfg.steps * cfg.batch, synthetic=int(synthetic_seen))
 
 
