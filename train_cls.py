@@ -9,6 +9,7 @@ Everything is counted in optimizer steps, never in epochs: more images must not 
 """
 import math
 import re
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from data import Problem, flag
 from vit import CLIP, Convolutions, Patches, Text, ViT, contrastive, head, mean_token, zero
 
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
+TUNES = "all", "head", "none"
+PACE = 0.1                                             # of a tower that is tuned: a part of its head's rate
 
 
 @dataclass
@@ -47,9 +50,13 @@ class Config:
     balance: bool = flag(False, "draw all classes equally often, however rare they are")
     augment: str = flag(OVERHEAD, "augmentations by name, in order; none is none")
     seed: int = flag(0, "fixes the choice of images, weights and batches")
+    init: str = flag("", "weights to begin from, instead of --model of this --size, --patch, --dim ...")
+    tune: str = flag("all", "what to train of --init: all, head (without augmentation) or none")
 
     def __post_init__(self):
         compose(self.augment)
+        if self.tune not in TUNES:
+            raise ValueError(f"--tune {self.tune}: known are {', '.join(TUNES)}")
         if self.model not in MODELS:
             raise ValueError(f"--model {self.model}: known are {', '.join(MODELS)}")
         if self.size % self.patch:
@@ -72,6 +79,7 @@ class Script(Config):
     out: str = flag("runs/cls", "folder for classifier.pt, or where it is")
     predict: str = flag("", "classify the pictures of a folder instead of training: predictions.csv in --out")
     test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
+    captions: bool = flag(False, "train a CLIP on the sentences of a caption set instead: clip.pt in --out")
 
 
 # ---- the recognisers beside the ViT
@@ -187,8 +195,10 @@ class Linear(nn.Module):
 
 
 def network(cfg, classes, channels):
-    """Make a fresh recogniser, weights fixed by the seed."""
+    """Make a fresh recogniser, weights fixed by the seed, or one that begins from the weights cfg.init."""
     torch.manual_seed(cfg.seed)
+    if cfg.init:
+        return Tuned(*load_tower(cfg.init)[:2], classes)
     if cfg.model == "linear":
         return Linear(classes, channels)
     if cfg.model == "resnet":
@@ -200,11 +210,16 @@ def network(cfg, classes, channels):
 # ---- training
 
 def adamw(model, decay):
-    """AdamW with weight decay on matrices but not on biases and norms; the rate is set at every step."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0)]
-    return torch.optim.AdamW(groups, fused=True)
+    """AdamW with weight decay on matrices but not on biases and norms; the rate is set at every step.
+
+    A tower that was trained before goes at a smaller rate than its new head.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        pace, is_matrix = PACE if name.startswith("tower.") else 1.0, p.ndim > 1
+        groups.setdefault((pace, is_matrix), []).append(p)
+    return torch.optim.AdamW([dict(params=params, weight_decay=decay * is_matrix, pace=pace)
+                              for (pace, is_matrix), params in groups.items()], fused=True)
 
 
 class ByClass:
@@ -297,8 +312,8 @@ def train(model, loss, cfg, path, kind, identity, every, title, **tallies):
         keep(0)
 
 
-def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier"):
-    """Train a recogniser from scratch on real and synthetic (Scenes; one that is not used may be None).
+def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier", model=None):
+    """Train a recogniser, else a fresh one, on real and synthetic (Scenes; one that is not used may be None).
 
     soft (N, K): what to teach of each synthetic image instead of its class. A checkpoint is kept at path.
     Returns model.eval() and counts.
@@ -306,7 +321,8 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
     device = data.pick_device()
     mixture = Mixture(real, synthetic, cfg, soft, device)
     channels = mixture.images.shape[1]
-    model = network(cfg, mixture.K, channels).to(device, memory_format=torch.channels_last)  # a tenth faster
+    model = network(cfg, mixture.K, channels) if model is None else model
+    model.to(device, memory_format=torch.channels_last)                                  # a tenth faster
     identity = dict(config=settings(cfg), classes=mixture.pools[0].classes, channels=channels,
                     images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
     augment, synthetic_seen = compose(cfg.augment), torch.zeros((), device=device)
@@ -317,12 +333,14 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
             mixture.share = float(step < cfg.share * cfg.steps)
         index, fake = mixture.draw(cfg.batch, g)
         synthetic_seen.add_(fake.sum())
-        x, y = augment(data.to_float(mixture.images[index]), mixture.targets[index], g)
+        x = mixture.images[index]
+        x = x if x.is_floating_point() else data.to_float(x)          # features are what they are
+        x, y = augment(x, mixture.targets[index], g)
         with data.autocast(device):
             each = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
         return each / cfg.batch
 
-    if cfg.model == "linear":                                 # solved, without steps, seed and augmentation
+    if isinstance(model, Linear):                             # solved, without steps, seed and augmentation
         cfg = replace(cfg, steps=0)
         model.solve(mixture)
     train(model, loss, cfg, path, "classifier", identity, every, title, synthetic_seen=synthetic_seen)
@@ -354,6 +372,16 @@ def load_classifier(path):
 # ---- CLIP, from images and their sentences
 
 LENGTH = 64                                            # tokens of a text at most
+TEMPLATES = [f"{view} {kind} of {article}{{}}." for view in ("satellite", "aerial")
+             for kind in ("imagery", "photo", "view") for article in ("", "a ", "the ")]
+
+
+@torch.no_grad()
+def zero_shot(clip, encode, classes, templates=TEMPLATES):
+    device = clip.project.weight.device
+    texts = [[template.format(name.replace("_", " ")) for template in templates] for name in classes]
+    means = [clip.encode_text(encode(some).to(device)).mean(0) for some in texts]
+    return F.normalize(torch.stack(means), dim=1)
 
 
 def words_of(text):
@@ -376,8 +404,8 @@ def word_tokens(texts, words):
 
 def sentences_of(scenes):
     """List the sentences of all images, [M], and for each the number of its image, (M,) int64."""
-    counts = torch.tensor([len(texts) for texts in scenes.captions])
-    return [text for texts in scenes.captions for text in texts], torch.arange(len(scenes)).repeat_interleave(counts)
+    owner = [k for k, texts in enumerate(scenes.captions) for _ in texts]
+    return [text for texts in scenes.captions for text in texts], torch.tensor(owner)
 
 
 def clip(cfg, words):
@@ -391,8 +419,10 @@ def fit_clip(scenes, cfg, path=None, every=1000):
     In a batch no image comes twice, and each with one of its sentences. A checkpoint is kept at path.
     Returns model.eval() and the function that makes tokens of texts.
     """
-    if not all(scenes.captions) or {"cutmix", "copypaste"} & set(cfg.augment.split(",")):
-        raise Problem("every image needs a sentence of its own: give a caption set, and no cutmix or copypaste")
+    if not all(scenes.captions):
+        raise Problem("--captions needs sentences for every image: --data must be a caption set")
+    if mixes := [name for name in ("cutmix", "copypaste") if name in cfg.augment]:
+        raise Problem(f"--augment {mixes[0]} makes sentences untrue: leave it out with --captions")
     device, (texts, owner) = data.pick_device(), sentences_of(scenes)
     words = sorted({word for text in texts for word in words_of(text)})
     ids, images = word_tokens(texts, words).to(device), scenes.images.to(device)
@@ -445,10 +475,95 @@ def recalls(scores, owner, ks=(1, 5, 10)):
 
 def chances(owner, N, ks=(1, 5, 10)):
     """Return what recalls would be of scores drawn at random, for N images."""
-    M = len(owner)
-    missed = [np.mean([math.comb(M - m, k) / math.comb(M, k) for m in owner.bincount(minlength=N).tolist()])
-              for k in ks]
-    return [1 - miss for miss in missed], [k / N for k in ks]
+    M, counts = len(owner), owner.bincount(minlength=N).tolist()
+    missed = [np.mean([math.comb(M - m, min(k, M)) / math.comb(M, min(k, M)) for m in counts]) for k in ks]
+    return [1 - miss for miss in missed], [min(k / N, 1) for k in ks]
+
+
+# ---- tuning: a classifier that begins from weights trained before
+
+def in_words(name):
+    """Write the name of a class as words: "denseresidential", "dense_residential", "DenseResidential"."""
+    known = {words.replace(" ", ""): words for words in data.UC_MERCED}
+    return known.get(name) or re.sub("(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
+
+
+class Sphere(nn.Module):
+    """Bring features (B, D) to length 1."""
+
+    def forward(self, z):
+        return F.normalize(z, dim=1)
+
+
+class Tuned(nn.Module):
+    """A tower, images (B, 3, H, W) in [-1, 1] to features (B, D), under a new head: to logits (B, K)."""
+
+    def __init__(self, tower, dim, classes):
+        super().__init__()
+        self.tower, self.head = tower, head(dim, classes)
+
+    def features(self, x):
+        """Return what the tower makes of images, (B, D)."""
+        return self.tower(x)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def load_tower(path):
+    """Read weights to begin from. Returns a tower, its D, the size of its images, and how it knows names.
+
+    That is a function: names of classes to the weights (K, D) of a head that finds them; None if it has read
+    no texts.
+    """
+    saved = data.load_checkpoint(path, "clip", "classifier")
+    if saved["kind"] == "clip":
+        model, tokens, size = load_clip(path)
+        tower, dim = nn.Sequential(model.image, Sphere()), model.image.head.out_features
+
+        def by_name(classes):
+            names = [in_words(name) for name in classes]
+            return model.log_scale.exp().item() * zero_shot(model, tokens, names)
+        return tower, dim, size, by_name
+    model, _, size = load_classifier(path)
+    dim, model.head = model.head.in_features, nn.Identity()
+    return model, dim, size, None
+
+
+def begin(cfg, classes):
+    """Make the recogniser that begins from the weights cfg.init, for classes by name.
+
+    With a text tower its head is that of zero-shot classification (He et al. 2023: "CT w. init").
+    """
+    model, by_name = network(cfg, len(classes), 3), load_tower(cfg.init)[3]
+    if by_name:
+        zero(model.head).weight.data = by_name(classes)
+    elif cfg.tune == "none":
+        raise Problem(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
+    return model.to(data.pick_device()).eval()
+
+
+def embed(model, scenes):
+    """Return scenes with their features (N, D) in place of images, to be tuned on; of None, None."""
+    return scenes and replace(scenes, images=outputs(model.features, scenes.images))
+
+
+def tune(head, real, synthetic, cfg, soft=None):
+    """Train a copy of a head on features, real and synthetic as in fit: Scenes that embed returned."""
+    return fit(real, synthetic, replace(cfg, augment="none"), soft=soft, model=deepcopy(head))[0]
+
+
+def begin_and_tune(real, synthetic, cfg, path):
+    """Make a recogniser from cfg.init and train what cfg.tune says. A checkpoint is kept at path."""
+    model = begin(cfg, real.classes)
+    if cfg.tune == "all":
+        return fit(real, synthetic, cfg, path, model=model)[0]
+    if cfg.tune == "head":
+        model.head = tune(model.head, embed(model, real), embed(model, synthetic), cfg)
+    if data.rank() == 0:
+        data.save_checkpoint(path, "classifier", dict(config=settings(cfg), classes=real.classes, channels=3),
+                             cfg.steps, dict(model=model))
+    return model
 
 
 # ---- scores: from labels and predictions, both (N,), or from counts (..., 3, K) of them
@@ -600,18 +715,58 @@ def read_synthetic(cfg, classes):
     return replace(synthetic, labels=labels, classes=classes)
 
 
+def teach_clip(cfg):
+    """Train a CLIP on the training split of a caption set, and score it as retrieval, and as classifier."""
+    if data.dist.is_initialized():
+        raise Problem("--captions contrasts whole batches: start it with python, not with torchrun")
+    scenes, path = data.read(cfg.data, cfg.size, cfg.skip_broken), Path(cfg.out) / "clip.pt"
+    parts = data.split(scenes)
+    seen = scenes[parts["train"]]
+    print(f"{len(seen)} images, {sum(map(len, seen.captions))} sentences, on {data.pick_device()}")
+    model, tokens = fit_clip(seen, cfg, path)
+    for part in ("val", "test") if cfg.test else ("val",):
+        held = scenes[parts[part]]
+        texts, owner = sentences_of(held)
+        scores = outputs(model.encode_image, held.images) @ encode_texts(model, tokens, texts).T
+        asked = (f"a sentence, of {len(texts)}, for an image", f"the image, of {len(held)}, for a sentence")
+        luck = chances(owner, len(held))
+        for what, *both in zip(asked, recalls(scores, owner), luck, strict=True):
+            print(f"{part}: {what} is among the best 1, 5, 10 in {' %, by chance '.join(map(percent, both))}")
+    if len(scenes.classes) > 1:
+        print("its names of the classes as a classifier:")
+        score(begin(replace(cfg, init=str(path)), scenes.classes), scenes, parts, cfg.test)
+
+
+def percent(shares):
+    """Write shares as "5.2, 26.7, 36.7"."""
+    return ", ".join(f"{100 * share:.1f}" for share in shares)
+
+
 def main(cfg):
     """Train on the training split of a tree, score on val, and only if asked to on test. Or predict."""
     if cfg.predict:
         return predict_folder(cfg)
+    if cfg.captions:
+        return teach_clip(cfg)
+    if cfg.init:
+        cfg = replace(cfg, size=load_tower(cfg.init)[2])
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
     parts = data.split(scenes)
     index = data.choose(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
     synthetic = read_synthetic(cfg, scenes.classes)
     print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, "
           f"on {data.pick_device()}")
-    model, _ = fit(scenes[index], synthetic, cfg, Path(cfg.out) / "classifier.pt")
-    for part in ("val", "test") if cfg.test else ("val",):
+    path = Path(cfg.out) / "classifier.pt"
+    if cfg.init:
+        model = begin_and_tune(scenes[index], synthetic, cfg, path)
+    else:
+        model, _ = fit(scenes[index], synthetic, cfg, path)
+    score(model, scenes, parts, cfg.test)
+
+
+def score(model, scenes, parts, test):
+    """Print how well a recogniser does on val, and if test, on test."""
+    for part in ("val", "test") if test else ("val",):
         held = scenes[parts[part]]
         counts = totals(held.labels, predict(model, held.images), len(scenes.classes))
         worst = weakest(counts)
