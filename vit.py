@@ -34,7 +34,8 @@ def head(dim, classes):
 class Attention(nn.Module):
     """Multi-head self-attention, (B, L, D) -> (B, L, D).
 
-    softmax(q k^T / sqrt(d)) v in every head (Vaswani et al. 2017, Eq. 1). Causal: no token looks at later ones.
+    softmax(q k^T / sqrt(d)) v in every head (Vaswani et al. 2017, Eq. 1). If causal, no token looks at
+    later ones.
     """
 
     def __init__(self, dim, heads, causal=False):
