@@ -23,7 +23,7 @@ from torch import nn
 import data
 from augment import OVERHEAD, compose
 from data import Problem, flag
-from vit import CLIP, Convolutions, Patches, Text, ViT, contrastive, head, mean_token, zero
+from vit import CLIP, Convolutions, Patches, Text, ViT, contrastive, head, mean_token, zero, zero_shot
 
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
 TUNES = "all", "head", "none"
@@ -372,16 +372,6 @@ def load_classifier(path):
 # ---- CLIP, from images and their sentences
 
 LENGTH = 64                                            # tokens of a text at most
-TEMPLATES = [f"{view} {kind} of {article}{{}}." for view in ("satellite", "aerial")
-             for kind in ("imagery", "photo", "view") for article in ("", "a ", "the ")]
-
-
-@torch.no_grad()
-def zero_shot(clip, encode, classes, templates=TEMPLATES):
-    device = clip.project.weight.device
-    texts = [[template.format(name.replace("_", " ")) for template in templates] for name in classes]
-    means = [clip.encode_text(encode(some).to(device)).mean(0) for some in texts]
-    return F.normalize(torch.stack(means), dim=1)
 
 
 def words_of(text):

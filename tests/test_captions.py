@@ -31,7 +31,7 @@ from train_cls import (
     tune,
     word_tokens,
 )
-from vit import CLIP, Text, ViT
+from vit import CLIP, TEMPLATES, Text, ViT
 
 
 def pictures(folder, names):
@@ -286,7 +286,7 @@ def test_the_head_begins_with_what_the_texts_say(tmp_path):
     scenes, (clip, tokens, _) = captioned(), load_clip(path)
     names = ["sandbox", "trees"]
     model = begin(replace(TINY, init=path, tune="none"), names)
-    texts = [[t.format(name) for t in train_cls.TEMPLATES] for name in names]
+    texts = [[t.format(name) for t in TEMPLATES] for name in names]
     means = torch.stack([encode_texts(clip, tokens, some).mean(0) for some in texts])
     expected = clip.log_scale.exp() * clip.encode_image(images(scenes)) @ F.normalize(means, dim=1).T
     assert_close(model(images(scenes)), expected)
