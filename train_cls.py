@@ -333,9 +333,7 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
             mixture.share = float(step < cfg.share * cfg.steps)
         index, fake = mixture.draw(cfg.batch, g)
         synthetic_seen.add_(fake.sum())
-        x = mixture.images[index]
-        x = x if x.is_floating_point() else data.to_float(x)          # features are what they are
-        x, y = augment(x, mixture.targets[index], g)
+        x, y = augment(as_float(mixture.images[index]), mixture.targets[index], g)
         with data.autocast(device):
             each = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
         return each / cfg.batch
@@ -347,12 +345,17 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
     return model.eval(), dict(steps=cfg.steps, images=cfg.steps * cfg.batch, synthetic=int(synthetic_seen))
 
 
+def as_float(x):
+    """Turn images into floats; features, which stand in their place when a head is tuned, are floats."""
+    return x if x.is_floating_point() else data.to_float(x)
+
+
 @torch.no_grad()
 def outputs(function, images, batch=512):
     """Apply a model, or its features, to images (N, C, H, W) uint8: (N, D) float32 on the CPU."""
     device, parts = data.pick_device(), images.split(batch)
     with data.autocast(device):
-        return torch.cat([function(data.to_float(part.to(device))).float().cpu() for part in parts])
+        return torch.cat([function(as_float(part.to(device))).float().cpu() for part in parts])
 
 
 def predict(model, images, batch=512):
