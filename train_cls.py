@@ -23,7 +23,7 @@ from torch import nn
 import data
 from augment import OVERHEAD, compose
 from data import Problem, flag
-from vit import CLIP, Convolutions, Patches, Text, ViT, contrastive, head, mean_token, zero, zero_shot
+from vit import CLIP, Block, Convolutions, Patches, Text, ViT, contrastive, head, mean_token, zero, zero_shot
 
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
 TUNES = "all", "head", "none"
@@ -80,6 +80,7 @@ class Script(Config):
     predict: str = flag("", "classify the pictures of a folder instead of training: predictions.csv in --out")
     test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
     captions: bool = flag(False, "train a CLIP on the sentences of a caption set instead: clip.pt in --out")
+    mae: bool = flag(False, "train a ViT to draw what is hidden of an image instead: mae.pt in --out")
 
 
 # ---- the recognisers beside the ViT
@@ -195,16 +196,16 @@ class Linear(nn.Module):
 
 
 def network(cfg, classes, channels):
-    """Make a fresh recogniser, weights fixed by the seed, or one that begins from the weights cfg.init."""
+    """Make a fresh recogniser of these classes, weights fixed by the seed; or one begun from cfg.init."""
     torch.manual_seed(cfg.seed)
     if cfg.init:
-        return Tuned(*load_tower(cfg.init)[:2], classes)
+        return Tuned(cfg.init, classes)
     if cfg.model == "linear":
-        return Linear(classes, channels)
+        return Linear(len(classes), channels)
     if cfg.model == "resnet":
-        return ResNet(classes, cfg.dim // 2, channels)
+        return ResNet(len(classes), cfg.dim // 2, channels)
     stem = Patches if cfg.model == "patches" else Convolutions
-    return ViT(classes, cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, channels, stem)
+    return ViT(len(classes), cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, channels, stem)
 
 
 # ---- training
@@ -320,10 +321,10 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
     """
     device = data.pick_device()
     mixture = Mixture(real, synthetic, cfg, soft, device)
-    channels = mixture.images.shape[1]
-    model = network(cfg, mixture.K, channels) if model is None else model
+    channels, classes = mixture.images.shape[1], mixture.pools[0].classes
+    model = network(cfg, classes, channels) if model is None else model
     model.to(device, memory_format=torch.channels_last)                                  # a tenth faster
-    identity = dict(config=settings(cfg), classes=mixture.pools[0].classes, channels=channels,
+    identity = dict(config=settings(cfg), classes=classes, channels=channels,
                     images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
     augment, synthetic_seen = compose(cfg.augment), torch.zeros((), device=device)
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
@@ -363,13 +364,20 @@ def predict(model, images, batch=512):
     return outputs(model, images, batch).argmax(1)
 
 
+def load(path, *kinds):
+    """Read a checkpoint of one of these kinds. Returns its model in eval mode, Config, and all it says."""
+    saved = data.load_checkpoint(path, *kinds)
+    cfg = Config(**saved["config"])
+    model = (clip(cfg, saved["words"]) if saved["kind"] == "clip" else
+             MAE(cfg) if saved["kind"] == "mae" else network(cfg, saved["classes"], saved["channels"]))
+    model.load_state_dict(saved["model"])
+    return model.to(data.pick_device()).eval(), cfg, saved
+
+
 def load_classifier(path):
     """Read a checkpoint. Returns the model in eval mode, its classes and image size."""
-    saved = data.load_checkpoint(path, "classifier")
-    cfg = Config(**saved["config"])
-    model = network(cfg, len(saved["classes"]), saved["channels"])
-    model.load_state_dict(saved["model"])
-    return model.to(data.pick_device()).eval(), saved["classes"], cfg.size
+    model, cfg, saved = load(path, "classifier")
+    return model, saved["classes"], cfg.size
 
 
 # ---- CLIP, from images and their sentences
@@ -403,7 +411,7 @@ def sentences_of(scenes):
 
 def clip(cfg, words):
     """Make a fresh CLIP: two towers of one width and depth; that of text knows these words, [V]."""
-    return CLIP(network(cfg, cfg.dim, 3), Text(len(words) + 3, LENGTH, cfg.dim, cfg.depth, cfg.heads))
+    return CLIP(network(cfg, range(cfg.dim), 3), Text(len(words) + 3, LENGTH, cfg.dim, cfg.depth, cfg.heads))
 
 
 def fit_clip(scenes, cfg, path=None, every=1000):
@@ -437,11 +445,8 @@ def fit_clip(scenes, cfg, path=None, every=1000):
 
 def load_clip(path):
     """Read a checkpoint of fit_clip. Returns what fit_clip does, and the size of its images."""
-    saved = data.load_checkpoint(path, "clip")
-    cfg = Config(**saved["config"])
-    model = clip(cfg, saved["words"])
-    model.load_state_dict(saved["model"])
-    return model.to(data.pick_device()).eval(), partial(word_tokens, words=saved["words"]), cfg.size
+    model, cfg, saved = load(path, "clip")
+    return model, partial(word_tokens, words=saved["words"]), cfg.size
 
 
 @torch.no_grad()
@@ -473,6 +478,59 @@ def chances(owner, N, ks=(1, 5, 10)):
     return [1 - miss for miss in missed], [min(k / N, 1) for k in ks]
 
 
+# ---- MAE, from images alone
+
+class MAE(nn.Module):
+    """A ViT under a decoder of one block, which draws what is hidden of an image: He et al. 2022, 2111.06377.
+
+    The blocks see a quarter of the tokens, and the convolutions before them grey in place of the others.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.vit, self.patch, self.size = network(cfg, [""], 3), cfg.patch, cfg.size
+        self.hidden = nn.Parameter(0.02 * torch.randn(cfg.dim))          # the token of what is hidden
+        self.decoder = nn.Sequential(Block(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim),
+                                     nn.Linear(cfg.dim, 3 * cfg.patch**2))
+
+    def forward(self, x, generator, part=0.75):
+        """Hide a part of the patches of images (B, 3, H, W). -> the mean squared error there, per patch
+
+        Targets are a patch's pixels less their mean, over their standard deviation (norm_pix_loss).
+        """
+        p, vit = self.patch, self.vit
+        pixels = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)                    # (B, L, P)
+        B, L, _ = pixels.shape
+        order = torch.rand(B, L, device=x.device, generator=generator).argsort(1)
+        seen = order[:, :round(L * (1 - part))]
+        shown = x.new_zeros(B, L).scatter(1, seen, 1.0)                                          # 1 or 0
+        side = self.size // p
+        cover = rearrange(shown, "b (h w) -> b 1 h w", h=side).repeat_interleave(p, 2).repeat_interleave(p, 3)
+        index = seen[..., None].expand(-1, -1, vit.positions.shape[1])
+        tokens = (vit.stem(x * cover) + vit.positions).gather(1, index)                          # (B, L/4, D)
+        tokens = vit.norm(vit.blocks(tokens))
+        every = self.hidden.to(tokens.dtype).expand(B, L, -1).scatter(1, index, tokens) + vit.positions
+        target = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-4)
+        error = (self.decoder(every) - target).square().mean(2)                                  # (B, L)
+        return (error * (1 - shown)).sum() / (1 - shown).sum()
+
+
+def fit_mae(scenes, cfg, path=None, every=1000):
+    """Train a ViT as MAE does, on images (Scenes) whose labels it does not see. -> the ViT in eval mode."""
+    device, images = data.pick_device(), scenes.images.to(data.pick_device())
+    model = MAE(cfg).to(device, memory_format=torch.channels_last)
+    augment = compose(cfg.augment)
+
+    def loss(step, g):
+        index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
+        x, _ = augment(data.to_float(images[index]), None, g)
+        with data.autocast(device):
+            return model(x, g)
+
+    train(model, loss, cfg, path, "mae", dict(config=settings(cfg), images=scenes.digest), every, "MAE")
+    return model.vit.eval()
+
+
 # ---- tuning: a classifier that begins from weights trained before
 
 def in_words(name):
@@ -481,59 +539,39 @@ def in_words(name):
     return known.get(name) or re.sub("(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
 
 
-class Sphere(nn.Module):
-    """Bring features (B, D) to length 1."""
-
-    def forward(self, z):
-        return F.normalize(z, dim=1)
+def load_weights(path):
+    """Read weights to begin from. -> a CLIP and the tokens of its texts, or a recogniser and None; the size."""
+    model, cfg, saved = load(path, "clip", "classifier", "mae")
+    tokens = partial(word_tokens, words=saved["words"]) if saved["kind"] == "clip" else None
+    return model.vit if saved["kind"] == "mae" else model, tokens, cfg.size
 
 
 class Tuned(nn.Module):
-    """A tower, images (B, 3, H, W) in [-1, 1] to features (B, D), under a new head: to logits (B, K)."""
+    """Weights trained before, under a new head: images (B, 3, H, W) in [-1, 1] to class logits (B, K).
 
-    def __init__(self, tower, dim, classes):
+    path: a checkpoint. If that is a CLIP, features have length 1, and the head begins as the names of classes
+    say (zero-shot classification; He et al. 2023: "CT w. init"). Else it begins small.
+    """
+
+    def __init__(self, path, classes):
         super().__init__()
-        self.tower, self.head = tower, head(dim, classes)
+        model, tokens, _ = load_weights(path)
+        self.reads = tokens is not None
+        if self.reads:
+            self.tower, self.head = model.image, zero(nn.Linear(model.project.out_features, len(classes)))
+            names = zero_shot(model, tokens, [in_words(name) for name in classes])               # (K, D)
+            self.head.weight.data = model.log_scale.exp().item() * names
+        else:
+            self.tower, self.head = model, head(model.head.in_features, len(classes))
+            model.head = nn.Identity()
 
     def features(self, x):
         """Return what the tower makes of images, (B, D)."""
-        return self.tower(x)
+        z = self.tower(x)
+        return F.normalize(z, dim=1) if self.reads else z
 
     def forward(self, x):
         return self.head(self.features(x))
-
-
-def load_tower(path):
-    """Read weights to begin from. Returns a tower, its D, the size of its images, and how it knows names.
-
-    That is a function: names of classes to the weights (K, D) of a head that finds them; None if it has read
-    no texts.
-    """
-    saved = data.load_checkpoint(path, "clip", "classifier")
-    if saved["kind"] == "clip":
-        model, tokens, size = load_clip(path)
-        tower, dim = nn.Sequential(model.image, Sphere()), model.image.head.out_features
-
-        def by_name(classes):
-            names = [in_words(name) for name in classes]
-            return model.log_scale.exp().item() * zero_shot(model, tokens, names)
-        return tower, dim, size, by_name
-    model, _, size = load_classifier(path)
-    dim, model.head = model.head.in_features, nn.Identity()
-    return model, dim, size, None
-
-
-def begin(cfg, classes):
-    """Make the recogniser that begins from the weights cfg.init, for classes by name.
-
-    With a text tower its head is that of zero-shot classification (He et al. 2023: "CT w. init").
-    """
-    model, by_name = network(cfg, len(classes), 3), load_tower(cfg.init)[3]
-    if by_name:
-        zero(model.head).weight.data = by_name(classes)
-    elif cfg.tune == "none":
-        raise Problem(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
-    return model.to(data.pick_device()).eval()
 
 
 def embed(model, scenes):
@@ -548,14 +586,16 @@ def tune(head, real, synthetic, cfg, soft=None):
 
 def begin_and_tune(real, synthetic, cfg, path):
     """Make a recogniser from cfg.init and train what cfg.tune says. A checkpoint is kept at path."""
-    model = begin(cfg, real.classes)
     if cfg.tune == "all":
-        return fit(real, synthetic, cfg, path, model=model)[0]
+        return fit(real, synthetic, cfg, path)[0]
+    model = network(cfg, real.classes, 3).to(data.pick_device()).eval()
     if cfg.tune == "head":
         model.head = tune(model.head, embed(model, real), embed(model, synthetic), cfg)
+    elif not model.reads:
+        raise Problem(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
     if data.rank() == 0:
-        data.save_checkpoint(path, "classifier", dict(config=settings(cfg), classes=real.classes, channels=3),
-                             cfg.steps, dict(model=model))
+        about = dict(config=settings(cfg), classes=real.classes, channels=3)
+        data.save_checkpoint(path, "classifier", about, cfg.steps, dict(model=model))
     return model
 
 
@@ -727,7 +767,7 @@ def teach_clip(cfg):
             print(f"{part}: {what} is among the best 1, 5, 10 in {' %, by chance '.join(map(percent, both))}")
     if len(scenes.classes) > 1:
         print("its names of the classes as a classifier:")
-        score(begin(replace(cfg, init=str(path)), scenes.classes), scenes, parts, cfg.test)
+        score(Tuned(path, scenes.classes), scenes, parts, cfg.test)
 
 
 def percent(shares):
@@ -742,11 +782,14 @@ def main(cfg):
     if cfg.captions:
         return teach_clip(cfg)
     if cfg.init:
-        cfg = replace(cfg, size=load_tower(cfg.init)[2])
+        cfg = replace(cfg, size=load_weights(cfg.init)[2])
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
     parts = data.split(scenes)
     index = data.choose(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
     synthetic = read_synthetic(cfg, scenes.classes)
+    if cfg.mae:
+        fit_mae(scenes[index], cfg, Path(cfg.out) / "mae.pt")
+        return
     print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, "
           f"on {data.pick_device()}")
     path = Path(cfg.out) / "classifier.pt"

@@ -17,12 +17,13 @@ from data import TEST, TRAIN, UNSAID, Problem, Scenes
 from train_cls import (
     LENGTH,
     Mixture,
-    begin,
+    Tuned,
     begin_and_tune,
     chances,
     embed,
     encode_texts,
     fit_clip,
+    fit_mae,
     in_words,
     load_classifier,
     load_clip,
@@ -285,7 +286,7 @@ def test_the_head_begins_with_what_the_texts_say(tmp_path):
     path = trained(tmp_path, steps=60, batch=6, lr=1e-2)
     scenes, (clip, tokens, _) = captioned(), load_clip(path)
     names = ["sandbox", "trees"]
-    model = begin(replace(TINY, init=path, tune="none"), names)
+    model = Tuned(path, names)
     texts = [[t.format(name) for t in TEMPLATES] for name in names]
     means = torch.stack([encode_texts(clip, tokens, some).mean(0) for some in texts])
     expected = clip.log_scale.exp() * clip.encode_image(images(scenes)) @ F.normalize(means, dim=1).T
@@ -298,7 +299,7 @@ def test_the_head_begins_with_what_the_texts_say(tmp_path):
 def test_tuning_a_head_leaves_the_tower_and_the_head_it_began_with_as_they_were(tmp_path, monkeypatch):
     scenes = replace(captioned(), classes=["river", "trees"])
     cfg = replace(TINY, init=trained(tmp_path), tune="head", lr=0.1)
-    before = begin(cfg, scenes.classes)
+    before = Tuned(cfg.init, scenes.classes)
     looked, outputs = [], train_cls.outputs
     monkeypatch.setattr(train_cls, "outputs", lambda f, x: looked.append(len(x)) or outputs(f, x))
     model = begin_and_tune(scenes, None, replace(cfg, augment="noise,cutout"), tmp_path / "classifier.pt")
@@ -341,7 +342,7 @@ def test_a_head_is_tuned_as_this_loop_does_with_synthetic_images_and_soft_target
 def test_a_tower_is_tuned_at_a_tenth_of_the_rate_of_its_head(tmp_path, monkeypatch):
     scenes = replace(captioned(), classes=["river", "trees"])
     cfg = replace(TINY, init=trained(tmp_path), steps=1, warmup=1, decay=0.0, lr=0.01)
-    before, after = begin(cfg, scenes.classes), begin_and_tune(scenes, None, cfg, tmp_path / "c.pt")
+    before, after = Tuned(cfg.init, scenes.classes), begin_and_tune(scenes, None, cfg, tmp_path / "c.pt")
     for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
         rate = 0.001 if name.startswith("tower") else 0.01               # of AdamW's first step, lr sign(g)
         assert (a - b).abs().max().item() == pytest.approx(rate, rel=0.02), name
@@ -352,11 +353,11 @@ def test_a_classifier_is_a_start_for_other_classes_but_knows_none_by_name(tmp_pa
     scenes = captioned()
     first, _ = train_cls.fit(scenes, None, TINY, tmp_path / "classifier.pt")
     cfg = replace(TINY, init=str(tmp_path / "classifier.pt"), tune="head")
-    model = begin(cfg, ["x", "y", "z"])
+    model = Tuned(cfg.init, ["x", "y", "z"])
     assert_close(model.features(images(scenes)), first.features(images(scenes)))
     assert model(images(scenes)).shape == (6, 3) and model(images(scenes)).abs().max() < 0.5
     with pytest.raises(Problem, match="--tune none goes by names"):
-        begin(replace(cfg, tune="none"), ["x", "y"])
+        begin_and_tune(scenes, None, replace(cfg, tune="none"), tmp_path / "other.pt")
 
 
 FLAGS = "--patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
@@ -407,3 +408,50 @@ def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeyp
 def test_a_tree_without_sentences_teaches_no_clip():
     with pytest.raises(Problem, match="--captions needs sentences"):
         fit_clip(replace(captioned(), captions=[*SAID[:-1], ()]), TINY)
+
+
+# ---- MAE
+
+def test_the_loss_of_mae_is_that_of_the_hidden_patches_alone():
+    """Written out, patch by patch: 3 of 4 are hidden, the blocks see the fourth."""
+    torch.manual_seed(0)
+    model = train_cls.MAE(TINY).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))                            # also those that start at 0
+    x, vit, errors = torch.randn(5, 3, 8, 8).double(), model.vit, []
+    order = torch.rand(5, 4, generator=data.rng(3)).argsort(1)
+    corners = [(0, 0), (0, 4), (4, 0), (4, 4)]
+    for image, (seen, *hidden) in zip(x, order.tolist(), strict=True):
+        patches = [image[:, i:i + 4, j:j + 4] for i, j in corners]
+        i, j = corners[seen]
+        shown = torch.zeros_like(image)
+        shown[:, i:i + 4, j:j + 4] = patches[seen]
+        token = vit.norm(vit.blocks((vit.stem(shown[None]) + vit.positions)[:, seen:seen + 1]))
+        every = torch.stack([token[0, 0] if k == seen else model.hidden for k in range(4)]) + vit.positions
+        drawn = model.decoder(every[None])[0]
+        for k in hidden:
+            pixels = patches[k].permute(1, 2, 0).flatten()
+            target = (pixels - pixels.mean()) / (pixels.var(correction=0) + 1e-4).sqrt()
+            errors.append((drawn[k] - target).square().mean())
+    assert_close(model(x, data.rng(3)), torch.stack(errors).mean())
+
+
+def test_mae_learns_to_draw_and_its_vit_is_a_start(tmp_path, monkeypatch):
+    g, cfg = data.rng(0), replace(TINY, steps=50, batch=16, lr=1e-2, augment="hflip")
+    flat = torch.randint(256, (40, 3, 1, 1), dtype=torch.uint8, generator=g).expand(-1, -1, 8, 8).clone()
+    flat[:, :, :, ::2] = flat[:, :, :, ::2] // 2                         # stripes, which are in every patch
+    scenes = Scenes(flat, torch.arange(40) % 2, ["a", "b"], list(map(str, range(40))), torch.arange(40))
+    losses, descend = [], data.descend
+    monkeypatch.setattr(data, "descend", lambda *a: losses.append(a[2].item()) or descend(*a))
+    vit = fit_mae(scenes, cfg, tmp_path / "mae.pt")
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    start = Tuned(tmp_path / "mae.pt", ["x", "y", "z"])
+    assert_close(start.features(images(scenes)), vit.features(images(scenes)), rtol=0, atol=1e-3)
+
+
+def test_mae_runs_from_the_command_line(tmp_path, launch):
+    root = data.draw_tree(tmp_path / "t", 5, size=16)
+    assert launch(train_cls, "--data", root, *FLAGS, "--size", 16, "--mae", "--out", tmp_path).returncode == 0
+    done = launch(train_cls, "--data", root, "--init", tmp_path / "mae.pt", "--steps", 2, "--out", tmp_path)
+    assert done.returncode == 0 and "val: accuracy" in done.stdout
