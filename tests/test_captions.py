@@ -26,7 +26,7 @@ from train_cls import (
     fit_mae,
     in_words,
     load_classifier,
-    load_clip,
+    load_weights,
     recalls,
     sentences_of,
     tune,
@@ -231,7 +231,7 @@ def test_a_killed_clip_goes_on_and_is_read_again(tmp_path, monkeypatch):
         m.setattr(data, "save_checkpoint", lambda *args: [save(*args), exec("raise KeyboardInterrupt")])
         fit_clip(captioned(), TINY, tmp_path / "clip.pt", every=3)
     fit_clip(captioned(), TINY, tmp_path / "clip.pt", every=3)
-    again, same, size = load_clip(tmp_path / "clip.pt")
+    again, same, size = load_weights(tmp_path / "clip.pt")
     assert same.keywords == tokens.keywords and size == 8 and not again.training and not whole.training
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert_close(a, b, rtol=0, atol=0)
@@ -284,7 +284,7 @@ def test_names_of_classes_are_written_as_words(name, words):
 
 def test_the_head_begins_with_what_the_texts_say(tmp_path):
     path = trained(tmp_path, steps=60, batch=6, lr=1e-2)
-    scenes, (clip, tokens, _) = captioned(), load_clip(path)
+    scenes, (clip, tokens, _) = captioned(), load_weights(path)
     names = ["sandbox", "trees"]
     model = Tuned(path, names)
     texts = [[t.format(name) for t in TEMPLATES] for name in names]
@@ -398,6 +398,10 @@ def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launc
 @pytest.mark.parametrize("flags, said", [
     (["--tune", "some"], "--tune some: known are all, head, none"),
     (["--init", "none.pt"], "no checkpoint at none.pt"),
+    (["--init", "t/dataset.json"], "--init t/dataset.json: "),
+    (["--init", "runs/cls/classifier.pt"], "would be written over: give another --out"),
+    (["--captions", "--mae"], "give one of them"), (["--mae", "--init", "x"], "give one of them"),
+    (["--captions", "--init", "x"], "give one of them"), (["--mae", "--model", "resnet"], "tokens of a ViT"),
     (["--captions", "--augment", "hflip,cutmix"], "cutmix makes sentences untrue")])
 def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeypatch):
     monkeypatch.chdir(tmp_path)
