@@ -227,15 +227,20 @@ def test_clip_training_is_this_loop_written_out(adamw_by_hand, in_float64):
 def test_a_killed_clip_goes_on_and_is_read_again(tmp_path, monkeypatch):
     whole, tokens = fit_clip(captioned(), TINY)
     save = data.save_checkpoint
+
+    def save_and_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(data, "save_checkpoint", lambda *args: [save(*args), exec("raise KeyboardInterrupt")])
+        m.setattr(data, "save_checkpoint", save_and_die)
         fit_clip(captioned(), TINY, tmp_path / "clip.pt", every=3)
     fit_clip(captioned(), TINY, tmp_path / "clip.pt", every=3)
     again, same, size = load_weights(tmp_path / "clip.pt")
     assert same.keywords == tokens.keywords and size == 8 and not again.training and not whole.training
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert_close(a, b, rtol=0, atol=0)
-    other = replace(captioned(), captions=[*SAID[:-1], ("trees",)])
+    other = replace(captioned(), captions=[*SAID[:-1], ("a road", "houses")])    # the same words
     with pytest.raises(Problem, match="another --out"):
         fit_clip(other, TINY, tmp_path / "clip.pt")
 
@@ -259,6 +264,8 @@ def test_recall_is_what_a_loop_over_the_sorted_finds():
         assert a == pytest.approx(np.mean([n in owner[best_texts[n]] for n in range(7)]))
         assert b == pytest.approx(np.mean([owner[m] in best_images[:, m] for m in range(20)]))
     assert recalls(torch.zeros(7, 20), owner, (1, 3)) == ([0, 0], [0, 0])    # who says nothing finds nothing
+    tie = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 1]])                   # texts 0 and 1 are of image 0
+    assert recalls(tie, torch.tensor([0, 0, 1, 1]), (1, 2)) == ([0.5, 1.0], [0.75, 1.0])
     by_chance = [recalls(torch.randn(7, 20, generator=g), owner, (1, 3)) for _ in range(500)]
     assert np.allclose(np.mean(by_chance, 0), chances(owner, 7, (1, 3)), atol=0.02)
 
