@@ -4,6 +4,8 @@
     python train_cls.py --data data/NWPU-RESISC45 --synthetic runs/made --share 0.5 --out runs/mixed
     torchrun --nproc-per-node 4 train_cls.py ...               # equal numbers, on 4 GPUs
     python train_cls.py --predict photos --out runs/mixed      # with runs/mixed/classifier.pt: a csv
+    python train_cls.py --data data/UCM_captions --captions --out runs/clip    # a CLIP from scratch
+    python train_cls.py --data data/NWPU-RESISC45 --init WEIGHTS --tune head   # ours, or published ones
 
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
@@ -400,14 +402,12 @@ def words_of(text):
 def word_tokens(texts, words):
     """Encode texts by the places of their words in a vocabulary [V]: (B, L) int64, L <= LENGTH.
 
-    0 pads, V + 1 starts and V + 2 ends, the largest as in CLIP. Words that are not in it are left out: no
-    model could have learned them.
+    0 pads, V + 1 starts, V + 2 ends. Words that are not in it are left out: no model could have learned them.
+    Words instead of bytes: sentences are a fifth as long, and spelling need not be learned from a few thousand.
     """
-    place, start, end = {word: k for k, word in enumerate(words, 1)}, len(words) + 1, len(words) + 2
+    place = {word: k for k, word in enumerate(words, 1)}
     known = [[place[word] for word in words_of(text) if word in place] for text in texts]
-    rows = [[start, *ids[:LENGTH - 2], end] for ids in known]
-    longest = max(map(len, rows))
-    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return vit.padded(known, min(LENGTH, 2 + max(map(len, known))), [len(words) + 1], len(words) + 2, 0)
 
 
 def sentences_of(scenes):

@@ -2,6 +2,7 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from train_cls import (
     tune,
     word_tokens,
 )
-from vit import CLIP, TEMPLATES, Text, ViT
+from vit import CLIP, TEMPLATES, Text, Tower, ViT, byte_tokens, zero_shot
 
 
 def pictures(folder, names):
@@ -466,3 +467,37 @@ def test_mae_runs_from_the_command_line(tmp_path, launch):
     assert launch(train_cls, "--data", root, *FLAGS, "--size", 16, "--mae", "--out", tmp_path).returncode == 0
     done = launch(train_cls, "--data", root, "--init", tmp_path / "mae.pt", "--steps", 2, "--out", tmp_path)
     assert done.returncode == 0 and "val: accuracy" in done.stdout
+
+
+# ---- published weights
+
+def published(text=True):
+    """What load_pretrained makes of a file: a CLIP, or a Tower alone, of images of 12 px."""
+    torch.manual_seed(0)
+    tower = Tower(16, 12, 4, 16, 1, 2, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), pre=text)
+    return CLIP(tower, Text(dim=16, depth=1, heads=2)) if text else tower
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_published_weights_are_a_start_and_tell_the_size_of_images(tmp_path, launch, monkeypatch, text):
+    monkeypatch.setattr(train_cls.vit, "load_pretrained", lambda path: published(text).eval())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pt").write_bytes(b"published")
+    root = caption_tree(tmp_path / "t")
+    flags = "--init", "weights.pt", "--steps", 3, "--batch", 4, "--warmup", 1, "--out"
+    for what in ("none", "head", "all"):
+        done = launch(train_cls, "--data", root, *flags, what, "--tune", what)
+        if what == "none" and not text:
+            assert done.returncode == 2 and "--tune none goes by names" in done.stderr
+            continue
+        assert done.returncode == 0, done.stderr
+        model, classes, size = load_classifier(tmp_path / what / "classifier.pt")
+        x = data.to_float(data.read(root, 12, cache=tmp_path / "cache").images)
+        start = published(text)
+        expected = start.encode_image(x) if text else start.features(x)
+        assert classes == ["forest", "river"] and size == 12
+        if what != "all":
+            assert_close(model.features(x), expected)
+        if what == "none":
+            names = zero_shot(start, partial(byte_tokens, length=96), ["forest", "river"])
+            assert_close(model(x), start.log_scale.exp() * expected @ names.T)
