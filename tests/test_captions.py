@@ -401,6 +401,13 @@ def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launc
         assert launch(train_cls, "--predict", root / "river_0.png", "--out", what).returncode == 0
     again = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "clip", "--captions", "--test")
     assert "test: a sentence, of 4" in again.stdout
+    few = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "few", "--captions", "--per-class", 1)
+    assert "2 images, 4 sentences" in few.stdout
+    (root / "txtclasses/river.txt").unlink()
+    (root / "txtclasses/forest.txt").unlink()
+    assert "tells no classes" in launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "c").stderr
+    done = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "d", "--captions")
+    assert done.returncode == 0 and "accuracy" not in done.stdout
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -409,6 +416,7 @@ def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launc
     (["--init", "t/dataset.json"], "--init t/dataset.json: "),
     (["--init", "runs/cls/classifier.pt"], "would be written over: give another --out"),
     (["--captions", "--mae"], "give one of them"), (["--mae", "--init", "x"], "give one of them"),
+    (["--captions", "--share", "0.5"], "real images alone"), (["--mae", "--share", "0.5"], "real images alone"),
     (["--captions", "--init", "x"], "give one of them"), (["--mae", "--model", "resnet"], "tokens of a ViT"),
     (["--captions", "--augment", "hflip,cutmix"], "cutmix makes sentences untrue")])
 def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeypatch):
@@ -460,6 +468,12 @@ def test_mae_learns_to_draw_and_its_vit_is_a_start(tmp_path, monkeypatch):
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     start = Tuned(tmp_path / "mae.pt", ["x", "y", "z"])
     assert_close(start.features(images(scenes)), vit.features(images(scenes)), rtol=0, atol=1e-3)
+
+
+def test_no_step_waits_for_the_device(hasty_steps):
+    fit_clip(captioned(), TINY)
+    fit_mae(captioned(), TINY)
+    assert hasty_steps == [1, 2, 3, 4] * 2
 
 
 def test_mae_runs_from_the_command_line(tmp_path, launch):
