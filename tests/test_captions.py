@@ -291,7 +291,7 @@ def test_names_of_classes_are_written_as_words(name, words):
 
 
 def test_the_head_begins_with_what_the_texts_say(tmp_path):
-    path = trained(tmp_path, steps=60, batch=6, lr=1e-2)
+    path = trained(tmp_path, lr=1e-2)
     scenes, (clip, tokens, _) = captioned(), load_weights(path)
     names = ["sandbox", "trees"]
     model = Tuned(path, names)
@@ -368,7 +368,7 @@ def test_a_classifier_is_a_start_for_other_classes_but_knows_none_by_name(tmp_pa
         begin_and_tune(scenes, None, replace(cfg, tune="none"), tmp_path / "other.pt")
 
 
-FLAGS = "--patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
+FLAGS = "--size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
 
 
 def caption_tree(root):
@@ -386,7 +386,7 @@ def caption_tree(root):
 def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launch, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = caption_tree(tmp_path / "t")
-    done = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "clip", "--captions")
+    done = launch(train_cls, *FLAGS, "--data", root, "--out", "clip", "--captions")
     assert done.returncode == 0 and "8 images, 16 sentences" in done.stdout and "test:" not in done.stdout
     lines = done.stdout.splitlines()
     assert lines[1].startswith("val: a sentence, of 4, for an image is among the best 1, 5, 10 in ")
@@ -399,14 +399,14 @@ def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launc
         if what == "none":
             assert lines[-1] in done.stdout                              # as --captions said already
         assert launch(train_cls, "--predict", root / "river_0.png", "--out", what).returncode == 0
-    again = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "clip", "--captions", "--test")
+    again = launch(train_cls, *FLAGS, "--data", root, "--out", "clip", "--captions", "--test")
     assert "test: a sentence, of 4" in again.stdout
-    few = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "few", "--captions", "--per-class", 1)
+    few = launch(train_cls, *FLAGS, "--data", root, "--out", "few", "--captions", "--per-class", 1)
     assert "2 images, 4 sentences" in few.stdout
     (root / "txtclasses/river.txt").unlink()
     (root / "txtclasses/forest.txt").unlink()
-    assert "tells no classes" in launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "c").stderr
-    done = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "d", "--captions")
+    assert "tells no classes" in launch(train_cls, *FLAGS, "--data", root, "--out", "c").stderr
+    done = launch(train_cls, *FLAGS, "--data", root, "--out", "d", "--captions")
     assert done.returncode == 0 and "accuracy" not in done.stdout
 
 
@@ -416,12 +416,13 @@ def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launc
     (["--init", "t/dataset.json"], "--init t/dataset.json: "),
     (["--init", "runs/cls/classifier.pt"], "would be written over: give another --out"),
     (["--captions", "--mae"], "give one of them"), (["--mae", "--init", "x"], "give one of them"),
-    (["--captions", "--share", "0.5"], "real images alone"), (["--mae", "--share", "0.5"], "real images alone"),
+    (["--captions", "--share", "0.5"], "real images alone"),
+    (["--mae", "--share", "0.5"], "real images alone"),
     (["--captions", "--init", "x"], "give one of them"), (["--mae", "--model", "resnet"], "tokens of a ViT"),
     (["--captions", "--augment", "hflip,cutmix"], "cutmix makes sentences untrue")])
 def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = launch(train_cls, "--data", caption_tree(tmp_path / "t"), *FLAGS, "--size", 16, *flags)
+    done = launch(train_cls, "--data", caption_tree(tmp_path / "t"), *FLAGS, *flags)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -478,7 +479,7 @@ def test_no_step_waits_for_the_device(hasty_steps):
 
 def test_mae_runs_from_the_command_line(tmp_path, launch):
     root = data.draw_tree(tmp_path / "t", 5, size=16)
-    assert launch(train_cls, "--data", root, *FLAGS, "--size", 16, "--mae", "--out", tmp_path).returncode == 0
+    assert launch(train_cls, "--data", root, *FLAGS, "--mae", "--out", tmp_path).returncode == 0
     done = launch(train_cls, "--data", root, "--init", tmp_path / "mae.pt", "--steps", 2, "--out", tmp_path)
     assert done.returncode == 0 and "val: accuracy" in done.stdout
 
