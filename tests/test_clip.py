@@ -539,7 +539,7 @@ def test_pairs_are_merged_in_the_order_of_the_file(tmp_path):
     assert encode("the") == ids("the</w>") and encode("then") == ids("th", "e", "n</w>")
     assert encode("thering") == ids("ther", "ing</w>") and encode("ther") == ids("th", "e", "r</w>")
     assert encode("aaa aaaa") == ids("aaa</w>", "aa", "a", "a</w>")
-    assert encode("xy") == ids("x", "y</w>")                             # a merge that the weights do not know
+    assert encode("xy") == ids("x", "y</w>")                            # a merge that the weights do not know
     with pytest.raises(ValueError, match="makes 521 tokens, but the weights know 598"):
         vit.bpe(path, 600)
 
@@ -568,15 +568,16 @@ def pieces(request, tmp_path):
 
 @pytest.mark.parametrize("text, expected", [
     ("abc", "\u2581a bc"), ("AB. c", "\u2581ab \u2581 c"), ("a?!", "\u2581a"), ("", ""),
-    (" b  b ", "\u2581 b \u2581 b"), ("axyzb", "\u2581a <unk> b"), ("\uff41\u00b9", "\u2581a 1")])
+    (" b  b ", "\u2581 b \u2581 b"), ("axyzb", "\u2581a <unk> b"),
+    ("\uff41\u00b9", "\u2581a 1")])
 def test_text_is_cut_into_the_most_probable_pieces(pieces, text, expected):
     names = [name for name, _ in PIECES]
-    assert vit.unigram(pieces)(text) == [names.index(piece) for piece in expected.split()]
+    assert vit.unigram(pieces, 12)(text) == [names.index(piece) for piece in expected.split()]
 
 
 def test_every_way_to_cut_is_weighed(pieces):
     score, names = dict(PIECES), [name for name, _ in PIECES]
-    encode = vit.unigram(pieces)
+    encode = vit.unigram(pieces, 12)
     for text in map("".join, itertools.product("abc", repeat=5)):
         ways = []
         for cuts in itertools.product([0, 1], repeat=5):
@@ -585,6 +586,11 @@ def test_every_way_to_cut_is_weighed(pieces):
             if all(part in score for part in parts):
                 ways.append(sum(score[part] for part in parts))
         assert sum(score[names[k]] for k in encode(text)) == pytest.approx(max(ways))
+
+
+def test_a_vocabulary_of_another_size_is_refused(pieces):
+    with pytest.raises(ValueError, match="has 12 pieces, but the weights know 13"):
+        vit.unigram(pieces, 13)
 
 
 def fake(count, length, causal):
