@@ -293,9 +293,9 @@ def test_names_of_classes_are_written_as_words(name, words):
 def test_the_head_begins_with_what_the_texts_say(tmp_path):
     path = trained(tmp_path, lr=1e-2)
     scenes, (clip, tokens, _) = captioned(), load_weights(path)
-    names = ["sandbox", "trees"]
+    names = ["SandRiver", "trees"]
     model = Tuned(path, names)
-    texts = [[t.format(name) for t in TEMPLATES] for name in names]
+    texts = [[t.format(name) for t in TEMPLATES] for name in ("sand river", "trees")]
     means = torch.stack([encode_texts(clip, tokens, some).mean(0) for some in texts])
     expected = clip.log_scale.exp() * clip.encode_image(images(scenes)) @ F.normalize(means, dim=1).T
     assert_close(model(images(scenes)), expected)
