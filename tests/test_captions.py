@@ -2,6 +2,7 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,13 +27,13 @@ from train_cls import (
     fit_mae,
     in_words,
     load_classifier,
-    load_clip,
+    load_weights,
     recalls,
     sentences_of,
     tune,
     word_tokens,
 )
-from vit import CLIP, TEMPLATES, Text, ViT
+from vit import CLIP, TEMPLATES, Text, Tower, ViT, byte_tokens, zero_shot
 
 
 def pictures(folder, names):
@@ -227,15 +228,20 @@ def test_clip_training_is_this_loop_written_out(adamw_by_hand, in_float64):
 def test_a_killed_clip_goes_on_and_is_read_again(tmp_path, monkeypatch):
     whole, tokens = fit_clip(captioned(), TINY)
     save = data.save_checkpoint
+
+    def save_and_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(data, "save_checkpoint", lambda *args: [save(*args), exec("raise KeyboardInterrupt")])
+        m.setattr(data, "save_checkpoint", save_and_die)
         fit_clip(captioned(), TINY, tmp_path / "clip.pt", every=3)
     fit_clip(captioned(), TINY, tmp_path / "clip.pt", every=3)
-    again, same, size = load_clip(tmp_path / "clip.pt")
+    again, same, size = load_weights(tmp_path / "clip.pt")
     assert same.keywords == tokens.keywords and size == 8 and not again.training and not whole.training
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert_close(a, b, rtol=0, atol=0)
-    other = replace(captioned(), captions=[*SAID[:-1], ("trees",)])
+    other = replace(captioned(), captions=[*SAID[:-1], ("a road", "houses")])    # the same words
     with pytest.raises(Problem, match="another --out"):
         fit_clip(other, TINY, tmp_path / "clip.pt")
 
@@ -259,6 +265,8 @@ def test_recall_is_what_a_loop_over_the_sorted_finds():
         assert a == pytest.approx(np.mean([n in owner[best_texts[n]] for n in range(7)]))
         assert b == pytest.approx(np.mean([owner[m] in best_images[:, m] for m in range(20)]))
     assert recalls(torch.zeros(7, 20), owner, (1, 3)) == ([0, 0], [0, 0])    # who says nothing finds nothing
+    tie = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 1]])                   # texts 0 and 1 are of image 0
+    assert recalls(tie, torch.tensor([0, 0, 1, 1]), (1, 2)) == ([0.5, 1.0], [0.75, 1.0])
     by_chance = [recalls(torch.randn(7, 20, generator=g), owner, (1, 3)) for _ in range(500)]
     assert np.allclose(np.mean(by_chance, 0), chances(owner, 7, (1, 3)), atol=0.02)
 
@@ -283,11 +291,11 @@ def test_names_of_classes_are_written_as_words(name, words):
 
 
 def test_the_head_begins_with_what_the_texts_say(tmp_path):
-    path = trained(tmp_path, steps=60, batch=6, lr=1e-2)
-    scenes, (clip, tokens, _) = captioned(), load_clip(path)
-    names = ["sandbox", "trees"]
+    path = trained(tmp_path, lr=1e-2)
+    scenes, (clip, tokens, _) = captioned(), load_weights(path)
+    names = ["SandRiver", "trees"]
     model = Tuned(path, names)
-    texts = [[t.format(name) for t in TEMPLATES] for name in names]
+    texts = [[t.format(name) for t in TEMPLATES] for name in ("sand river", "trees")]
     means = torch.stack([encode_texts(clip, tokens, some).mean(0) for some in texts])
     expected = clip.log_scale.exp() * clip.encode_image(images(scenes)) @ F.normalize(means, dim=1).T
     assert_close(model(images(scenes)), expected)
@@ -360,7 +368,7 @@ def test_a_classifier_is_a_start_for_other_classes_but_knows_none_by_name(tmp_pa
         begin_and_tune(scenes, None, replace(cfg, tune="none"), tmp_path / "other.pt")
 
 
-FLAGS = "--patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
+FLAGS = "--size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
 
 
 def caption_tree(root):
@@ -378,7 +386,7 @@ def caption_tree(root):
 def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launch, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = caption_tree(tmp_path / "t")
-    done = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "clip", "--captions")
+    done = launch(train_cls, *FLAGS, "--data", root, "--out", "clip", "--captions")
     assert done.returncode == 0 and "8 images, 16 sentences" in done.stdout and "test:" not in done.stdout
     lines = done.stdout.splitlines()
     assert lines[1].startswith("val: a sentence, of 4, for an image is among the best 1, 5, 10 in ")
@@ -391,17 +399,30 @@ def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launc
         if what == "none":
             assert lines[-1] in done.stdout                              # as --captions said already
         assert launch(train_cls, "--predict", root / "river_0.png", "--out", what).returncode == 0
-    again = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "clip", "--captions", "--test")
+    again = launch(train_cls, *FLAGS, "--data", root, "--out", "clip", "--captions", "--test")
     assert "test: a sentence, of 4" in again.stdout
+    few = launch(train_cls, *FLAGS, "--data", root, "--out", "few", "--captions", "--per-class", 1)
+    assert "2 images, 4 sentences" in few.stdout
+    (root / "txtclasses/river.txt").unlink()
+    (root / "txtclasses/forest.txt").unlink()
+    assert "tells no classes" in launch(train_cls, *FLAGS, "--data", root, "--out", "c").stderr
+    done = launch(train_cls, *FLAGS, "--data", root, "--out", "d", "--captions")
+    assert done.returncode == 0 and "accuracy" not in done.stdout
 
 
 @pytest.mark.parametrize("flags, said", [
     (["--tune", "some"], "--tune some: known are all, head, none"),
     (["--init", "none.pt"], "no checkpoint at none.pt"),
+    (["--init", "t/dataset.json"], "--init t/dataset.json: "),
+    (["--init", "runs/cls/classifier.pt"], "would be written over: give another --out"),
+    (["--captions", "--mae"], "give one of them"), (["--mae", "--init", "x"], "give one of them"),
+    (["--captions", "--share", "0.5"], "real images alone"),
+    (["--mae", "--share", "0.5"], "real images alone"),
+    (["--captions", "--init", "x"], "give one of them"), (["--mae", "--model", "resnet"], "tokens of a ViT"),
     (["--captions", "--augment", "hflip,cutmix"], "cutmix makes sentences untrue")])
 def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = launch(train_cls, "--data", caption_tree(tmp_path / "t"), *FLAGS, "--size", 16, *flags)
+    done = launch(train_cls, "--data", caption_tree(tmp_path / "t"), *FLAGS, *flags)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -450,8 +471,48 @@ def test_mae_learns_to_draw_and_its_vit_is_a_start(tmp_path, monkeypatch):
     assert_close(start.features(images(scenes)), vit.features(images(scenes)), rtol=0, atol=1e-3)
 
 
+def test_no_step_waits_for_the_device(hasty_steps):
+    fit_clip(captioned(), TINY)
+    fit_mae(captioned(), TINY)
+    assert hasty_steps == [1, 2, 3, 4] * 2
+
+
 def test_mae_runs_from_the_command_line(tmp_path, launch):
     root = data.draw_tree(tmp_path / "t", 5, size=16)
-    assert launch(train_cls, "--data", root, *FLAGS, "--size", 16, "--mae", "--out", tmp_path).returncode == 0
+    assert launch(train_cls, "--data", root, *FLAGS, "--mae", "--out", tmp_path).returncode == 0
     done = launch(train_cls, "--data", root, "--init", tmp_path / "mae.pt", "--steps", 2, "--out", tmp_path)
     assert done.returncode == 0 and "val: accuracy" in done.stdout
+
+
+# ---- published weights
+
+def published(text=True):
+    """What load_pretrained makes of a file: a CLIP, or a Tower alone, of images of 12 px."""
+    torch.manual_seed(0)
+    tower = Tower(16, 12, 4, 16, 1, 2, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), pre=text)
+    return CLIP(tower, Text(dim=16, depth=1, heads=2)) if text else tower
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_published_weights_are_a_start_and_tell_the_size_of_images(tmp_path, launch, monkeypatch, text):
+    monkeypatch.setattr(train_cls.vit, "load_pretrained", lambda path: published(text).eval())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pt").write_bytes(b"published")
+    root = caption_tree(tmp_path / "t")
+    flags = "--init", "weights.pt", "--steps", 3, "--batch", 4, "--warmup", 1, "--out"
+    for what in ("none", "head", "all"):
+        done = launch(train_cls, "--data", root, *flags, what, "--tune", what)
+        if what == "none" and not text:
+            assert done.returncode == 2 and "--tune none goes by names" in done.stderr
+            continue
+        assert done.returncode == 0, done.stderr
+        model, classes, size = load_classifier(tmp_path / what / "classifier.pt")
+        x = data.to_float(data.read(root, 12, cache=tmp_path / "cache").images)
+        start = published(text)
+        expected = start.encode_image(x) if text else start.features(x)
+        assert classes == ["forest", "river"] and size == 12
+        if what != "all":
+            assert_close(model.features(x), expected)
+        if what == "none":
+            names = zero_shot(start, partial(byte_tokens, length=96), ["forest", "river"])
+            assert_close(model(x), start.log_scale.exp() * expected @ names.T)
