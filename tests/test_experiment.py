@@ -1,13 +1,13 @@
 """experiment.py: fair arms, intervals that cover, a page that stands alone, runs that can go on."""
 import csv
 import html
+import io
 import json
 import re
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, replace
 
 import numpy as np
@@ -19,9 +19,7 @@ import data
 import experiment
 from experiment import LEGS, STUDIES, Arm, Config
 
-
-def run(*argv):
-    return subprocess.run([sys.executable, "experiment.py", *map(str, argv)], capture_output=True, text=True)
+QUICK = dict(smoke=True, gen_steps=5, cls_steps=5, jobs=1)
 
 
 def unwrapped(text):
@@ -37,11 +35,17 @@ def no_stopwatch(monkeypatch):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """One smoke run of all arms, shared by the tests below: (folder, what it printed)."""
-    out = tmp_path_factory.mktemp("smoke")
-    done = run("--smoke", "--out", out, "--jobs", 2)
-    assert done.returncode == 0, done.stderr
-    return out, done
+    """One quick run of all arms, shared by the tests below: (folder, what it printed, its errors).
+
+    Small pictures are there but for the last of each class and the last tile, which it draws itself.
+    """
+    out, said, errors = tmp_path_factory.mktemp("smoke"), io.StringIO(), io.StringIO()
+    data.draw_tree(out / "drawn-scenes-30", 29, size=32)
+    data.draw_xbd(out / "drawn-buildings-64", 63, side=224)
+    argv = ["--smoke", "--gen-steps", "5", "--cls-steps", "5", "--jobs", "2", "--out", str(out)]
+    with redirect_stdout(said), redirect_stderr(errors):
+        data.launch(experiment.main, Config, argv)
+    return out, said.getvalue(), errors.getvalue()
 
 
 def results(out):
@@ -52,20 +56,20 @@ def results(out):
 # ---- the whole
 
 def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
-    out, done = smoke
-    assert "28 classifiers of 10 steps, 4 generators" in done.stdout and "minutes on" in done.stdout
-    rows = re.findall(r"^([a-z].*?)  +[0-9]+\.[0-9] ±", done.stdout, re.M)
+    out, printed, errors = smoke
+    assert "28 classifiers of 5 steps, 4 generators" in printed and "minutes on" in printed
+    rows = re.findall(r"^([a-z].*?)  +[0-9]+\.[0-9] ±", printed, re.M)
     arms = LEGS["scenes"].arms, LEGS["buildings"].arms
     assert sorted(row for row in rows if "resnet" not in row) == sorted(
         [f"{arm} ({count})" for count in "48" for arm in arms[0]] + [*arms[1]])
-    assert "always no-damage" in done.stdout and "macro-F1 in drawn-flood" in done.stdout
-    said = unwrapped(done.stdout)
+    assert "always no-damage" in printed and "macro-F1 in drawn-flood" in printed
+    said = unwrapped(printed)
     assert said.count("say nothing about the world") == 2
     assert said.count("Too few seeds to say (at least three)") == 2
     assert said.count("synthetic images are nearer to a training image of") == 3
     assert len(re.findall("gets [0-9]+ % of [0-9]+ held-out images right", said)) == 3
-    assert str(out / "report.html") in done.stdout
-    assert done.stderr == ""                                        # no progress bars where nobody watches
+    assert str(out / "report.html") in printed
+    assert errors == ""                                        # no progress bars where nobody watches
 
 
 def test_every_run_is_a_row_and_all_arms_of_networks_have_the_same_budget(smoke):
@@ -74,11 +78,11 @@ def test_every_run_is_a_row_and_all_arms_of_networks_have_the_same_budget(smoke)
     assert len([r for r in rows if not r["arm"].startswith("resnet")]) == 4 * 10 + 2 * 10
     for r in rows:
         arm = LEGS[r["leg"]].arms[r["arm"].removeprefix("resnet: ")]
-        budget = ("0", "0") if arm.model == "linear" else ("10", "320")
+        budget = ("0", "0") if arm.model == "linear" else ("5", "160")
         assert (r["steps"], r["images"]) == budget
         rare = arm.balance and arm.source == "generator"                # three of four classes are rare
         expected = arm.share * (0.75 if rare else 1)
-        share = int(r["synthetic"]) / 320 if arm.model != "linear" else expected
+        share = int(r["synthetic"]) / 160 if arm.model != "linear" else expected
         assert abs(share - expected) < (0.15 if 0 < share < 1 else 1e-9)
 
 
@@ -87,12 +91,12 @@ def test_arms_of_unequal_budget_are_not_compared(smoke, monkeypatch, capsys):
     next(row for row in stored.values() if row["arm"] == "real + copies")["steps"] = 11
     monkeypatch.setattr(experiment, "read_runs", lambda out: stored)
     with pytest.raises(AssertionError, match="unequal budget"):
-        experiment.main(Config(smoke=True, out=str(smoke[0]), jobs=1))
+        experiment.main(Config(**QUICK, out=str(smoke[0])))
 
 
 def test_one_job_gives_the_same_results_as_two(smoke, tmp_path, capsys):
     (tmp_path / "drawn-scenes-30").symlink_to(smoke[0] / "drawn-scenes-30")
-    experiment.main(Config(smoke=True, out=str(tmp_path), leg="scenes", jobs=1,
+    experiment.main(Config(**QUICK, out=str(tmp_path), leg="scenes",
                            arms="real + augmentation,synthetic only,linear: synthetic only"))
     alone, two = ({r.pop("run"): r for r in results(out) if r.pop("seconds")} for out in (tmp_path, smoke[0]))
     assert {"real + augmentation", "synthetic only", "linear: synthetic only"} <= {
@@ -119,10 +123,10 @@ def test_the_rows_are_the_scores_of_the_answers(smoke):
 
 
 def test_a_second_start_runs_nothing_and_says_the_same(smoke, capsys):
-    out, done = smoke
+    out, printed, _ = smoke
     before = {p: p.stat().st_mtime_ns for p in [*out.rglob("*.pt"), *(out / "runs").iterdir()]}
-    experiment.main(Config(smoke=True, out=str(out), jobs=1))
-    assert capsys.readouterr().out.split("\nDRAWN")[1:] == done.stdout.split("\nDRAWN")[1:]
+    experiment.main(Config(**QUICK, out=str(out)))
+    assert capsys.readouterr().out.split("\nDRAWN")[1:] == printed.split("\nDRAWN")[1:]
     assert before == {p: p.stat().st_mtime_ns for p in [*out.rglob("*.pt"), *(out / "runs").iterdir()]}
 
 
@@ -132,7 +136,7 @@ def test_a_lost_run_is_run_again_with_the_same_result(smoke):
     for r in rows:
         if r["arm"] == "real + synthetic" and r["count"] == "8":
             (out / "runs" / f"{r['run']}.json").unlink()
-    experiment.main(Config(smoke=True, out=str(out), jobs=1))
+    experiment.main(Config(**QUICK, out=str(out)))
     score = {r["run"]: r["macro_f1"] for r in rows}
     assert {r["run"]: r["macro_f1"] for r in results(out)} == score
 
@@ -145,12 +149,12 @@ def trees(out):
 
 
 def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, monkeypatch, capsys):
-    cfg = Config(smoke=True, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), counts="4",
-                 arms="real,real + augmentation", jobs=1)
+    cfg = Config(**QUICK, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), counts="4",
+                 arms="real,real + augmentation")
     fit, calls = experiment.train_cls.fit, []
 
     def fit_thrice(real, synthetic, cfg, *args, **kw):
-        if cfg.steps == 10 and calls.append(kw.get("title")) is None and len(calls) == 4:
+        if cfg.steps == 5 and calls.append(kw.get("title")) is None and len(calls) == 4:
             raise KeyboardInterrupt
         return fit(real, synthetic, cfg, *args, **kw)
 
@@ -161,7 +165,7 @@ def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, m
     assert len(experiment.read_runs(tmp_path)) == 3
     experiment.main(cfg)
     assert len([r for r in results(tmp_path) if "resnet" not in r["arm"]]) == 4
-    assert "1 classifiers of 10 steps" in capsys.readouterr().out
+    assert "1 classifiers of 5 steps" in capsys.readouterr().out
 
 
 def test_generators_saw_the_training_images_of_their_arm_and_nothing_else(smoke):
@@ -192,15 +196,15 @@ def test_the_page_needs_nothing_but_itself(smoke):
     # per leg a grid and confusions, per count suspects, simulated damage; per leg the claims and all arms
     assert page.count("data:image/png;base64,") == page.count('<img alt="') == 8
     assert page.count("<svg") == 4 and page.count("<figcaption>") == 12
-    assert re.search("python experiment.py --out [^ ]+ --smoke --jobs [12]", page)
+    assert re.search("python experiment.py --out [^ ]+ --smoke --gen-steps 5 --cls-steps 5 --jobs [12]", page)
     for name in (*LEGS["scenes"].arms, *LEGS["buildings"].arms):
         name = html.escape(name) + " (8)" * (name in LEGS["scenes"].arms and name != "balanced")
         assert f"<td>{name}<td>" in page or f"<td>{name.removesuffix(' (8)')}<td>" in page
 
 
 def test_sharing_a_subset_trains_one_generator_per_count_and_the_conditions_say_so(smoke, tmp_path, capsys):
-    cfg = Config(smoke=True, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), subsets=1, counts="4",
-                 arms="real + synthetic", jobs=1)
+    cfg = Config(**QUICK, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), subsets=1, counts="4",
+                 arms="real + synthetic")
     experiment.main(cfg)
     said = unwrapped(capsys.readouterr().out)
     assert "draws of training images: 1" in said and "do not cover another draw" in said
@@ -210,7 +214,7 @@ def test_sharing_a_subset_trains_one_generator_per_count_and_the_conditions_say_
 
 def test_an_xbd_tree_is_compared_with_and_without_an_event_held_out(tmp_path, capsys):
     root = data.draw_xbd(tmp_path / "xbd", 32, side=160)
-    flags = dict(smoke=True, data=str(root), out=str(tmp_path / "x"), counts="12", seeds=1, jobs=1)
+    flags = QUICK | dict(data=str(root), out=str(tmp_path / "x"), counts="12", seeds=1)
     experiment.main(Config(**flags, arms="real,balanced + copy-paste", label="type"))
     assert "always" in (said := capsys.readouterr().out) and "F1 flooding" in said
     held = dict(hold_out="drawn-wildfire", arms="balanced,balanced + synthetic")
@@ -233,8 +237,8 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(smoke, tmp_path, capsys):
 
 
 def test_studies_vary_the_mix_and_share_what_is_there(smoke, tmp_path, capsys):
-    cfg = Config(smoke=True, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), counts="4", seeds=1,
-                 arms="real + synthetic", study="share,filter,soft,counts", jobs=1)
+    cfg = Config(**QUICK, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), counts="4", seeds=1,
+                 arms="real + synthetic", study="share,filter,soft,counts")
     experiment.main(cfg)
     rows = results(tmp_path)
     said = capsys.readouterr().out
@@ -849,13 +853,13 @@ def test_a_task_waits_for_its_generator_and_no_more_run_than_jobs(scenes_case, t
 def test_what_a_process_cannot_do_is_one_line(smoke, tmp_path, capsys):
     root, out = str(smoke[0] / "drawn-scenes-30"), str(tmp_path)
     flags = dict(data=root, counts="4", out=out, arms="real + synthetic")
-    argv = ["--smoke", "--seeds", "1", *(f"--{name}={value}" for name, value in flags.items())]
+    argv = ["--smoke", "--seeds=1", "--jobs=1", *(f"--{name}={value}" for name, value in flags.items())]
     case, = experiment.main(Config(smoke=True, seeds=1, **flags, dry_run=True))
     broken = tmp_path / "generators" / f"{experiment.generator_id(case.cell(4, 0), Arm('generator', 0.5))}.pt"
     broken.parent.mkdir()
     broken.write_bytes(b"no checkpoint")
     with pytest.raises(SystemExit) as error:
-        data.launch(experiment.main, Config, [*argv, "--jobs", "2"])
+        data.launch(experiment.main, Config, argv)
     err = capsys.readouterr().err
     assert error.value.code == 2 and f"{broken} is no checkpoint of ours" in err and err.count("\n") == 1
     assert "Traceback" not in err and not (tmp_path / "results.csv").exists()
