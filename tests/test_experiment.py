@@ -272,15 +272,14 @@ def case_by_hand(n, K):
     leg, cfg = LEGS["scenes"], Config(scale="smoke", leg="scenes")
     parts = torch.arange(n).split([n - 2 * K, K, K])
     parts = dict(zip(("train", "val", "test"), parts, strict=True))
-    return experiment.Case("scenes", leg, leg.arms, cfg.resolved("scenes"), cfg, "", scenes, parts,
-                           scenes[parts["test"]], None)
+    return experiment.Case("scenes", leg, leg.arms, cfg.resolved("scenes"), cfg, "", scenes, parts, None)
 
 
 def test_doubles_of_a_chosen_image_are_not_fresh():
     case = case_by_hand(40, 2)
     case.scenes.groups[:] = torch.arange(40) // 4                        # two of each class are doubles
     for draw in range(3):
-        real, fresh = case.choose(3, draw)
+        _, real, fresh = case.choose(3, draw)
         assert len(real) == 6 and len(fresh) > 8
         assert not set(real.groups.tolist()) & set(fresh.groups.tolist())
 
@@ -508,7 +507,7 @@ def test_the_conditions_say_that_there_is_no_ceiling(scenes_case):
 
 def test_a_class_without_synthetic_images_keeps_its_real_ones_at_share_1(smoke):
     case = case_of(smoke[0], "buildings")
-    real, _ = case.choose(12, 0)
+    _, real, _ = case.choose(12, 0)
     rare = real[real.labels > 0]
     cfg = replace(case.s.cls, share=1.0, balance=True, batch=64)
     _, seen = experiment.train_cls.fit(real, rare, cfg)
@@ -518,13 +517,14 @@ def test_a_class_without_synthetic_images_keeps_its_real_ones_at_share_1(smoke):
 def test_a_generator_that_memorised_is_caught_and_one_that_did_not_is_not(scenes_case, tmp_path):
     """Copies that are turned and a little noisy, and fresh drawings in their place."""
     case = replace(scenes_case, out=tmp_path, parts=data.split(scenes_case.scenes))
-    real, fresh = case.choose(4, 0)
+    cell = case.cell(4, 0)
+    real, fresh = cell.real, cell.fresh
     g = torch.Generator().manual_seed(0)
     noise = torch.randint(-8, 9, real.images.shape, generator=g)
     copied = replace(real, images=(real.images.rot90(1, (2, 3)).int() + noise).clamp(0, 255).to(torch.uint8))
     odd = torch.arange(len(fresh)) % 2 == 1
     for synthetic, answer in ((copied, "There are copies"), (fresh[~odd], "No sign of copies")):
-        found = experiment.judge(case, real, synthetic, fresh[odd], "")
+        found = experiment.judge(replace(cell, fresh=fresh[odd]), synthetic)
         assert experiment.copying(found).startswith(answer) and Image.open(found["sheet"]).width > 16 * 16
         assert json.loads(json.dumps(found)) == found
 
@@ -547,7 +547,7 @@ def compared(out, rates, seeds=4, counts=(4,)):
     """
     case = case_by_hand(160, 4)
     case.parts = dict(zip(("train", "val", "test"), torch.arange(160).split([80, 40, 40]), strict=True))
-    case.out, case.test, case.s.counts, case.s.seeds = out, case.scenes[case.parts["test"]], counts, seeds
+    case.out, case.s.counts, case.s.seeds = out, counts, seeds
     truth = case.test.labels.numpy()
     for k, (arm, rate) in enumerate(rates.items()):
         for count, each in (rate if isinstance(rate, dict) else dict.fromkeys(counts, rate)).items():
@@ -560,6 +560,11 @@ def compared(out, rates, seeds=4, counts=(4,)):
                                       train=1.0, answers=answers.tolist(),
                                       **{f"f1 {c}": right for c in case.test.classes}))
     return case
+
+
+def ask(what, case):
+    """What is said of a case, given its claims."""
+    return what(case, experiment.claims(case))
 
 
 @pytest.mark.parametrize("base, arm, floor, seeds, word", [
@@ -596,7 +601,7 @@ def test_p_is_corrected_among_the_claims_on_synthetic_images_and_among_the_contr
     assert alone.asks and alone.p == pytest.approx(alone.gain.p)
     small, large = sorted(controls, key=lambda claim: -claim.p)
     assert large.p == pytest.approx(2 * large.gain.p) and small.p == pytest.approx(small.gain.p)
-    header, rows = experiment.claim_rows(compared(tmp_path, rates))
+    header, rows = ask(experiment.claim_rows, compared(tmp_path, rates))
     assert [row[2] for row in rows] == [experiment.points(claim.gain) for claim in (alone, *controls)]
 
 
@@ -618,11 +623,11 @@ RATES = {"real": 0.3, "real + synthetic": 0.2, "linear: real": 0.5,
 
 def test_the_verdict_then_follows_the_resnet_and_the_claim_of_the_vit_stands_beside_it(tmp_path):
     case = compared(tmp_path, RATES)
-    _, rows = experiment.claim_rows(case)
+    _, rows = ask(experiment.claim_rows, case)
     assert [tuple(row[:2]) for row in rows] == [
         ("resnet: real + synthetic against resnet: real", "help"),
         ("real + synthetic against real", "(not followed)")]
-    assert experiment.answer(case) == (
+    assert ask(experiment.answer, case) == (
         "The ViT stays below the linear floor, so the verdict is the ResNet's. With 4 real images per class, "
         "accuracy at best: the ViT 30.0 % (real), a small ResNet 90.0 % (real + synthetic), a linear "
         "classifier on colours and edges 50.0 % (real), always c00 25.0 %. Synthetic images: help.")
@@ -634,17 +639,17 @@ def test_whose_verdict_counts_is_chosen_on_val_and_not_on_test(tmp_path):
         case = compared(tmp_path, rates)
         assert experiment.recogniser(case, 4) == chosen
         assert {claim.arm for claim in experiment.claims(case)} == {f"{chosen}real + synthetic"}
-        assert experiment.claim_rows(case)[1][-1][1] == "(not followed)"
+        assert ask(experiment.claim_rows, case)[1][-1][1] == "(not followed)"
 
 
 def test_the_answer_begins_with_what_the_recognisers_can_do(tmp_path):
-    strong = experiment.answer(compared(tmp_path, RATES | {"real": 0.6}))
+    strong = ask(experiment.answer, compared(tmp_path, RATES | {"real": 0.6}))
     assert "With 4 real images per class, accuracy at best: the ViT 60.0 % (real), a small" in strong
     assert not strong.startswith("With")                                 # the answer first, then its footing
-    weak = experiment.answer(compared(tmp_path, RATES | {"linear: real": 0.95}))
+    weak = ask(experiment.answer, compared(tmp_path, RATES | {"linear: real": 0.95}))
     assert weak.startswith("No network reaches what a linear classifier or the commonest class does")
     assert weak.endswith("No verdict, as they are below the floor: synthetic images.")
-    luck = experiment.answer(compared(tmp_path, RATES | {"real": (0.3, 0.6)}))       # on val, but not on test
+    luck = ask(experiment.answer, compared(tmp_path, RATES | {"real": (0.3, 0.6)}))     # on val, not test
     assert luck.startswith("No network reaches")
     blocks = [*experiment.blocks(compared(tmp_path, RATES))]
     assert blocks[0].startswith("# ") and blocks[1].startswith("The ViT stays below")
@@ -659,10 +664,9 @@ def test_the_answer_says_of_every_question_what_became_of_it(monkeypatch, scenes
         found = [(count, *claim) for count in (4, 8) for claim in LEGS["scenes"].claims]
         both = [experiment.Claim(*claim, experiment.Gain(0.1, ()), True, word=words[sign])
                 for claim, sign in zip(found, signs, strict=True)]
-        monkeypatch.setattr(experiment, "claims", lambda case: both)
         monkeypatch.setattr(experiment, "footing", lambda case, count: ("", ""))
         rows = [dict(seed=seed) for seed in range(seeds)]
-        return experiment.answer(replace(scenes_case, rows=rows)).strip()
+        return experiment.answer(replace(scenes_case, rows=rows), both).strip()
 
     assert said("++++++++") == "Synthetic images; fresh real images; copies of the real images: help."
     assert said("--+0--+0") == ("Fresh real images: help. Synthetic images: hurt. "
@@ -673,19 +677,7 @@ def test_the_answer_says_of_every_question_what_became_of_it(monkeypatch, scenes
     assert rest.count("against") == 3 and rest.endswith("; fresh real images; copies of the real images.")
     assert said("??00??00").endswith("No verdict, as they are below the floor: synthetic images.")
     assert said("22222222", seeds=1).startswith("So far, with 1 of 2 seeds: Too few seeds to say")
-    monkeypatch.setattr(experiment, "claims", lambda case: [])
-    assert experiment.answer(scenes_case).startswith("No answer yet")
-
-
-def test_what_else_the_images_could_have_been_stands_beside_the_gain(tmp_path):
-    rates = {"real": 0.4, "real + synthetic": 0.5, "real + augmentation": 0.5, "real + fresh real": 0.75,
-             "real + synthetic + augmentation": 0.6, "real + copies": 0.45}
-    line, = experiment.instead(compared(tmp_path, rates))
-    assert re.sub(r" \[.*?\]", "", line) == (
-        "In the place of real images with 4 real images per class, gains over real + augmentation in points: "
-        "synthetic images +10.0; "
-        "fresh real images +25.0; copies of the real images -5.0.")
-    assert experiment.instead(compared(tmp_path, rates, seeds=2)) == []
+    assert experiment.answer(scenes_case, []).startswith("No answer yet")
 
 
 def worth(out, curve, mix, count=5):
@@ -730,7 +722,8 @@ def test_what_images_are_worth_takes_a_curve(tmp_path):
 def test_terminal_and_page_say_the_same_and_the_terminal_ends_with_the_answer(tmp_path, capsys):
     case = compared(tmp_path, RATES)
     case.rows = [row | dict(commit="", device="cpu") for row in case.rows]
-    experiment.tell([case], case.cfg, tmp_path)
+    experiment.report([case], case.cfg, tmp_path)
+    experiment.tell([case], tmp_path)
     page, printed = (tmp_path / "report.html").read_text(), capsys.readouterr().out
     for block in experiment.blocks(case):
         if isinstance(block, str):
@@ -741,13 +734,15 @@ def test_terminal_and_page_say_the_same_and_the_terminal_ends_with_the_answer(tm
             assert all(f"<td>{html.escape(cell)}" in page and cell in printed for cell in cells)
         else:
             assert html.escape(block[1]) in page and block[1] not in printed
-    assert unwrapped(printed.split("The page")[0]).endswith(experiment.answer(case))
+    assert unwrapped(printed.split("The page")[0]).endswith(ask(experiment.answer, case))
 
 
 def test_a_plot_puts_everything_where_its_value_is_and_its_axis_comes_from_what_is_shown():
-    rows = [("a", [(10.0, -4.0, 22.0, [9.0, 11.0]), None]),
-            ("b", [(3.0, 3.0, 3.0, []), (5.0, 4.0, 6.0, [5.0])])]
-    svg = experiment.plot(rows, ["few", "many"], {"": 0, "floor <": 12})
+    def gain(mean, half):
+        return experiment.Gain(mean / 100, ((np.square(half / 100 / experiment.t_quantile(0.975, 9)), 9),))
+
+    rows = {"a": {1: (gain(9, 13), [9.0, 11.0])}, "b": {1: (gain(3, 0), []), 2: (gain(5, 1), [5.0])}}
+    svg = experiment.plot(rows, {1: "few", 2: "many"}, {"": 0, "floor <": 12}, -100)
     labels = re.findall(r'<text x="([0-9.]+)" [^>]*middle">(-?[0-9]+)', svg)
     ticks = {int(label): float(x) for x, label in labels}
     assert sorted(ticks) == [-5, 0, 5, 10, 15, 20, 25]                   # of -4 ... 22, not of 0 ... 100
@@ -759,26 +754,28 @@ def test_a_plot_puts_everything_where_its_value_is_and_its_axis_comes_from_what_
     spans = re.findall(r'<path d="M([0-9.]+) [0-9]+H([0-9.]+)"', svg)
     assert [tuple(map(float, span)) for span in spans] == [(x(-4), x(22)), (x(3), x(3)), (x(4), x(6))]
     means = re.findall(r'<path d="M([0-9.]+) [0-9]+v8"', svg)
-    assert [float(mean) for mean in means] == [x(10), x(3), x(5)]
+    assert [float(mean) for mean in means] == [x(9), x(3), x(5)]
     assert [float(dot) for dot in re.findall(r'<circle cx="([0-9.]+)"', svg)] == [x(9), x(11), x(5)]
     marks = re.findall(r'<path d="M([0-9.]+) [0-9]+V[0-9]+" stroke-dasharray', svg)
     assert [float(mark) for mark in marks] == [x(0), x(12)] and "floor &lt;" in svg
     colours = re.findall(r'<g style="color: (.*?)"', svg)
     assert colours[0] == colours[1] != colours[2]                        # a colour for each of the legend
+    svg = experiment.plot({"a": {1: (gain(9, 300), [])}}, {1: ""}, {}, 0)
+    assert re.findall(r'middle">(-?[0-9]+)', svg) == ["0", "20", "40", "60", "80", "100", "120"]
 
 
 def test_the_forest_shows_claims_and_linear_floor_with_the_gains_of_the_seeds(tmp_path, monkeypatch):
     case = compared(tmp_path, {"real": 0.4, "real + synthetic": 0.5, "real + augmentation": 0.5,
                                "real + fresh real": 0.75, "linear: real": 0.35})
     plotted = []
-    monkeypatch.setattr(experiment, "plot", lambda rows, *_: plotted.extend(rows))
+    monkeypatch.setattr(experiment, "plot", lambda rows, *more: plotted.extend([rows, *more]))
     experiment.forest(case, experiment.claims(case))
-    found = {name: (round(mean, 6), np.round(dots, 6).tolist()) for name, [(mean, _, _, dots)] in plotted}
-    assert found == {"synthetic images, against real": (10, [10] * 4),
+    rows, _, marks, least = plotted
+    found = {name: (round(100 * g.mean, 6), np.round(dots, 6).tolist())
+             for name, mine in rows.items() for g, dots in [mine[4]]}
+    assert (marks, least) == ({"": 0}, -100) and found == {"synthetic images, against real": (10, [10] * 4),
                      "fresh real images, against real + augmentation": (25, [25] * 4),
                      "the linear floor, against real + augmentation": (-15, [-15] * 4)}
-    for _, [(mean, low, high, _)] in plotted:
-        assert -100 <= low < mean < high <= 100
 
 
 def test_confusions_have_names_on_both_sides(tmp_path):
@@ -819,9 +816,9 @@ def test_arms_of_two_names_that_are_the_same_run_are_run_once(smoke):
 
 def test_runs_of_different_seeds_are_not_compared(tmp_path):
     case = compared(tmp_path, {"real": 0.4, "real + synthetic": 0.6})
-    assert experiment.first_gain(case, "real + synthetic", "real", 4)
+    assert experiment.difference(case, "real + synthetic", "real", 4)
     case.rows = [r for r in case.rows if (r["arm"], r["seed"]) not in (("real", 1), ("real + synthetic", 2))]
-    assert experiment.first_gain(case, "real + synthetic", "real", 4) is None
+    assert experiment.difference(case, "real + synthetic", "real", 4) is None
 
 
 def test_a_task_waits_for_its_generator_and_no_more_run_than_jobs(scenes_case, tmp_path, monkeypatch):
