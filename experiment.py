@@ -259,7 +259,7 @@ class Config:
         given = {k: getattr(self, k) for k in ("seeds", "subsets", "made") if getattr(self, k)}
         if self.w is not None:
             given["w"] = self.w
-        counts = data.numbers(self.counts) if self.counts else s.counts
+        counts = data.integers(self.counts) if self.counts else s.counts
         if "counts" in listed(self.study):
             counts += s.curve
         given["counts"] = tuple(sorted(set(counts), key=lambda n: n or math.inf))       # 0, all, is the most
@@ -489,14 +489,12 @@ def prepare(cfg, name, out):
 def runs(case, arms, counts):
     """List the runs of arms {name: Arm}, seed by seed. -> [Task]."""
     found = []
-    for seed in range(case.s.seeds):
-        for count in counts:
-            cell = case.cell(count, seed)
-            for name, arm in arms.items():
-                if cell.possible(arm):
-                    after = generator_id(cell, arm) if is_made(arm) else ""
-                    found.append(Task((case.name, count, seed), "run", name, (arm,), run_id(cell, arm),
-                                      after))
+    for seed, count in itertools.product(range(case.s.seeds), counts):
+        cell = case.cell(count, seed)
+        for name, arm in arms.items():
+            if cell.possible(arm):
+                after = generator_id(cell, arm) if is_made(arm) else ""
+                found.append(Task((case.name, count, seed), "run", name, (arm,), run_id(cell, arm), after))
     return found
 
 
@@ -1506,7 +1504,7 @@ def blocks(case):
 
 
 def likeness(case):
-    """Yield what the synthetic images are like: in pictures, and where enough real ones are left in numbers."""
+    """Yield what the synthetic images are like: pictures, and numbers where enough real ones are left."""
     if case.shown:
         yield "## What the synthetic images are like"
         yield side_by_side(*case.shown), (
@@ -1608,11 +1606,11 @@ def report(cases, cfg, out):
 
 def command(cfg):
     """Write the command line that repeats this comparison."""
-    line = ["python experiment.py"]
+    line = ["python", "experiment.py"]
     for f in fields(Config):
         if (value := getattr(cfg, f.name)) != f.default:
-            line += [f"--{f.name.replace('_', '-')}", *([] if value is True else [shlex.quote(str(value))])]
-    return " ".join(line)
+            line += [f"--{f.name.replace('_', '-')}"] + [str(value)] * (value is not True)
+    return shlex.join(line)
 
 
 def forest(case, found):

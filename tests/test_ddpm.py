@@ -535,7 +535,8 @@ def test_however_few_the_steps_a_plan_begins_at_its_start_and_goes_on_at_levels_
     diffusion = Diffusion(1000)
     for order, steps in ((2, 12), (1, 5)):
         levels = diffusion.levels(steps)
-        for start in range(1000):
+        near = torch.cat([levels - 1, levels, levels + 1, torch.arange(0, 1000, 7)]).clamp(0, 999)
+        for start in near.unique().tolist():
             ts, rows, _ = diffusion.plan(steps, order=order, start=start)
             assert ts[0] == start and ts[1:].tolist() == levels[levels <= start][1:].tolist()
             assert_close(rows[0, 0].square(), diffusion.abar[start])
