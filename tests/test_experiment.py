@@ -19,7 +19,7 @@ import data
 import experiment
 from experiment import LEGS, STUDIES, Arm, Config
 
-QUICK = dict(smoke=True, gen_steps=5, cls_steps=5, jobs=1)
+QUICK = dict(smoke=True, size=8, gen_steps=5, cls_steps=5, jobs=1)
 
 
 def unwrapped(text):
@@ -42,9 +42,9 @@ def smoke(tmp_path_factory):
     out, said, errors = tmp_path_factory.mktemp("smoke"), io.StringIO(), io.StringIO()
     data.draw_tree(out / "drawn-scenes-30", 29, size=32)
     data.draw_xbd(out / "drawn-buildings-64", 63, side=224)
-    argv = ["--smoke", "--gen-steps", "5", "--cls-steps", "5", "--jobs", "2", "--out", str(out)]
+    flags = "--smoke --size 8 --gen-steps 5 --cls-steps 5 --jobs 2".split()
     with redirect_stdout(said), redirect_stderr(errors):
-        data.launch(experiment.main, Config, argv)
+        data.launch(experiment.main, Config, [*flags, "--out", str(out)])
     return out, said.getvalue(), errors.getvalue()
 
 
@@ -107,7 +107,7 @@ def test_one_job_gives_the_same_results_as_two(smoke, tmp_path, capsys):
 
 
 def test_the_rows_are_the_scores_of_the_answers(smoke):
-    scenes = data.read_xbd(smoke[0] / "drawn-buildings-64", 16, mask=True, cache=smoke[0] / "cache")
+    scenes = data.read_xbd(smoke[0] / "drawn-buildings-64", 8, mask=True, cache=smoke[0] / "cache")
     test = scenes[data.split(scenes)["test"]]
     row = next(r for r in results(smoke[0]) if r["arm"] == "balanced")
     answers = np.array(experiment.read_runs(smoke[0])[row["run"]]["answers"])
@@ -142,8 +142,8 @@ def test_a_lost_run_is_run_again_with_the_same_result(smoke):
 
 def trees(out):
     """What the smoke run read: (scenes, parts, counts) of each leg."""
-    scenes = data.read_folder(out / "drawn-scenes-30", 16, cache=out / "cache")
-    buildings = data.read_xbd(out / "drawn-buildings-64", 16, mask=True, cache=out / "cache")
+    scenes = data.read_folder(out / "drawn-scenes-30", 8, cache=out / "cache")
+    buildings = data.read_xbd(out / "drawn-buildings-64", 8, mask=True, cache=out / "cache")
     return (scenes, data.split(scenes), (4, 8)), (buildings, data.split(buildings), (12,))
 
 
@@ -195,7 +195,7 @@ def test_the_page_needs_nothing_but_itself(smoke):
     # per leg a grid and confusions, per count suspects, simulated damage; per leg the claims and all arms
     assert page.count("data:image/png;base64,") == page.count('<img alt="') == 8
     assert page.count("<svg") == 4 and page.count("<figcaption>") == 12
-    assert re.search("python experiment.py --out [^ ]+ --smoke --gen-steps 5 --cls-steps 5 --jobs [12]", page)
+    assert re.search("python experiment.py --out [^ ]+ --smoke --size 8 --gen-steps 5 --cls-steps 5", page)
     for name in (*LEGS["scenes"].arms, *LEGS["buildings"].arms):
         name = html.escape(name) + " (8)" * (name in LEGS["scenes"].arms and name != "balanced")
         assert f"<td>{name}<td>" in page or f"<td>{name.removesuffix(' (8)')}<td>" in page
