@@ -1318,12 +1318,12 @@ def answer(case, found):
             sentences.append(sentence[0].upper() + sentence[1:])
     done = len({r["seed"] for r in case.rows})
     so_far = [f"So far, with {done} of {case.s.seeds} seeds:"] * (done < case.s.seeds)
-    footings = {}                                                        # {warning: [summary]}
+    footings = {}                                                        # {warning: its summaries}
     for count in dict.fromkeys(claim.count for claim in found):
         warning, summary = footing(case, count)
         footings.setdefault(warning, []).append(summary)
     assurances = footings.pop("", [])
-    warnings = [" ".join([warning, *summaries]) for warning, summaries in footings.items()]
+    warnings = [part for warning, summaries in footings.items() for part in (warning, *summaries)]
     return " ".join(so_far + warnings + sentences + assurances)
 
 
@@ -1364,7 +1364,7 @@ def conditions(case):
     """Say what the answer holds for."""
     s, test, n = case.s, case.test, case.s.subsets
     unit = "tiles" if case.leg.rare else "images"
-    tiles = f" of {len(test.groups.unique())} tiles" * case.leg.rare
+    tiles = f" of {case.groups} tiles" * case.leg.rare
     summary = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, "
                f"{amount(case, *s.counts)}, {len(test)} test images{tiles}; seeds: {s.seeds}; draws of "
                f"training images: {n}, each with a generator of {s.gen.steps} steps and {s.made} synthetic "
@@ -1649,15 +1649,17 @@ def plot(rows, legend, marks, least):
     rows: {name: {key of the legend: (Gain, [dot per seed])}}; legend: {key: its words}; marks: vertical
     lines, {name: place}.
     """
-    spans = {(name, key): [100 * g.mean, *np.clip((100 * (g.mean - g.half), 100 * (g.mean + g.half)),
-                                                  least, 100), *dots]
-             for name, mine in rows.items() for key, (g, dots) in mine.items()}
+    spans = {}
+    for name, mine in rows.items():
+        for key, (g, dots) in mine.items():
+            bounds = 100 * (g.mean - g.half), 100 * (g.mean + g.half)
+            spans[name, key] = 100 * g.mean, *np.clip(bounds, least, 100).tolist(), *dots
     ends = [*itertools.chain(*spans.values()), *marks.values()]
     step = next(step for step in (1, 2, 5, 10, 20, 50) if max(ends) - min(ends) <= 6 * step)
     first, last = math.floor(min(ends) / step), math.floor(max(ends) / step) + 1          # in steps
 
     def x(value):
-        return round(float(20 + 360 * (value / step - first) / (last - first)), 1)
+        return round(20 + 360 * (value / step - first) / (last - first), 1)
 
     top = 8 + 14 * sum(name > "" for name in marks)
     tall, parts = 20 + 10 * len(legend), []                              # a row is as high as its spans

@@ -69,6 +69,8 @@ def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
     assert said.count("synthetic images are nearer to a training image of") == 3
     assert len(re.findall("gets [0-9]+ % of [0-9]+ held-out images right", said)) == 3
     assert str(out / "report.html") in printed
+    assert len([*(out / "drawn-scenes-30").rglob("*.jpg")]) == 8 * 30
+    assert len([*(out / "drawn-buildings-64").rglob("*.json")]) == 64
     assert errors == ""                                        # no progress bars where nobody watches
 
 
