@@ -29,8 +29,8 @@ def captioned(tmp_path_factory):
         rows[name].append(dict(filename=f"{name}_{k}.png", split=part, raw=f"an aerial photo of {name} ."))
     (root / "dataset_nwpu.json").write_text(json.dumps(rows))
     scenes = data.read(root, SIDE, cache=root / "cache")
-    cfg = train_cls.Config(size=SIDE, patch=4, dim=32, depth=1, heads=2, steps=60, batch=16, warmup=5, lr=3e-3,
-                           augment="none")
+    cfg = train_cls.Config(size=SIDE, patch=4, dim=32, depth=1, heads=2, steps=60, batch=16, warmup=5,
+                           lr=3e-3, augment="none")
     train_cls.fit_clip(scenes[data.split(scenes)["train"]], cfg, root / "clip.pt")
     return root
 
@@ -39,7 +39,7 @@ def captioned(tmp_path_factory):
 def done(captioned, tmp_path_factory):
     """The study, small."""
     out = tmp_path_factory.mktemp("protocols")
-    cfg = Config(data=str(captioned), init=str(captioned / "clip.pt"), smoke=True, study="clip", counts="2,4",
+    cfg = Config(data=str(captioned), init=str(captioned / "clip.pt"), smoke=True, study="clip", counts="4",
                  arms="linear: real", out=str(out), jobs=1, seeds=3, subsets=1)
     (case,) = experiment.main(cfg)
     return case
@@ -49,7 +49,7 @@ def test_zero_shot_is_what_the_names_of_the_classes_say(done):
     names = train_cls.network(replace(done.s.cls, init=done.cfg.init), done.scenes.classes, 3).eval()
     said = names(data.to_float(done.test.images)).argmax(1).tolist()
     rows = [row for row in done.rows if row["arm"] == "clip: zero-shot"]
-    assert len(rows) == 6 and all(row["answers"] == said and row["steps"] == 0 for row in rows)
+    assert len(rows) == 3 and all(row["answers"] == said and row["steps"] == 0 for row in rows)
     assert rows[0]["accuracy"] > 0.8                                     # colours are easy
 
 
@@ -68,9 +68,7 @@ def test_the_table_has_he_et_als_columns(done):
     header, rows = experiment.protocol_rows(done)
     assert header[1:] == ["without", "with", "difference"]
     names = [row[0] for row in rows]
-    for count in (2, 4):
-        assert {f"zero-shot / synthetic only ({count})", f"real / real + synthetic ({count})",
-                f"real / real + edited ({count})"} <= set(names)
+    assert {"zero-shot / synthetic only", "real / real + synthetic", "real / real + edited"} <= set(names)
     for _, without, those, gain in rows:
         assert float(gain.split()[0]) == pytest.approx(float(those) - float(without), abs=0.11)
     assert any("A recogniser that has read" in block for block in experiment.blocks(done)
