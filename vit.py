@@ -519,7 +519,7 @@ def bpe(path, count):
     if len(tokens) != count - 2:
         raise ValueError(f"{path} makes {len(tokens)} tokens, but the weights know {count - 2}")
     ids, rank = {token: k for k, token in enumerate(tokens)}, {pair: k for k, pair in enumerate(merges)}
-    numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "N")
+    numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if c.isnumeric() and not c.isalpha())
     words = re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W_{numbers}]+|[{numbers}]|(?:[^\w\s]|_)+", re.I)
 
     @cache

@@ -417,6 +417,15 @@ def test_half_precision_is_read_as_float32(tmp_path):
         assert torch.equal(found.head.weight, tensors["head.weight"].float())
 
 
+def test_views_of_one_storage_are_read_as_they_are(tmp_path):
+    tensors, store = timm(), torch.randn(3 * D, 2 * D)
+    tensors |= {"blocks.0.attn.qkv.weight": store[:, ::2], "blocks.1.attn.proj.weight": store[D:2 * D, D:].T}
+    saved(tensors, tmp_path / "a.pt")
+    found = load_pretrained(tmp_path / "a.pt")
+    assert torch.equal(found.blocks[0].attention.qkv.weight, store[:, ::2])
+    assert torch.equal(found.blocks[1].attention.out.weight, store[D:2 * D, D:].T)
+
+
 def refusal(path):
     with pytest.raises(ValueError) as caught:
         load_pretrained(path)
