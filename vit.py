@@ -607,16 +607,15 @@ def tokenizer(path, clip):
 def describe(model):
     """Say in lines what a model of load_pretrained is."""
     image, text = getattr(model, "image", model), getattr(model, "text", None)
-    rgb = [", ".join(f"{value:.3g}" for value in numbers.flatten()) for numbers in (image.mean, image.std)]
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{model.kind}: {count:,} parameters, {image.blocks[0].mlp[1]}")
-    print(f"images: {image.size} px in patches of {image.stem.patch} px, mean {rgb[0]}, deviation {rgb[1]}")
+    mean, std = (", ".join(f"{value:.3g}" for value in rgb.flatten()) for rgb in (image.mean, image.std))
+    print(f"{model.kind}: {sum(p.numel() for p in model.parameters()):,} parameters, {image.blocks[0].mlp[1]}")
+    print(f"images: {image.size} px in patches of {image.stem.patch} px, mean {mean}, deviation {std}")
     if text:
-        print(f"texts: {len(text.positions)} tokens, of {text.embed.num_embeddings:,}")
+        print(f"texts: {len(text.positions)} tokens of {text.embed.num_embeddings:,}")
     for name, tower in {"image": image, "text": text}.items():
         if tower:
-            D, heads = len(tower.norm.bias), tower.blocks[0].attention.heads
-            print(f"tower of the {name}: {len(tower.blocks)} blocks, {heads} heads, width {D}")
+            depth, heads = len(tower.blocks), tower.blocks[0].attention.heads
+            print(f"tower of the {name}: {depth} blocks of {heads} heads, width {len(tower.norm.bias)}")
 
 
 def main(path=None):

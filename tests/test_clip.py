@@ -410,6 +410,14 @@ def test_weights_without_a_head_give_features(tmp_path):
     assert torch.equal(found(x), found.features(x)) and found.size == 12
 
 
+@pytest.mark.parametrize("dim, heads", [(192, 3), (768, 12), (1280, 16)])
+def test_heads_are_64_wide_but_for_the_huge_tower(dim, heads):
+    shapes = {"norm.weight": [dim], "blocks.0.norm1.weight": [dim], "stem.embed.weight": [dim, 12],
+              "token": [1, dim], "positions": [5, dim]}
+    built = vit.build({f"image.{name}": torch.zeros(1).expand(shape) for name, shape in shapes.items()}, **GREY)
+    assert built.blocks[0].attention.heads == heads and len(built.blocks) == 1 and built.size == 4
+
+
 def test_half_precision_is_read_as_float32(tmp_path):
     for dtype in (torch.float16, torch.bfloat16):
         tensors = {name: tensor.to(dtype) for name, tensor in timm().items()}
@@ -498,8 +506,8 @@ def test_a_file_of_weights_is_described(tmp_path, capsys):
     assert said == [f"OpenAI CLIP: {count:,} parameters, QuickGELU()",
                     "images: 12 px in patches of 4 px, mean 0.481, 0.458, 0.408, "
                     "deviation 0.269, 0.261, 0.276",
-                    "texts: 6 tokens, of 40", "tower of the image: 2 blocks, 2 heads, width 128",
-                    "tower of the text: 1 blocks, 1 heads, width 64"]
+                    "texts: 6 tokens of 40", "tower of the image: 2 blocks of 2 heads, width 128",
+                    "tower of the text: 1 blocks of 1 heads, width 64"]
 
 
 # ---- vocabularies
