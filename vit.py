@@ -608,7 +608,8 @@ def describe(model):
     """Say in lines what a model of load_pretrained is."""
     image, text = getattr(model, "image", model), getattr(model, "text", None)
     mean, std = (", ".join(f"{value:.3g}" for value in rgb.flatten()) for rgb in (image.mean, image.std))
-    print(f"{model.kind}: {sum(p.numel() for p in model.parameters()):,} parameters, {image.blocks[0].mlp[1]}")
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{model.kind}: {count:,} parameters, {image.blocks[0].mlp[1]}")
     print(f"images: {image.size} px in patches of {image.stem.patch} px, mean {mean}, deviation {std}")
     if text:
         print(f"texts: {len(text.positions)} tokens of {text.embed.num_embeddings:,}")

@@ -414,7 +414,8 @@ def test_weights_without_a_head_give_features(tmp_path):
 def test_heads_are_64_wide_but_for_the_huge_tower(dim, heads):
     shapes = {"norm.weight": [dim], "blocks.0.norm1.weight": [dim], "stem.embed.weight": [dim, 12],
               "token": [1, dim], "positions": [5, dim]}
-    built = vit.build({f"image.{name}": torch.zeros(1).expand(shape) for name, shape in shapes.items()}, **GREY)
+    weights = {f"image.{name}": torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    built = vit.build(weights, **GREY)
     assert built.blocks[0].attention.heads == heads and len(built.blocks) == 1 and built.size == 4
 
 
