@@ -474,7 +474,7 @@ def recalls(scores, owner, ks=(1, 5, 10)):
     return found(scores.masked_fill(~own, -math.inf).amax(1), alien), found(scores.T[own.T], alien.T)
 
 
-def chances(owner, N, ks=(1, 5, 10)):
+def recalls_by_chance(owner, N, ks=(1, 5, 10)):
     """Return what recalls would be of scores drawn at random, for N images."""
     M, counts = len(owner), owner.bincount(minlength=N).tolist()
     missed = [np.mean([math.comb(M - m, min(k, M)) / math.comb(M, min(k, M)) for m in counts]) for k in ks]
@@ -592,9 +592,12 @@ def embed(model, scenes):
     return scenes and replace(scenes, images=outputs(model.features, scenes.images))
 
 
-def tune(head, real, synthetic, cfg, soft=None):
-    """Train a copy of a head on features, real and synthetic as in fit: Scenes that embed returned."""
-    return fit(real, synthetic, replace(cfg, augment="none"), soft=soft, model=deepcopy(head))[0]
+def tune(linear, real, synthetic, cfg, soft=None):
+    """Train a copy of a head on features, Scenes of embed, real and synthetic as in fit. -> the copy
+
+    There is no augmentation: several views of every image (8, cached) gained nothing that could be seen.
+    """
+    return fit(real, synthetic, replace(cfg, augment="none"), soft=soft, model=deepcopy(linear))[0]
 
 
 def begin_and_tune(real, synthetic, cfg, path):
@@ -783,10 +786,10 @@ def teach_clip(scenes, parts, index, cfg):
         texts, owner = sentences_of(held)
         scores = outputs(model.encode_image, held.images) @ encode_texts(model, tokens, texts).T
         asked = (f"a sentence, of {len(texts)}, for an image", f"the image, of {len(held)}, for a sentence")
-        luck = chances(owner, len(held))
-        for what, *both in zip(asked, recalls(scores, owner), luck, strict=True):
-            found, by_chance = (", ".join(f"{100 * share:.1f}" for share in shares) for shares in both)
-            print(f"{part}: {what} is among the best 1, 5, 10 in {found} %, by chance {by_chance}")
+        lists = recalls(scores, owner), recalls_by_chance(owner, len(held))
+        for what, *both in zip(asked, *lists, strict=True):
+            found, luck = (", ".join(f"{100 * r:.1f}" for r in some) for some in both)
+            print(f"{part}: {what} is among the best 1, 5, 10 in {found} %, by chance {luck}")
     if len(scenes.classes) > 1:
         print("its names of the classes as a classifier:")
         score(Tuned(path, scenes.classes).to(data.pick_device()), scenes, parts, cfg.test)
