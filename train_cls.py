@@ -211,9 +211,10 @@ class Linear(nn.Module):
 
 def network(cfg, classes, channels):
     """Make a fresh recogniser of these classes, weights fixed by the seed; or one begun from cfg.init."""
+    start = load_weights(cfg.init) if cfg.init else None                 # which has a seed of its own
     torch.manual_seed(cfg.seed)
-    if cfg.init:
-        return Tuned(cfg.init, classes)
+    if start:
+        return Tuned(*start[:2], classes)
     if cfg.model == "linear":
         return Linear(len(classes), channels)
     if cfg.model == "resnet":
@@ -562,13 +563,12 @@ def load_weights(path):
 class Tuned(nn.Module):
     """Weights trained before, under a new head: images (B, 3, H, W) in [-1, 1] to class logits (B, K).
 
-    path: a checkpoint. If that is a CLIP, features have length 1, and the head begins as the names of classes
-    say (zero-shot classification; He et al. 2023: "CT w. init"). Else it begins small.
+    Those of a CLIP, with its tokens of texts, make features of length 1, and the head begins as the names of
+    classes say (zero-shot classification; He et al. 2023: "CT w. init"). With others it begins small.
     """
 
-    def __init__(self, path, classes):
+    def __init__(self, model, tokens, classes):
         super().__init__()
-        model, tokens, _ = load_weights(path)
         self.reads = tokens is not None
         if self.reads:
             self.tower, self.head = model.image, zero(nn.Linear(model.project.out_features, len(classes)))
@@ -778,9 +778,9 @@ def teach_clip(scenes, parts, index, cfg):
     """Train a CLIP on images of a caption set, and score it on val: its retrieval, and it as a classifier."""
     if data.dist.is_initialized():
         raise Problem("--captions contrasts whole batches: start it with python, not with torchrun")
-    seen, path = scenes[index], Path(cfg.out) / "clip.pt"
+    seen = scenes[index]
     print(f"{len(seen)} images, {sum(map(len, seen.captions))} sentences, on {data.pick_device()}")
-    model, tokens = fit_clip(seen, cfg, path)
+    model, tokens = fit_clip(seen, cfg, Path(cfg.out) / "clip.pt")
     for part in ("val", "test") if cfg.test else ("val",):
         held = scenes[parts[part]]
         texts, owner = sentences_of(held)
@@ -792,7 +792,7 @@ def teach_clip(scenes, parts, index, cfg):
             print(f"{part}: {what} is among the best 1, 5, 10 in {found} %, by chance {luck}")
     if len(scenes.classes) > 1:
         print("its names of the classes as a classifier:")
-        score(Tuned(path, scenes.classes).to(data.pick_device()), scenes, parts, cfg.test)
+        score(Tuned(model, tokens, scenes.classes).to(data.pick_device()), scenes, parts, cfg.test)
 
 
 def main(cfg):

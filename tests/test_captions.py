@@ -279,6 +279,11 @@ def trained(tmp_path, **kw):
     return str(tmp_path / "clip.pt")
 
 
+def begun(path, classes):
+    """A recogniser of classes that begins from weights."""
+    return Tuned(*load_weights(path)[:2], classes)
+
+
 def floats(scenes):
     return data.to_float(scenes.images)
 
@@ -294,7 +299,7 @@ def test_the_head_begins_with_what_the_texts_say(tmp_path):
     path = trained(tmp_path, lr=1e-2)
     scenes, (clip, tokens, _) = captioned(), load_weights(path)
     names = ["SandRiver", "trees"]
-    model = Tuned(path, names)
+    model = begun(path, names)
     texts = [[t.format(name) for t in TEMPLATES] for name in ("sand river", "trees")]
     means = torch.stack([encode_texts(clip, tokens, some).mean(0) for some in texts])
     expected = clip.log_scale.exp() * clip.encode_image(floats(scenes)) @ F.normalize(means, dim=1).T
@@ -307,7 +312,7 @@ def test_the_head_begins_with_what_the_texts_say(tmp_path):
 def test_tuning_a_head_leaves_the_tower_and_the_head_it_began_with_as_they_were(tmp_path, monkeypatch):
     scenes = replace(captioned(), classes=["river", "trees"])
     cfg = replace(TINY, init=trained(tmp_path), tune="head", lr=0.1)
-    before = Tuned(cfg.init, scenes.classes)
+    before = begun(cfg.init, scenes.classes)
     looked, outputs = [], train_cls.outputs
     monkeypatch.setattr(train_cls, "outputs", lambda f, x: looked.append(len(x)) or outputs(f, x))
     model = begin_and_tune(scenes, None, replace(cfg, augment="noise,cutout"), tmp_path / "classifier.pt")
@@ -350,7 +355,7 @@ def test_a_head_is_tuned_as_this_loop_does_with_synthetic_images_and_soft_target
 def test_a_tower_is_tuned_at_a_tenth_of_the_rate_of_its_head(tmp_path, monkeypatch):
     scenes = replace(captioned(), classes=["river", "trees"])
     cfg = replace(TINY, init=trained(tmp_path), steps=1, warmup=1, decay=0.0, lr=0.01)
-    before, after = Tuned(cfg.init, scenes.classes), begin_and_tune(scenes, None, cfg, tmp_path / "c.pt")
+    before, after = begun(cfg.init, scenes.classes), begin_and_tune(scenes, None, cfg, tmp_path / "c.pt")
     for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
         rate = 0.001 if name.startswith("tower") else 0.01               # of AdamW's first step, lr sign(g)
         assert (a - b).abs().max().item() == pytest.approx(rate, rel=0.02), name
@@ -361,9 +366,12 @@ def test_a_classifier_is_a_start_for_other_classes_but_knows_none_by_name(tmp_pa
     scenes = captioned()
     first, _ = train_cls.fit(scenes, None, TINY, tmp_path / "classifier.pt")
     cfg = replace(TINY, init=str(tmp_path / "classifier.pt"), tune="head")
-    model = Tuned(cfg.init, ["x", "y", "z"])
+    model = begun(cfg.init, ["x", "y", "z"])
     assert_close(model.features(floats(scenes)), first.features(floats(scenes)))
     assert model(floats(scenes)).shape == (6, 3) and model(floats(scenes)).abs().max() < 0.5
+    heads = [train_cls.network(replace(cfg, seed=seed), "xyz", 3).head.weight for seed in (0, 0, 1)]
+    assert_close(heads[0], heads[1])
+    assert (heads[0] != heads[2]).all()                                  # the seed is cfg's, not the weights'
     with pytest.raises(Problem, match="--tune none goes by names"):
         begin_and_tune(scenes, None, replace(cfg, tune="none"), tmp_path / "other.pt")
 
@@ -467,7 +475,7 @@ def test_mae_learns_to_draw_and_its_vit_is_a_start(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "descend", lambda *a: losses.append(a[2].item()) or descend(*a))
     vit = fit_mae(scenes, cfg, tmp_path / "mae.pt")
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
-    start = Tuned(tmp_path / "mae.pt", ["x", "y", "z"])
+    start = begun(tmp_path / "mae.pt", ["x", "y", "z"])
     assert_close(start.features(floats(scenes)), vit.features(floats(scenes)), rtol=0, atol=1e-3)
 
 
