@@ -527,7 +527,7 @@ def fit_mae(scenes, cfg, path=None, every=1000):
 
     def loss(step, g):
         index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
-        x, _ = augment(data.to_float(images[index]), None, g)
+        x, _ = augment(data.to_float(images[index]), torch.zeros(cfg.batch, 1, device=device), g)
         with data.autocast(device):
             return model(x, g)
 
@@ -776,8 +776,6 @@ def score(model, scenes, parts, test):
 
 def teach_clip(scenes, parts, index, cfg):
     """Train a CLIP on images of a caption set, and score it on val: its retrieval, and it as a classifier."""
-    if data.dist.is_initialized():
-        raise Problem("--captions contrasts whole batches: start it with python, not with torchrun")
     seen = scenes[index]
     print(f"{len(seen)} images, {sum(map(len, seen.captions))} sentences, on {data.pick_device()}")
     model, tokens = fit_clip(seen, cfg, Path(cfg.out) / "clip.pt")
@@ -799,6 +797,8 @@ def main(cfg):
     """Train on the training split of a tree, score on val, and only if asked to on test. Or predict."""
     if cfg.predict:
         return predict_folder(cfg)
+    if (cfg.captions or cfg.mae) and data.dist.is_initialized():         # they look at whole batches
+        raise Problem("--captions and --mae run in one process: start them with python, not with torchrun")
     path = Path(cfg.out) / "classifier.pt"
     if cfg.init:
         if path.resolve() == Path(cfg.init).resolve():

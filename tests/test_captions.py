@@ -434,6 +434,13 @@ def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeyp
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["captions", "mae"])
+def test_whole_batches_are_for_one_process(monkeypatch, flag):
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    with pytest.raises(Problem, match="run in one process"):
+        train_cls.main(train_cls.Script(data="nowhere", **{flag: True}))
+
+
 def test_a_tree_without_sentences_teaches_no_clip():
     with pytest.raises(Problem, match="--captions needs sentences"):
         fit_clip(replace(captioned(), captions=[*SAID[:-1], ()]), TINY)
@@ -481,7 +488,7 @@ def test_mae_learns_to_draw_and_its_vit_is_a_start(tmp_path, monkeypatch):
 
 def test_no_step_waits_for_the_device(hasty_steps):
     fit_clip(captioned(), TINY)
-    fit_mae(captioned(), TINY)
+    fit_mae(captioned(), replace(TINY, augment="hflip,cutmix"))
     assert hasty_steps == [1, 2, 3, 4] * 2
 
 
