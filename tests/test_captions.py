@@ -63,11 +63,11 @@ RSICAP = dict(annotations=[dict(image_id="0", filename=f"P{k}.png", text_input="
 
 
 @pytest.mark.parametrize("content, file, folders, classes, parts", [
-    (KARPATHY, "dataset_rsicd.json", ["imgs"] * 3, ["river", "forest", ""], [TRAIN, 1, TEST]),
-    (KARPATHY, "dataset.json", ["imgs/deep", "imgs", "."], [""] * 3, [TRAIN, 1, TEST]),
+    (KARPATHY, "dataset_rsicd.json", ["imgs"] * 3, ["river", "forest", "scene"], [TRAIN, 1, TEST]),
+    (KARPATHY, "dataset.json", ["imgs/deep", "imgs", "."], ["scene"] * 3, [TRAIN, 1, TEST]),
     (NWPU, "dataset_nwpu.json", ["river", "dense_forest", "dense_forest"],
      ["river", "dense_forest", "dense_forest"], [TRAIN, 1, TEST]),
-    (RSICAP, "captions.json", ["images"] * 3, [""] * 3, [UNSAID] * 3)])
+    (RSICAP, "captions.json", ["images"] * 3, ["scene"] * 3, [UNSAID] * 3)])
 def test_every_layout_gives_pictures_sentences_classes_and_parts(tmp_path, content, file, folders, classes,
                                                                  parts):
     root, names = tmp_path / "t", [name for name, *_ in rows_of(tmp_path, content)]
@@ -103,7 +103,7 @@ def test_ucm_captions_are_numbered_in_the_order_of_the_classes_of_uc_merced(tmp_
                     (2001, "tenniscourt"), (2100, "tenniscourt")):
         assert kinds[f"{n}.tif"] == kind
     assert len(set(kinds.values())) == 21
-    assert {kind for _, _, kind, _ in rows_of(tmp_path, karpathy(*images[1:]))} == {""}      # another set
+    assert {kind for _, _, kind, _ in rows_of(tmp_path, karpathy(*images[1:]))} == {"scene"}      # another set
 
 
 def test_captions_go_with_their_images_and_count_in_the_digest():
