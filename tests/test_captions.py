@@ -103,7 +103,7 @@ def test_ucm_captions_are_numbered_in_the_order_of_the_classes_of_uc_merced(tmp_
                     (2001, "tenniscourt"), (2100, "tenniscourt")):
         assert kinds[f"{n}.tif"] == kind
     assert len(set(kinds.values())) == 21
-    assert {kind for _, _, kind, _ in rows_of(tmp_path, karpathy(*images[1:]))} == {"scene"}      # another set
+    assert {kind for _, _, kind, _ in rows_of(tmp_path, karpathy(*images[1:]))} == {"scene"}  # another set
 
 
 def test_captions_go_with_their_images_and_count_in_the_digest():
