@@ -280,6 +280,7 @@ def decode(path, size):
 UC_MERCED = """agricultural, airplane, baseball diamond, beach, buildings, chaparral, dense residential,
 forest, freeway, golf course, harbor, intersection, medium residential, mobile home park, overpass,
 parking lot, river, runway, sparse residential, storage tanks, tennis court""".replace("\n", " ").split(", ")
+NO_CLASS = "scene"                                       # a name, as images made of it go to its folder
 
 
 def find_captions(root):
@@ -290,7 +291,7 @@ def find_captions(root):
 def read_captions(root, size, skip_broken=False, cache="runs/cache"):
     """Read a caption set, its images wherever they are below root, as Scenes with captions and its own parts.
 
-    Images (N, 3, size, size) are cached, exact doubles a group. All are of class "" if no layout tells more.
+    Images (N, 3, size, size) are cached, exact doubles a group. Those of no class are of the class NO_CLASS.
     """
     root, rows = Path(root), {}
     path = find_captions(root)
@@ -309,6 +310,8 @@ def read_captions(root, size, skip_broken=False, cache="runs/cache"):
 
     how = dict(size=size, skip_broken=skip_broken, captions=True)
     content = cached(decode_set, root, cache, how, files)
+    if not content["names"]:
+        raise Problem(f"{root}: no picture of {path.name} decodes: unpack them again")
     parts, kinds, captions = zip(*[rows[Path(name).name] for name in content["names"]], strict=True)
     classes = sorted(set(kinds))
     return Scenes(**content, labels=torch.tensor([classes.index(kind) for kind in kinds]), classes=classes,
@@ -325,13 +328,13 @@ def caption_rows(path):
     try:
         content = json.loads(path.read_bytes())
         if "annotations" in content:                                     # RSICap
-            rows = [(a["filename"], UNSAID, "", [a["text_output"]]) for a in content["annotations"]]
+            rows = [(a["filename"], UNSAID, NO_CLASS, [a["text_output"]]) for a in content["annotations"]]
         elif "images" in content:                                        # Karpathy
             kind_of = {name: file.stem for file in path.parent.glob("txtclasses*/*.txt")
                        for name in file.read_text().split()}
             if {i["filename"] for i in content["images"]} == {f"{n}.tif" for n in range(1, 2101)}:
                 kind_of = {f"{n + 1}.tif": UC_MERCED[n // 100].replace(" ", "") for n in range(2100)}
-            rows = [(i["filename"], place[i["split"]], kind_of.get(i["filename"], ""),
+            rows = [(i["filename"], place[i["split"]], kind_of.get(i["filename"], NO_CLASS),
                      [s["raw"] for s in i["sentences"]]) for i in content["images"]]
         else:                                                            # NWPU-Captions: raw, raw_1 ... raw_4
             rows = [(i["filename"], place[i["split"]], kind,

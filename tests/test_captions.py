@@ -20,7 +20,6 @@ from train_cls import (
     Mixture,
     Tuned,
     begin_and_tune,
-    chances,
     embed,
     encode_texts,
     fit_clip,
@@ -29,6 +28,7 @@ from train_cls import (
     load_classifier,
     load_weights,
     recalls,
+    recalls_by_chance,
     sentences_of,
     tune,
     word_tokens,
@@ -63,11 +63,11 @@ RSICAP = dict(annotations=[dict(image_id="0", filename=f"P{k}.png", text_input="
 
 
 @pytest.mark.parametrize("content, file, folders, classes, parts", [
-    (KARPATHY, "dataset_rsicd.json", ["imgs"] * 3, ["river", "forest", ""], [TRAIN, 1, TEST]),
-    (KARPATHY, "dataset.json", ["imgs/deep", "imgs", "."], [""] * 3, [TRAIN, 1, TEST]),
+    (KARPATHY, "dataset_rsicd.json", ["imgs"] * 3, ["river", "forest", "scene"], [TRAIN, 1, TEST]),
+    (KARPATHY, "dataset.json", ["imgs/deep", "imgs", "."], ["scene"] * 3, [TRAIN, 1, TEST]),
     (NWPU, "dataset_nwpu.json", ["river", "dense_forest", "dense_forest"],
      ["river", "dense_forest", "dense_forest"], [TRAIN, 1, TEST]),
-    (RSICAP, "captions.json", ["images"] * 3, [""] * 3, [UNSAID] * 3)])
+    (RSICAP, "captions.json", ["images"] * 3, ["scene"] * 3, [UNSAID] * 3)])
 def test_every_layout_gives_pictures_sentences_classes_and_parts(tmp_path, content, file, folders, classes,
                                                                  parts):
     root, names = tmp_path / "t", [name for name, *_ in rows_of(tmp_path, content)]
@@ -103,7 +103,7 @@ def test_ucm_captions_are_numbered_in_the_order_of_the_classes_of_uc_merced(tmp_
                     (2001, "tenniscourt"), (2100, "tenniscourt")):
         assert kinds[f"{n}.tif"] == kind
     assert len(set(kinds.values())) == 21
-    assert {kind for _, _, kind, _ in rows_of(tmp_path, karpathy(*images[1:]))} == {""}      # another set
+    assert {kind for _, _, kind, _ in rows_of(tmp_path, karpathy(*images[1:]))} == {"scene"}  # another set
 
 
 def test_captions_go_with_their_images_and_count_in_the_digest():
@@ -154,6 +154,9 @@ def test_pictures_that_are_missing_or_broken_are_left_out_with_their_sentences_i
         data.read(tmp_path, 8, cache=tmp_path / "cache")
     s = data.read(tmp_path, 8, skip_broken=True, cache=tmp_path / "cache")
     assert s.names == ["a.png"] and s.captions == [("a.png",)]
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(Problem, match="no picture of dataset.json decodes"):
+        data.read(tmp_path, 8, skip_broken=True, cache=tmp_path / "cache")
 
 
 def test_data_tells_the_sentences_of_a_caption_set(tmp_path, launch):
@@ -268,7 +271,7 @@ def test_recall_is_what_a_loop_over_the_sorted_finds():
     tie = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 1]])                   # texts 0 and 1 are of image 0
     assert recalls(tie, torch.tensor([0, 0, 1, 1]), (1, 2)) == ([0.5, 1.0], [0.75, 1.0])
     by_chance = [recalls(torch.randn(7, 20, generator=g), owner, (1, 3)) for _ in range(500)]
-    assert np.allclose(np.mean(by_chance, 0), chances(owner, 7, (1, 3)), atol=0.02)
+    assert np.allclose(np.mean(by_chance, 0), recalls_by_chance(owner, 7, (1, 3)), atol=0.02)
 
 
 # ---- tuning
@@ -279,7 +282,12 @@ def trained(tmp_path, **kw):
     return str(tmp_path / "clip.pt")
 
 
-def images(scenes):
+def begun(path, classes):
+    """A recogniser of classes that begins from weights."""
+    return Tuned(*load_weights(path)[:2], classes)
+
+
+def floats(scenes):
     return data.to_float(scenes.images)
 
 
@@ -294,20 +302,20 @@ def test_the_head_begins_with_what_the_texts_say(tmp_path):
     path = trained(tmp_path, lr=1e-2)
     scenes, (clip, tokens, _) = captioned(), load_weights(path)
     names = ["SandRiver", "trees"]
-    model = Tuned(path, names)
+    model = begun(path, names)
     texts = [[t.format(name) for t in TEMPLATES] for name in ("sand river", "trees")]
     means = torch.stack([encode_texts(clip, tokens, some).mean(0) for some in texts])
-    expected = clip.log_scale.exp() * clip.encode_image(images(scenes)) @ F.normalize(means, dim=1).T
-    assert_close(model(images(scenes)), expected)
-    assert_close(model.features(images(scenes)).norm(dim=1), torch.ones(6))
+    expected = clip.log_scale.exp() * clip.encode_image(floats(scenes)) @ F.normalize(means, dim=1).T
+    assert_close(model(floats(scenes)), expected)
+    assert_close(model.features(floats(scenes)).norm(dim=1), torch.ones(6))
     tuned = tune(model.head, embed(model, scenes), None, replace(TINY, steps=0))
-    assert_close(tuned(model.features(images(scenes))), expected)
+    assert_close(tuned(model.features(floats(scenes))), expected)
 
 
 def test_tuning_a_head_leaves_the_tower_and_the_head_it_began_with_as_they_were(tmp_path, monkeypatch):
     scenes = replace(captioned(), classes=["river", "trees"])
     cfg = replace(TINY, init=trained(tmp_path), tune="head", lr=0.1)
-    before = Tuned(cfg.init, scenes.classes)
+    before = begun(cfg.init, scenes.classes)
     looked, outputs = [], train_cls.outputs
     monkeypatch.setattr(train_cls, "outputs", lambda f, x: looked.append(len(x)) or outputs(f, x))
     model = begin_and_tune(scenes, None, replace(cfg, augment="noise,cutout"), tmp_path / "classifier.pt")
@@ -322,7 +330,7 @@ def test_tuning_a_head_leaves_the_tower_and_the_head_it_began_with_as_they_were(
     assert_close(tuned.weight, model.head.weight)
     again, classes, size = load_classifier(tmp_path / "classifier.pt")
     assert (classes, size) == (["river", "trees"], 8)
-    assert_close(again(images(scenes)), model(images(scenes)))
+    assert_close(again(floats(scenes)), model(floats(scenes)))
 
 
 def test_a_head_is_tuned_as_this_loop_does_with_synthetic_images_and_soft_targets(tmp_path, adamw_by_hand,
@@ -350,20 +358,23 @@ def test_a_head_is_tuned_as_this_loop_does_with_synthetic_images_and_soft_target
 def test_a_tower_is_tuned_at_a_tenth_of_the_rate_of_its_head(tmp_path, monkeypatch):
     scenes = replace(captioned(), classes=["river", "trees"])
     cfg = replace(TINY, init=trained(tmp_path), steps=1, warmup=1, decay=0.0, lr=0.01)
-    before, after = Tuned(cfg.init, scenes.classes), begin_and_tune(scenes, None, cfg, tmp_path / "c.pt")
+    before, after = begun(cfg.init, scenes.classes), begin_and_tune(scenes, None, cfg, tmp_path / "c.pt")
     for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
         rate = 0.001 if name.startswith("tower") else 0.01               # of AdamW's first step, lr sign(g)
         assert (a - b).abs().max().item() == pytest.approx(rate, rel=0.02), name
-    assert_close(load_classifier(tmp_path / "c.pt")[0](images(scenes)), after(images(scenes)))
+    assert_close(load_classifier(tmp_path / "c.pt")[0](floats(scenes)), after(floats(scenes)))
 
 
 def test_a_classifier_is_a_start_for_other_classes_but_knows_none_by_name(tmp_path):
     scenes = captioned()
     first, _ = train_cls.fit(scenes, None, TINY, tmp_path / "classifier.pt")
     cfg = replace(TINY, init=str(tmp_path / "classifier.pt"), tune="head")
-    model = Tuned(cfg.init, ["x", "y", "z"])
-    assert_close(model.features(images(scenes)), first.features(images(scenes)))
-    assert model(images(scenes)).shape == (6, 3) and model(images(scenes)).abs().max() < 0.5
+    model = begun(cfg.init, ["x", "y", "z"])
+    assert_close(model.features(floats(scenes)), first.features(floats(scenes)))
+    assert model(floats(scenes)).shape == (6, 3) and model(floats(scenes)).abs().max() < 0.5
+    heads = [train_cls.network(replace(cfg, seed=seed), "xyz", 3).head.weight for seed in (0, 0, 1)]
+    assert_close(heads[0], heads[1])
+    assert (heads[0] != heads[2]).all()                                  # the seed is cfg's, not the weights'
     with pytest.raises(Problem, match="--tune none goes by names"):
         begin_and_tune(scenes, None, replace(cfg, tune="none"), tmp_path / "other.pt")
 
@@ -426,6 +437,13 @@ def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeyp
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["captions", "mae"])
+def test_whole_batches_are_for_one_process(monkeypatch, flag):
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    with pytest.raises(Problem, match="run in one process"):
+        train_cls.main(train_cls.Script(data="nowhere", **{flag: True}))
+
+
 def test_a_tree_without_sentences_teaches_no_clip():
     with pytest.raises(Problem, match="--captions needs sentences"):
         fit_clip(replace(captioned(), captions=[*SAID[:-1], ()]), TINY)
@@ -467,19 +485,19 @@ def test_mae_learns_to_draw_and_its_vit_is_a_start(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "descend", lambda *a: losses.append(a[2].item()) or descend(*a))
     vit = fit_mae(scenes, cfg, tmp_path / "mae.pt")
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
-    start = Tuned(tmp_path / "mae.pt", ["x", "y", "z"])
-    assert_close(start.features(images(scenes)), vit.features(images(scenes)), rtol=0, atol=1e-3)
+    start = begun(tmp_path / "mae.pt", ["x", "y", "z"])
+    assert_close(start.features(floats(scenes)), vit.features(floats(scenes)), rtol=0, atol=1e-3)
 
 
 def test_no_step_waits_for_the_device(hasty_steps):
     fit_clip(captioned(), TINY)
-    fit_mae(captioned(), TINY)
+    fit_mae(captioned(), replace(TINY, augment="hflip,cutmix"))
     assert hasty_steps == [1, 2, 3, 4] * 2
 
 
 def test_mae_runs_from_the_command_line(tmp_path, launch):
     root = data.draw_tree(tmp_path / "t", 5, size=16)
-    assert launch(train_cls, "--data", root, *FLAGS, "--mae", "--out", tmp_path).returncode == 0
+    assert "24 images without" in launch(train_cls, "--data", root, *FLAGS, "--mae", "--out", tmp_path).stdout
     done = launch(train_cls, "--data", root, "--init", tmp_path / "mae.pt", "--steps", 2, "--out", tmp_path)
     assert done.returncode == 0 and "val: accuracy" in done.stdout
 
