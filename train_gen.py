@@ -3,12 +3,15 @@
     python train_gen.py --data data/NWPU-RESISC45 --out runs/gen
     python train_gen.py --sample runs/gen/generator.pt --classes river,forest --count 16 --out runs/made
     python train_gen.py --data data/xbd --given pre,mask --out runs/damage      # told how it looks before
+    python train_gen.py --data data/RSICD --given text --out runs/text          # sentences, not classes
+    python train_gen.py --sample runs/text/generator.pt --prompts "a river;two tennis courts" --out runs/said
     torchrun --nproc-per-node 4 train_gen.py ...               # equal numbers, on 4 GPUs
 
 The loss barely moves after the first minutes, and a lower one is no better image: look at samples-*.png.
 """
 import copy
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,8 +24,9 @@ from augment import compose
 from data import Problem, flag
 from ddpm import PREDICTS, SCHEDULES, Diffusion
 from unet import Condition, UNet
+from vit import Text, byte_tokens
 
-GIVEN = "pre", "mask", "lowres", "edges", "numbers"
+GIVEN = "pre", "mask", "lowres", "edges", "numbers", "text", "class"
 
 
 @dataclass
@@ -43,7 +47,10 @@ class Config:
     warmup: int = flag(500, "steps to reach it")
     ema: float = flag(0.999, "decay of the averaged weights, with which images are made")
     drop: float = flag(0.1, "share of the images told nothing, for guidance; with --given each part as often")
-    given: str = flag("", "what it is told beside the class, by comma: pre, mask, lowres, edges, numbers")
+    given: str = flag("", "what it is told beside the class, by comma: pre, mask, lowres, edges, numbers; text, "
+                      "a sentence instead of the class; text,class: both")
+    tower: str = flag("", "with --given text: CLIP of train_cls.py whose text tower reads it, and stays as it "
+                      "is (empty: one of its own learns along)")
     augment: str = flag("hflip,rot90", "augmentations that keep images likely: the generator learns them")
     seed: int = flag(0, "fixes the choice of images, weights and noise")
 
@@ -70,18 +77,25 @@ class Config:
         """List the names in --given."""
         return [name.strip() for name in self.given.split(",") if name.strip()]
 
+    @property
+    def shown(self):
+        """List what it must be told by other images: all of --given but what is said."""
+        return [name for name in self.told if name not in ("text", "class")]
+
 
 @dataclass
 class Script(Config):
     """Config, and the settings that only the command line needs."""
-    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
+    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, caption set or xBD tree")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
     per_class: int = flag(0, "training images per class, or tiles of an xBD tree (0: all)")
     out: str = flag("runs/gen", "folder for generator.pt, its log and sample grids, or for the images made")
     every: int = flag(1000, "steps between checkpoints, log lines and sample grids")
     sample: str = flag("", "make images with this checkpoint instead of training one")
     classes: str = flag("", "with --sample: which classes, by comma (empty: all)")
-    count: int = flag(16, "with --sample: images per class")
+    prompts: str = flag("an aerial photo of a {}", "with --sample of one that is told text: sentences, by "
+                        "semicolon, or a file with one per line; {} stands for each class in turn")
+    count: int = flag(16, "with --sample: images per class and sentence")
     like: str = flag("", "with --sample: picture, folder or xBD tree that tells the rest, or where to start")
     start: float = flag(0.0, "with --like: share of the chain at which to start from it (0: from noise)")
     paint: str = flag("", "with --like: picture that is white where to paint anew")
@@ -132,10 +146,53 @@ def divide(x, told):
 def check(cfg, scenes):
     """Raise Problem if scenes lack what --given names."""
     C = scenes.images.shape[1]
-    lacking = dict(pre=C < 6, mask=C not in (4, 7), numbers=scenes.numbers.isnan().all())
+    lacking = dict(pre=C < 6, mask=C not in (4, 7), numbers=scenes.numbers.isnan().all(),
+                   text=not all(scenes.captions))
     if missing := [name for name in cfg.told if lacking.get(name)]:
         raise Problem(f"--given {', '.join(missing)}: the data have none; pre and mask are those of an xBD "
-                      "tree, numbers those of xBD and of a folder with a numbers.csv")
+                      "tree, numbers those of xBD and of a folder with a numbers.csv, text of a caption set")
+
+
+# ---- sentences
+
+def encode(texts, tower):
+    """Turn texts into token ids (N, L), L as the longest needs, at most the tower's; -1 where one is empty."""
+    ids = byte_tokens(texts, len(tower.positions))
+    ids[torch.tensor([not text for text in texts])] = -1
+    return ids[:, :max(1, int((ids > 0).sum(1).max()))]
+
+
+def tower_of(weights):
+    """Make the text tower with these weights, {name: tensor}."""
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    vocabulary, dim = weights["embed.weight"].shape
+    tower = Text(vocabulary, len(weights["positions"]), dim, depth, max(1, dim // 64))
+    tower.load_state_dict(weights)
+    return tower
+
+
+def frozen_tower(path):
+    """Read the text tower of a CLIP checkpoint; it will not learn."""
+    return tower_of(inside(data.load_checkpoint(path, "clip")["model"], "text.")).requires_grad_(False)
+
+
+def inside(weights, prefix):
+    """Select the weights {name: tensor} whose names begin with prefix, and remove it."""
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+
+
+class Sentences:
+    """The sentences of each image, [tuple of str], as token ids on the device."""
+
+    def __init__(self, captions, tower, device):
+        self.ids = encode([text for some in captions for text in some], tower).to(device)
+        self.count = torch.tensor([len(some) for some in captions], device=device)
+        self.first = self.count.cumsum(0) - self.count
+
+    def draw(self, index, g):
+        """Draw a sentence of each of the images (B,): (B, L)."""
+        u = torch.rand(len(index), device=index.device, generator=g)
+        return self.ids[self.first[index] + (u * self.count[index]).long()]
 
 
 @dataclass
@@ -149,12 +206,17 @@ class Generator:
     measures: list[str]                       # the numbers that it is told, by name
 
 
-def networks(cfg, classes, channels, numbers=0):
-    """Make the noise process and a fresh network, its weights fixed by the seed, told so many numbers."""
+def networks(cfg, classes, channels, numbers=0, tower=None):
+    """Make the noise process and a fresh network, its weights fixed by the seed, told so many numbers.
+
+    tower: the vit.Text that reads the text; None: a fresh one, if there is text.
+    """
     torch.manual_seed(cfg.seed)
     made, hint = divide(torch.zeros(1, channels, 8, 8), cfg.told)
+    if "text" in cfg.told and tower is None:
+        tower = Text(dim=2 * cfg.width, depth=2, heads=max(1, cfg.width // 32))
     model = UNet(classes, made.shape[1], cfg.width, cfg.mults, cfg.blocks, cfg.patch,
-                 0 if hint is None else hint.shape[1], numbers)
+                 0 if hint is None else hint.shape[1], numbers, tower)
     model = model.to(memory_format=torch.channels_last)                  # a quarter faster, also on a CPU
     return Diffusion(cfg.timesteps, cfg.schedule, cfg.predict, cfg.gamma), model
 
@@ -180,7 +242,8 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     """
     check(cfg, real)
     device, measures = data.pick_device(), list(real.measures) if "numbers" in cfg.told else []
-    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1], len(measures))
+    tower = frozen_tower(cfg.tower) if cfg.tower else None
+    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1], len(measures), tower)
     if measures:
         model.numbers.fit(real.numbers)
     diffusion, model = diffusion.to(device), model.to(device)
@@ -197,6 +260,9 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     start, log = saved["step"], saved["log"]
 
     images, labels, numbers = (part.to(device) for part in (real.images, real.labels, real.numbers))
+    if "text" in cfg.told:
+        sentences = Sentences(real.captions, model.text.tower, device)
+        labels = labels if "class" in cfg.told else torch.full_like(labels, -1)
     augment = compose(cfg.augment)
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
     quarters = torch.zeros(2, 4, device=device)                       # per quarter of t: sum of losses, count
@@ -206,6 +272,8 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
         x, _ = augment(data.to_float(images[index]), None, g)
         x0, hint = divide(x, cfg.told)
         cond = Condition(labels[index], numbers[index] if measures else None, hint)
+        if "text" in cfg.told:
+            cond.text = sentences.draw(index, g)
         if cfg.told:
             cond = cond.hide_each(cfg.drop, g)
         with data.autocast(device):
@@ -254,7 +322,9 @@ def load_generator(path):
     """Read the Generator of a checkpoint. Raises Problem if the file is none."""
     saved = data.load_checkpoint(path, "generator")
     cfg = Config(**saved["config"])
-    diffusion, model = networks(cfg, len(saved["classes"]), saved["channels"], len(saved.get("measures", ())))
+    weights = inside(saved["ema"], "text.tower.")
+    diffusion, model = networks(cfg, len(saved["classes"]), saved["channels"], len(saved.get("measures", ())),
+                                tower_of(weights) if weights else None)
     model.load_state_dict(saved["ema"])
     device = data.pick_device()
     return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg, saved["channels"],
@@ -271,25 +341,30 @@ def noise_of(seeds, shape, device="cpu"):
 
 
 def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=None, rounds=1,
-             batch=256, title="images"):
+             texts=None, batch=256, title="images"):
     """Make images of the classes y (N,) int64, -1: not told. -> uint8 (N, C, H, W) on the CPU.
 
     like: Scenes of N real images, for what else the generator is told. start: share of the chain, in 0..1, at
     which to begin, at like with the noise of it. paint (N, 1, H, W) bool: what to paint anew of like, by DDPM
-    steps in so many rounds; DDIM's fitted worse to what is known. Image k follows from (seed, k), whatever
-    the batch and the number of processes. Each process makes its part, and all get all of them.
+    steps in so many rounds; DDIM's fitted worse to what is known. texts [N]: None takes sentences of like.
+    Image k follows from (seed, k), whatever the batch and the number of processes. Each process makes its
+    part, and all get all of them.
     """
     diffusion, model, cfg = generator.diffusion, generator.model, generator.config
-    assert like is not None or not (cfg.told or start or paint is not None), "like what?"
+    assert like is not None or not (cfg.shown or start or paint is not None), "like what?"
     device = diffusion.signal.device
     shape = (model.channels, cfg.size, cfg.size)
     images = torch.zeros(len(y), *shape, dtype=torch.uint8, device=device)
     part, how = data.share(len(y)), dict(steps=calls, w=w)
+    if "text" in cfg.told:
+        texts = texts or [some[k % len(some)] for k, some in enumerate(like.captions)]
+        ids = encode(texts, model.text.tower).to(device)
+        y = y if "class" in cfg.told else torch.full_like(y, -1)
     for first in data.progress(range(part.start, part.stop, batch), title):
         these = slice(first, min(first + batch, part.stop))
         seeds = [(seed * 1_000_003 + k) % 2**32 for k in range(these.start, these.stop)]
         noise = noise_of(seeds, shape, device)
-        cond = Condition(y[these].to(device))
+        cond = Condition(y[these].to(device), text=ids[these] if "text" in cfg.told else None)
         if like is not None:
             x0, cond.hint = divide(data.to_float(like.images[these]).to(device), cfg.told)
             if generator.measures:
@@ -309,11 +384,11 @@ def read_like(cfg, generator):
     """Read what --like names, with the size and channels that the generator knows. -> Scenes or None."""
     gen, C = generator.config, generator.channels
     if not cfg.like:
-        if wanted := gen.told or ["--start"] * (cfg.start > 0) + ["--paint"] * bool(cfg.paint):
+        if wanted := gen.shown or ["--start"] * (cfg.start > 0) + ["--paint"] * bool(cfg.paint):
             raise Problem(f"--like is missing: a picture, a folder or an xBD tree for {', '.join(wanted)}")
         return None
-    if not (gen.told or cfg.start or cfg.paint):
-        raise Problem(f"--like {cfg.like}: {cfg.sample} is told classes alone; give --start or --paint too")
+    if not (gen.shown or cfg.start or cfg.paint):
+        raise Problem(f"--like {cfg.like}: {cfg.sample} need not be shown any; give --start or --paint too")
     like = data.read_pictures(cfg.like, gen.size, cfg.skip_broken, pre=C >= 6, mask=C in (4, 7))
     if like.images.shape[1] != C:
         raise Problem(f"--like {cfg.like}: pictures alone; {cfg.sample} must be given an xBD tree")
@@ -323,34 +398,53 @@ def read_like(cfg, generator):
     return like
 
 
-def sample(cfg):
-    """Write images of a checkpoint as a tree with a folder per class, and a grid of them."""
-    generator = load_generator(cfg.sample)
+def asked(cfg, generator):
+    """List what to make by --classes and --prompts: [(folder, class, text)]."""
     known = dict(zip([*generator.classes, "any"], [*range(len(generator.classes)), -1], strict=True))
     names = cfg.classes.split(",") if cfg.classes else generator.classes
     if unknown := set(names) - set(known):
         raise Problem(f"{cfg.sample} knows no class {', '.join(sorted(unknown))}; "
                       f"it knows {', '.join(generator.classes)}, and any")
+    if "text" not in generator.config.told:
+        if cfg.prompts != Script.prompts:
+            raise Problem(f"--prompts {cfg.prompts}: {cfg.sample} was trained without --given text")
+        return [(name, known[name], "") for name in names]
+    file = Path(cfg.prompts)
+    rows = []
+    for text in file.read_text().splitlines() if file.is_file() else cfg.prompts.split(";"):
+        own = re.sub(r"\W+", "_", text).strip("_")[:60]                  # its folder, if it is not of a class
+        for name in names if cfg.classes or "{}" in text else ["any"]:
+            said = "" if "{}" in text and name == "any" else text.replace("{}", name.replace("_", " "))
+            rows.append((name if "{}" in text else own, known[name], said.strip()))
+    return [row for row in rows if row[0]]
+
+
+def sample(cfg):
+    """Write images of a checkpoint as a tree with a folder per class or sentence, and a grid of them."""
+    generator = load_generator(cfg.sample)
+    names, classes, texts = zip(*asked(cfg, generator), strict=True)
     if not 1 <= cfg.calls <= generator.config.timesteps:
         raise Problem(f"--calls {cfg.calls}: {cfg.sample} has a chain of {generator.config.timesteps} steps")
     if full := [name for name in names if any((Path(cfg.out) / name).glob("*.png"))]:
         raise Problem(f"{cfg.out} holds pictures of {full[0]} already: give another --out, or remove them")
     like, paint = read_like(cfg, generator), None
     each = cfg.count * len(like or [0])                                  # images of a class
-    y = torch.tensor([known[name] for name in names]).repeat_interleave(each)
+    y = torch.tensor(classes).repeat_interleave(each)
+    texts = [text for text in texts for _ in range(each)]
     if like:
         like = like[torch.arange(len(like)).repeat_interleave(cfg.count).repeat(len(names))]
     if cfg.paint:
         hole = data.read_pictures(cfg.paint, generator.config.size).images[0]
         paint = (hole.float().mean(0) > 127).expand(len(y), 1, -1, -1)
-    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint, cfg.rounds)
+    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint, cfg.rounds,
+                      texts)
     if data.rank():
         return
     for k, image in enumerate(images):
         name = names[k // each]
-        data.save_picture(data.picture(image), Path(cfg.out) / name / f"{name}_{k % each + 1:05d}.png")
+        data.save_picture(data.picture(image), Path(cfg.out) / name / f"{name}_{k + 1:05d}.png")
     data.save_picture(data.grid(images, min(each, 16)), Path(cfg.out) / "grid.png")
-    print(f"{len(images)} images of {len(names)} classes in {cfg.out}, all of them in {cfg.out}/grid.png")
+    print(f"{len(images)} images in {len(set(names))} folders in {cfg.out}, all of them in {cfg.out}/grid.png")
 
 
 def main(cfg):

@@ -32,9 +32,10 @@ def head(dim, classes):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, L, D) -> (B, L, D).
+    """Multi-head attention, (B, L, D) -> (B, L, D).
 
-    softmax(q k^T / sqrt(d)) v in every head (Vaswani et al. 2017, Eq. 1). Causal: no token looks at later ones.
+    softmax(q k^T / sqrt(d)) v in every head (Vaswani et al. 2017, Eq. 1). Causal: none looks at later tokens.
+    With keys and values (B, M, 2 D) of other tokens, all look at those of them too that count, (B, M) bool.
     """
 
     def __init__(self, dim, heads, causal=False):
@@ -45,9 +46,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, others=None, count=None):
         q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)   # (B, heads, L, d)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        if others is not None:
+            others = rearrange(others, "b m (n h d) -> n b h m d", n=2, h=self.heads)
+            k, v = torch.cat([torch.stack([k, v]), others], dim=3)                        # (B, heads, L + M, d)
+            count = F.pad(count, (x.shape[1], 0), value=True)[:, None, None]              # (B, 1, 1, L + M)
+        x = F.scaled_dot_product_attention(q, k, v, count, is_causal=self.causal)
         return self.out(rearrange(x, "b h l d -> b l (h d)"))
 
 
