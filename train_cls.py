@@ -8,7 +8,9 @@
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
 import math
+import re
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch import nn
 import data
 from augment import OVERHEAD, compose
 from data import Problem, flag
-from vit import Convolutions, Patches, ViT, head, mean_token, zero
+from vit import CLIP, Convolutions, Patches, Text, ViT, contrastive, head, mean_token, zero
 
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
 
@@ -347,6 +349,106 @@ def load_classifier(path):
     model = network(cfg, len(saved["classes"]), saved["channels"])
     model.load_state_dict(saved["model"])
     return model.to(data.pick_device()).eval(), saved["classes"], cfg.size
+
+
+# ---- CLIP, from images and their sentences
+
+LENGTH = 64                                            # tokens of a text at most
+
+
+def words_of(text):
+    """Split a text into its words, [str], in small letters."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def word_tokens(texts, words):
+    """Encode texts by the places of their words in a vocabulary [V]: (B, L) int64, L <= LENGTH.
+
+    0 pads, V + 1 starts and V + 2 ends, the largest as in CLIP. Words that are not in it are left out: no
+    model could have learned them.
+    """
+    place, start, end = {word: k for k, word in enumerate(words, 1)}, len(words) + 1, len(words) + 2
+    known = [[place[word] for word in words_of(text) if word in place] for text in texts]
+    rows = [[start, *ids[:LENGTH - 2], end] for ids in known]
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+
+
+def sentences_of(scenes):
+    """List the sentences of all images, [M], and for each the number of its image, (M,) int64."""
+    counts = torch.tensor([len(texts) for texts in scenes.captions])
+    return [text for texts in scenes.captions for text in texts], torch.arange(len(scenes)).repeat_interleave(counts)
+
+
+def clip(cfg, words):
+    """Make a fresh CLIP: two towers of one width and depth; that of text knows these words, [V]."""
+    return CLIP(network(cfg, cfg.dim, 3), Text(len(words) + 3, LENGTH, cfg.dim, cfg.depth, cfg.heads))
+
+
+def fit_clip(scenes, cfg, path=None, every=1000):
+    """Train a CLIP from scratch on images and their sentences (Scenes).
+
+    In a batch no image comes twice, and each with one of its sentences. A checkpoint is kept at path.
+    Returns model.eval() and the function that makes tokens of texts.
+    """
+    if not all(scenes.captions) or {"cutmix", "copypaste"} & set(cfg.augment.split(",")):
+        raise Problem("every image needs a sentence of its own: give a caption set, and no cutmix or copypaste")
+    device, (texts, owner) = data.pick_device(), sentences_of(scenes)
+    words = sorted({word for text in texts for word in words_of(text)})
+    ids, images = word_tokens(texts, words).to(device), scenes.images.to(device)
+    sentences = ByClass(owner.to(device), len(scenes))
+    model = clip(cfg, words).to(device, memory_format=torch.channels_last)
+    augment = compose(cfg.augment)
+
+    def loss(step, g):
+        index = torch.randperm(len(images), device=device, generator=g)[:cfg.batch]
+        text = sentences.draw(index, torch.rand(len(index), device=device, generator=g))
+        x, _ = augment(data.to_float(images[index]), None, g)
+        with data.autocast(device):
+            return contrastive(model(x, ids[text]))
+
+    identity = dict(config=settings(cfg), words=words, images=scenes.digest)
+    train(model, loss, cfg, path, "clip", identity, every, "CLIP")
+    return model.eval(), partial(word_tokens, words=words)
+
+
+def load_clip(path):
+    """Read a checkpoint of fit_clip. Returns what fit_clip does, and the size of its images."""
+    saved = data.load_checkpoint(path, "clip")
+    cfg = Config(**saved["config"])
+    model = clip(cfg, saved["words"])
+    model.load_state_dict(saved["model"])
+    return model.to(data.pick_device()).eval(), partial(word_tokens, words=saved["words"]), cfg.size
+
+
+@torch.no_grad()
+def encode_texts(model, tokens, texts, batch=512):
+    """Place texts on the unit sphere of a CLIP, (M, D) on the CPU."""
+    parts = [texts[k:k + batch] for k in range(0, len(texts), batch)]
+    return torch.cat([model.encode_text(tokens(part).to(data.pick_device())).float().cpu() for part in parts])
+
+
+def recalls(scores, owner, ks=(1, 5, 10)):
+    """Score retrieval by the similarity of N images and M texts, (N, M); text m is of image owner[m].
+
+    Returns the share of images of which a text is among the k best ones, [len(ks)], and the share of texts
+    whose image is among the k best ones. Of those that score as much, half stand before it.
+    """
+    def found(best, others):                                             # (R,), (R, Q): share in the best k
+        rank = (others > best[:, None]).sum(1) + (others == best[:, None]).sum(1) / 2
+        return [(rank < k).double().mean().item() for k in ks]
+
+    own = owner == torch.arange(len(scores))[:, None]                    # (N, M)
+    alien = scores.masked_fill(own, -math.inf)
+    return found(scores.masked_fill(~own, -math.inf).amax(1), alien), found(scores.T[own.T], alien.T)
+
+
+def chances(owner, N, ks=(1, 5, 10)):
+    """Return what recalls would be of scores drawn at random, for N images."""
+    M = len(owner)
+    missed = [np.mean([math.comb(M - m, k) / math.comb(M, k) for m in owner.bincount(minlength=N).tolist()])
+              for k in ks]
+    return [1 - miss for miss in missed], [k / N for k in ks]
 
 
 # ---- scores: from labels and predictions, both (N,), or from counts (..., 3, K) of them

@@ -1,13 +1,28 @@
 """Captions: sets of them read right, a CLIP trained on them, and a classifier begun from what it learned."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 import data
-from data import TEST, TRAIN, UNSAID, Problem
+import train_cls
+from augment import compose
+from data import TEST, TRAIN, UNSAID, Problem, Scenes
+from train_cls import (
+    LENGTH,
+    chances,
+    encode_texts,
+    fit_clip,
+    load_clip,
+    recalls,
+    sentences_of,
+    word_tokens,
+)
+from vit import CLIP, Text, ViT
 
 
 def pictures(folder, names):
@@ -148,3 +163,91 @@ def test_a_tree_is_read_by_its_folders_again_when_the_sentences_are_gone(tmp_pat
         assert data.read(root, 8, cache=tmp_path / "cache").captions[0] == ("trees .",)
         (root / "dataset_nwpu.json").unlink()
         assert data.read(root, 8, cache=tmp_path / "cache").captions == [()] * 3
+
+
+# ---- a CLIP from captions
+
+TINY = train_cls.Config(size=8, patch=4, dim=16, depth=1, heads=2, steps=6, batch=4, warmup=2, augment="none")
+SAID = [("A river.", "water, 2 boats"), ("trees",), ("A beach", "sand; a river", "trees!"), ("a Road",),
+        ("trees",), ("houses", "a road")]
+
+
+def captioned(seed=0):
+    """Six random pictures with sentences, of classes a and b."""
+    images = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, generator=data.rng(seed))
+    return Scenes(images, torch.arange(6) % 2, ["a", "b"], [f"{k}.png" for k in range(6)], torch.arange(6),
+                  captions=SAID)
+
+
+def test_words_are_their_places_and_what_is_not_known_is_left_out():
+    words = ["2", "boats", "river"]
+    ids = word_tokens(["River, 2 (boats)!", "a boat", "", "river " * 100], words)
+    assert ids.shape == (4, LENGTH) and ids[3].tolist() == [4, *[3] * (LENGTH - 2), 5]
+    assert ids[:3, :5].tolist() == [[4, 3, 1, 2, 5], [4, 5, 0, 0, 0], [4, 5, 0, 0, 0]]
+    assert not ids[:3, 5:].any()
+    assert word_tokens(["river", "a"], words).tolist() == [[4, 3, 5], [4, 5, 0]]     # no longer than need be
+
+
+def test_clip_training_is_this_loop_written_out(adamw_by_hand, in_float64):
+    """Of every image one of its sentences; each must find the other in the batch."""
+    scenes, cfg = captioned(), replace(TINY, steps=3, lr=4e-3, decay=0.5, seed=7, augment="hflip,color")
+    model, tokens = fit_clip(scenes, cfg)
+    words = tokens.keywords["words"]
+    assert words == "2 a beach boats houses river road sand trees water".split()
+
+    torch.manual_seed(7)
+    twin = CLIP(ViT(16, 8, 4, 16, 1, 2), Text(13, LENGTH, 16, 1, 2))
+    by_hand = adamw_by_hand(twin.parameters(), (0.9, 0.999), lambda p: 0.5 * (p.ndim > 1))
+    for step, rate in enumerate((2e-3, 4e-3, 4e-3)):
+        g = data.rng(7, step)
+        chosen = torch.randperm(6, generator=g)[:4].tolist()
+        dice = torch.rand(4, generator=g).tolist()
+        texts = [SAID[k][int(u * len(SAID[k]))] for k, u in zip(chosen, dice, strict=True)]
+        x, _ = compose(cfg.augment)(scenes.images[chosen] / 127.5 - 1, None, g)
+        z, t = twin.encode_image(x), twin.encode_text(word_tokens(texts, words))
+        scores = twin.log_scale.exp() * z @ t.T
+        loss = -(scores.log_softmax(1).diag().mean() + scores.log_softmax(0).diag().mean()) / 2
+        gradients = torch.autograd.grad(loss, by_hand.parameters)
+        norm = sum(d.square().sum() for d in gradients).sqrt().item()
+        by_hand.move([d / max(1.0, norm + 1e-6) for d in gradients], rate)
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert_close(a, b, rtol=0, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
+
+
+def test_a_killed_clip_goes_on_and_is_read_again(tmp_path, monkeypatch):
+    whole, tokens = fit_clip(captioned(), TINY)
+    save = data.save_checkpoint
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(data, "save_checkpoint", lambda *args: [save(*args), exec("raise KeyboardInterrupt")])
+        fit_clip(captioned(), TINY, tmp_path / "clip.pt", every=3)
+    fit_clip(captioned(), TINY, tmp_path / "clip.pt", every=3)
+    again, same, size = load_clip(tmp_path / "clip.pt")
+    assert same.keywords == tokens.keywords and size == 8 and not again.training and not whole.training
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+    other = replace(captioned(), captions=[*SAID[:-1], ("trees",)])
+    with pytest.raises(Problem, match="another --out"):
+        fit_clip(other, TINY, tmp_path / "clip.pt")
+
+
+def test_images_and_sentences_that_belong_together_are_found_together():
+    scenes = captioned()
+    scenes.captions = [("red",), ("green",), ("blue",), ("red red",), ("blue green",), ("green red",)]
+    model, tokens = fit_clip(scenes, replace(TINY, steps=90, batch=6, lr=1e-2))
+    texts, owner = sentences_of(scenes)
+    scores = model.encode_image(data.to_float(scenes.images)) @ encode_texts(model, tokens, texts).T
+    assert recalls(scores, owner, (1,)) == ([1.0], [1.0])
+
+
+def test_recall_is_what_a_loop_over_the_sorted_finds():
+    g = torch.Generator().manual_seed(0)
+    owner = torch.cat([torch.arange(7), torch.randint(7, (13,), generator=g)])
+    scores = torch.randn(7, 20, generator=g)
+    to_text, to_image = recalls(scores, owner, (1, 3))
+    for k, a, b in zip((1, 3), to_text, to_image, strict=True):
+        best_texts, best_images = scores.argsort(1, True)[:, :k], scores.argsort(0, True)[:k]
+        assert a == pytest.approx(np.mean([n in owner[best_texts[n]] for n in range(7)]))
+        assert b == pytest.approx(np.mean([owner[m] in best_images[:, m] for m in range(20)]))
+    assert recalls(torch.zeros(7, 20), owner, (1, 3)) == ([0, 0], [0, 0])    # who says nothing finds nothing
+    by_chance = [recalls(torch.randn(7, 20, generator=g), owner, (1, 3)) for _ in range(500)]
+    assert np.allclose(np.mean(by_chance, 0), chances(owner, 7, (1, 3)), atol=0.02)
