@@ -1036,7 +1036,7 @@ def sum_gradients(model):
     the sending behind the backward pass; that pays between machines, and costs a wrapped model.)
     """
     if dist.is_initialized():
-        gradients = [p.grad for p in model.parameters()]
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
         summed = total(torch.cat([g.flatten() for g in gradients])).split([g.numel() for g in gradients])
         for g, s in zip(gradients, summed, strict=True):
             g.copy_(s.view_as(g))

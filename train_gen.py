@@ -12,6 +12,7 @@ The loss barely moves after the first minutes, and a lower one is no better imag
 import copy
 import math
 import re
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from augment import compose
 from data import Problem, flag
 from ddpm import PREDICTS, SCHEDULES, Diffusion
 from unet import Condition, UNet
-from vit import Text, byte_tokens
+from vit import LENGTH, Text, word_tokens, words_of
 
 GIVEN = "pre", "mask", "lowres", "edges", "numbers", "text", "class"
 
@@ -47,10 +48,10 @@ class Config:
     warmup: int = flag(500, "steps to reach it")
     ema: float = flag(0.999, "decay of the averaged weights, with which images are made")
     drop: float = flag(0.1, "share of the images told nothing, for guidance; with --given each part as often")
-    given: str = flag("", "what it is told beside the class, by comma: pre, mask, lowres, edges, numbers; text, "
-                      "a sentence instead of the class; text,class: both")
-    tower: str = flag("", "with --given text: CLIP of train_cls.py whose text tower reads it, and stays as it "
-                      "is (empty: one of its own learns along)")
+    given: str = flag("", "what it is told beside the class, by comma: pre, mask, lowres, edges, numbers; "
+                      "text instead of the class; text,class")
+    tower: str = flag("", "with --given text: checkpoint of a CLIP whose text tower reads it, frozen (empty: "
+                      "one of its own learns along)")
     augment: str = flag("hflip,rot90", "augmentations that keep images likely: the generator learns them")
     seed: int = flag(0, "fixes the choice of images, weights and noise")
 
@@ -58,6 +59,8 @@ class Config:
         compose(self.augment)
         if unknown := set(self.told) - set(GIVEN):
             raise ValueError(f"--given {', '.join(sorted(unknown))}: known are {', '.join(GIVEN)}")
+        if self.tower and "text" not in self.told:
+            raise ValueError(f"--tower {self.tower} is for --given text")
         if "lowres" in self.told and self.size % 4:
             raise ValueError(f"--given lowres: --size {self.size} must be divisible by 4")
         if self.width % 8:
@@ -76,6 +79,11 @@ class Config:
     def told(self):
         """List the names in --given."""
         return [name.strip() for name in self.given.split(",") if name.strip()]
+
+    @property
+    def classless(self):
+        """Is it told sentences instead of classes?"""
+        return "text" in self.told and "class" not in self.told
 
     @property
     def shown(self):
@@ -155,44 +163,29 @@ def check(cfg, scenes):
 
 # ---- sentences
 
-def encode(texts, tower):
-    """Turn texts into token ids (N, L), L as the longest needs, at most the tower's; -1 where one is empty."""
-    ids = byte_tokens(texts, len(tower.positions))
-    ids[torch.tensor([not text for text in texts])] = -1
-    return ids[:, :max(1, int((ids > 0).sum(1).max()))]
+def reader(cfg, captions):
+    """Return the words that the text tower knows, [V], its shape as of vit.Text, and its weights or None."""
+    if "text" not in cfg.told:
+        return [], (), None
+    if not cfg.tower:
+        words = sorted({word for some in captions for text in some for word in words_of(text)})
+        return words, (len(words) + 3, LENGTH, 2 * cfg.width, 2, max(1, cfg.width // 32)), None
+    saved = data.load_checkpoint(cfg.tower, "clip")
+    shape = len(saved["words"]) + 3, LENGTH, *(saved["config"][name] for name in ("dim", "depth", "heads"))
+    weights = {name[5:]: w for name, w in saved["model"].items() if name.startswith("text.")}
+    return saved["words"], shape, weights
 
 
-def tower_of(weights):
-    """Make the text tower with these weights, {name: tensor}."""
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    vocabulary, dim = weights["embed.weight"].shape
-    tower = Text(vocabulary, len(weights["positions"]), dim, depth, max(1, dim // 64))
-    tower.load_state_dict(weights)
-    return tower
+def encode(texts, words):
+    """Turn texts into token ids (N, L); an empty one is not told, -1."""
+    empty = torch.tensor([not text for text in texts])
+    return word_tokens(texts, words).masked_fill(empty[:, None], -1)
 
 
-def frozen_tower(path):
-    """Read the text tower of a CLIP checkpoint; it will not learn."""
-    return tower_of(inside(data.load_checkpoint(path, "clip")["model"], "text.")).requires_grad_(False)
-
-
-def inside(weights, prefix):
-    """Select the weights {name: tensor} whose names begin with prefix, and remove it."""
-    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-
-
-class Sentences:
-    """The sentences of each image, [tuple of str], as token ids on the device."""
-
-    def __init__(self, captions, tower, device):
-        self.ids = encode([text for some in captions for text in some], tower).to(device)
-        self.count = torch.tensor([len(some) for some in captions], device=device)
-        self.first = self.count.cumsum(0) - self.count
-
-    def draw(self, index, g):
-        """Draw a sentence of each of the images (B,): (B, L)."""
-        u = torch.rand(len(index), device=index.device, generator=g)
-        return self.ids[self.first[index] + (u * self.count[index]).long()]
+def sentences(captions, words):
+    """Encode all sentences of N images: (N, S, L). An image with fewer than S repeats its first ones."""
+    S = max(map(len, captions))
+    return encode([some[k % len(some)] for some in captions for k in range(S)], words).unflatten(0, (-1, S))
 
 
 @dataclass
@@ -204,19 +197,18 @@ class Generator:
     config: Config
     channels: int                             # of the images in training, hints among them
     measures: list[str]                       # the numbers that it is told, by name
+    words: list[str]                          # that it knows
 
 
-def networks(cfg, classes, channels, numbers=0, tower=None):
+def networks(cfg, classes, channels, numbers=0, tower=()):
     """Make the noise process and a fresh network, its weights fixed by the seed, told so many numbers.
 
-    tower: the vit.Text that reads the text; None: a fresh one, if there is text.
+    tower: the shape of its text tower, if it is told text.
     """
     torch.manual_seed(cfg.seed)
     made, hint = divide(torch.zeros(1, channels, 8, 8), cfg.told)
-    if "text" in cfg.told and tower is None:
-        tower = Text(dim=2 * cfg.width, depth=2, heads=max(1, cfg.width // 32))
     model = UNet(classes, made.shape[1], cfg.width, cfg.mults, cfg.blocks, cfg.patch,
-                 0 if hint is None else hint.shape[1], numbers, tower)
+                 0 if hint is None else hint.shape[1], numbers, Text(*tower) if tower else None)
     model = model.to(memory_format=torch.channels_last)                  # a quarter faster, also on a CPU
     return Diffusion(cfg.timesteps, cfg.schedule, cfg.predict, cfg.gamma), model
 
@@ -242,27 +234,28 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     """
     check(cfg, real)
     device, measures = data.pick_device(), list(real.measures) if "numbers" in cfg.told else []
-    tower = frozen_tower(cfg.tower) if cfg.tower else None
+    words, tower, weights = reader(cfg, real.captions)
     diffusion, model = networks(cfg, len(real.classes), real.images.shape[1], len(measures), tower)
     if measures:
         model.numbers.fit(real.numbers)
+    if weights:
+        model.text.tower.requires_grad_(False).load_state_dict(weights)
     diffusion, model = diffusion.to(device), model.to(device)
     ema = copy.deepcopy(model).eval()
-    generator = Generator(diffusion, ema, real.classes, cfg, real.images.shape[1], measures)
+    generator = Generator(diffusion, ema, real.classes, cfg, real.images.shape[1], measures, words)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
     identity = dict(config=settings, classes=real.classes, names=real.names, images=real.digest,
-                    channels=real.images.shape[1], measures=measures,
+                    channels=real.images.shape[1], measures=measures, words=words, tower=tower,
                     numbers=repr(real.numbers.tolist()) if measures else "")
     saved = data.resume(path, "generator", identity, parts) or dict(step=0, log=[])
     start, log = saved["step"], saved["log"]
 
     images, labels, numbers = (part.to(device) for part in (real.images, real.labels, real.numbers))
-    if "text" in cfg.told:
-        sentences = Sentences(real.captions, model.text.tower, device)
-        labels = labels if "class" in cfg.told else torch.full_like(labels, -1)
+    labels = torch.full_like(labels, -1) if cfg.classless else labels
+    said = sentences(real.captions, words).to(device) if words else None
     augment = compose(cfg.augment)
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
     quarters = torch.zeros(2, 4, device=device)                       # per quarter of t: sum of losses, count
@@ -272,8 +265,8 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
         x, _ = augment(data.to_float(images[index]), None, g)
         x0, hint = divide(x, cfg.told)
         cond = Condition(labels[index], numbers[index] if measures else None, hint)
-        if "text" in cfg.told:
-            cond.text = sentences.draw(index, g)
+        if words:
+            cond.text = said[index, torch.randint(said.shape[1], index.shape, device=device, generator=g)]
         if cfg.told:
             cond = cond.hide_each(cfg.drop, g)
         with data.autocast(device):
@@ -322,13 +315,12 @@ def load_generator(path):
     """Read the Generator of a checkpoint. Raises Problem if the file is none."""
     saved = data.load_checkpoint(path, "generator")
     cfg = Config(**saved["config"])
-    weights = inside(saved["ema"], "text.tower.")
     diffusion, model = networks(cfg, len(saved["classes"]), saved["channels"], len(saved.get("measures", ())),
-                                tower_of(weights) if weights else None)
+                                saved.get("tower", ()))
     model.load_state_dict(saved["ema"])
     device = data.pick_device()
     return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg, saved["channels"],
-                     saved.get("measures", []))
+                     saved.get("measures", []), saved.get("words", []))
 
 
 def noise_of(seeds, shape, device="cpu"):
@@ -356,15 +348,15 @@ def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=N
     shape = (model.channels, cfg.size, cfg.size)
     images = torch.zeros(len(y), *shape, dtype=torch.uint8, device=device)
     part, how = data.share(len(y)), dict(steps=calls, w=w)
-    if "text" in cfg.told:
+    everyone = Condition((torch.full_like(y, -1) if cfg.classless else y).to(device))
+    if generator.words:
         texts = texts or [some[k % len(some)] for k, some in enumerate(like.captions)]
-        ids = encode(texts, model.text.tower).to(device)
-        y = y if "class" in cfg.told else torch.full_like(y, -1)
+        everyone.text = encode(texts, generator.words).to(device)
     for first in data.progress(range(part.start, part.stop, batch), title):
         these = slice(first, min(first + batch, part.stop))
         seeds = [(seed * 1_000_003 + k) % 2**32 for k in range(these.start, these.stop)]
         noise = noise_of(seeds, shape, device)
-        cond = Condition(y[these].to(device), text=ids[these] if "text" in cfg.told else None)
+        cond = everyone[these]
         if like is not None:
             x0, cond.hint = divide(data.to_float(like.images[these]).to(device), cfg.told)
             if generator.measures:
@@ -405,18 +397,18 @@ def asked(cfg, generator):
     if unknown := set(names) - set(known):
         raise Problem(f"{cfg.sample} knows no class {', '.join(sorted(unknown))}; "
                       f"it knows {', '.join(generator.classes)}, and any")
-    if "text" not in generator.config.told:
+    if not generator.words:
         if cfg.prompts != Script.prompts:
             raise Problem(f"--prompts {cfg.prompts}: {cfg.sample} was trained without --given text")
         return [(name, known[name], "") for name in names]
-    file = Path(cfg.prompts)
-    rows = []
+    file, rows = Path(cfg.prompts), []
     for text in file.read_text().splitlines() if file.is_file() else cfg.prompts.split(";"):
-        own = re.sub(r"\W+", "_", text).strip("_")[:60]                  # its folder, if it is not of a class
         for name in names if cfg.classes or "{}" in text else ["any"]:
-            said = "" if "{}" in text and name == "any" else text.replace("{}", name.replace("_", " "))
-            rows.append((name if "{}" in text else own, known[name], said.strip()))
-    return [row for row in rows if row[0]]
+            folder = name if "{}" in text else re.sub(r"\W+", "_", text.strip())[:60]
+            rows.append((folder, known[name], text.replace("{}", name.replace("_", " ")).strip()))
+    if unread := {word for row in rows for word in words_of(row[2])} - set(generator.words):
+        print(f"{cfg.sample} has never read {', '.join(sorted(unread))}: left out", file=sys.stderr)
+    return rows
 
 
 def sample(cfg):
@@ -436,15 +428,14 @@ def sample(cfg):
     if cfg.paint:
         hole = data.read_pictures(cfg.paint, generator.config.size).images[0]
         paint = (hole.float().mean(0) > 127).expand(len(y), 1, -1, -1)
-    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint, cfg.rounds,
-                      texts)
+    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint, cfg.rounds, texts)
     if data.rank():
         return
     for k, image in enumerate(images):
         name = names[k // each]
         data.save_picture(data.picture(image), Path(cfg.out) / name / f"{name}_{k + 1:05d}.png")
     data.save_picture(data.grid(images, min(each, 16)), Path(cfg.out) / "grid.png")
-    print(f"{len(images)} images in {len(set(names))} folders in {cfg.out}, all of them in {cfg.out}/grid.png")
+    print(f"{len(images)} images in {cfg.out}, all of them in {cfg.out}/grid.png")
 
 
 def main(cfg):

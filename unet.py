@@ -98,21 +98,22 @@ class Words(nn.Module):
     """What a tower (vit.Text) reads in token ids (B, L), -1 where no text is told: GLIDE, section 2.3.
 
     Features of the tokens (B, L, D); which of them count, (B, L) bool: those up to the end, which has the
-    largest id, as padding follows; and of the text (B, D): those of its end, which has seen it whole. A text
-    that is not told is one token, which is learned. (Nichol et al. 2021, 2112.10741.)
+    largest id, as padding follows; and of the text (B, D), their sum, of the variance of one. GLIDE takes the
+    end, which sees no word before the tower has learned to look: here the text would hardly be heard in short
+    runs. A text that is not told is one token, which is learned. (Nichol et al. 2021, 2112.10741.)
     """
 
     def __init__(self, tower, D):
         super().__init__()
         width = tower.embed.embedding_dim
         self.tower, self.untold, self.project = tower, nn.Parameter(torch.randn(width)), nn.Linear(width, D)
+        nn.init.normal_(self.project.weight, std=width**-0.5)                        # as loud as the class
 
     def forward(self, ids):
-        told = ids[:, :1, None] >= 0                                                 # (B, 1, 1)
-        end = told * ids.argmax(1)[:, None, None]                                    # (B, 1, 1), a place
-        tokens = self.project(torch.where(told, self.tower(ids.clamp(min=0)), self.untold))
-        count = torch.arange(ids.shape[1], device=ids.device) <= end[..., 0]
-        return tokens, count, tokens.take_along_dim(end, 1)[:, 0]
+        told = ids[:, :1] >= 0                                                       # (B, 1)
+        count = torch.arange(ids.shape[1], device=ids.device) <= told * ids.argmax(1, keepdim=True)
+        tokens = self.project(torch.where(told[..., None], self.tower(ids.clamp(min=0)), self.untold))
+        return tokens, count, (tokens * count[..., None]).sum(1) / count.sum(1, keepdim=True).sqrt()
 
 
 class Norm(nn.GroupNorm):
@@ -148,7 +149,7 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.norm3 = Norm(c_out) if attention else None
         self.attention = Attention(c_out, heads=max(1, c_out // 64)) if attention else None
-        self.words = nn.Linear(emb, 2 * c_out) if attention and text else None        # keys and values
+        self.words = nn.Linear(emb, c_out) if attention and text else None
         if attention:
             zero(self.attention.out)
 
@@ -159,8 +160,9 @@ class Block(nn.Module):
         x = self.skip(x) + self.conv2(F.silu(h))                                     # (B, C_out, H, W)
         if self.attention:
             tokens = rearrange(self.norm3(x), "b c h w -> b (h w) c")                # (B, H W, C_out)
-            text = (self.words(text[0]), text[1]) if self.words else ()
-            x = x + rearrange(self.attention(tokens, *text), "b (h w) c -> b c h w", h=x.shape[2])
+            if self.words:
+                text = self.words(text[0]), F.pad(text[1], (tokens.shape[1], 0), value=True)
+            x = x + rearrange(self.attention(tokens, *text or ()), "b (h w) c -> b c h w", h=x.shape[2])
         return x
 
 

@@ -8,6 +8,8 @@ identity, so that training begins with these convolutions, and attention joins i
 
 Letters: B batch, C channels, H W image sides, P patch side, L tokens, D width of a token, K classes.
 """
+import re
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -34,8 +36,9 @@ def head(dim, classes):
 class Attention(nn.Module):
     """Multi-head attention, (B, L, D) -> (B, L, D).
 
-    softmax(q k^T / sqrt(d)) v in every head (Vaswani et al. 2017, Eq. 1). Causal: none looks at later tokens.
-    With keys and values (B, M, 2 D) of other tokens, all look at those of them too that count, (B, M) bool.
+    softmax(q k^T / sqrt(d)) v in every head (Vaswani et al. 2017, Eq. 1). If causal, no token looks at
+    later ones. With more tokens (B, M, D), all look at them too; where count (B, L + M) is given, at what
+    is True there.
     """
 
     def __init__(self, dim, heads, causal=False):
@@ -46,13 +49,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x, others=None, count=None):
+    def forward(self, x, more=None, count=None):
+        L = x.shape[1]
+        if more is not None:
+            x = torch.cat([x, more], dim=1)
+        mask = None if count is None else count[:, None, None]                            # (B, 1, 1, L + M)
         q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)   # (B, heads, L, d)
-        if others is not None:
-            others = rearrange(others, "b m (n h d) -> n b h m d", n=2, h=self.heads)
-            k, v = torch.cat([torch.stack([k, v]), others], dim=3)                        # (B, heads, L + M, d)
-            count = F.pad(count, (x.shape[1], 0), value=True)[:, None, None]              # (B, 1, 1, L + M)
-        x = F.scaled_dot_product_attention(q, k, v, count, is_causal=self.causal)
+        x = F.scaled_dot_product_attention(q[:, :, :L], k, v, mask, is_causal=self.causal)
         return self.out(rearrange(x, "b h l d -> b l (h d)"))
 
 
@@ -179,6 +182,27 @@ def byte_tokens(texts, length):
     """
     rows = [[START, *[b + 1 for b in text.encode()[:length - 2]], END] for text in texts]
     return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+
+
+LENGTH = 64                                            # tokens of a text at most
+
+
+def words_of(text):
+    """Split a text into its words, [str], in small letters."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def word_tokens(texts, words):
+    """Encode texts by the places of their words in a vocabulary [V]: (B, L) int64, L <= LENGTH.
+
+    0 pads, V + 1 starts and V + 2 ends, the largest as in CLIP. Words that are not in it are left out: no
+    model could have learned them.
+    """
+    place, start, end = {word: k for k, word in enumerate(words, 1)}, len(words) + 1, len(words) + 2
+    known = [[place[word] for word in words_of(text) if word in place] for text in texts]
+    rows = [[start, *ids[:LENGTH - 2], end] for ids in known]
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
 
 class Text(nn.Module):

@@ -18,6 +18,7 @@ from data import Problem, Scenes
 from experiment import SCALES
 from train_gen import Config, divide, edges, generate, load_generator, lowres, noise_of, train, update_ema
 from unet import Condition
+from vit import LENGTH, Text, word_tokens
 
 TINY = Config(size=8, width=16, mults=(1, 2), blocks=1, timesteps=100, steps=6, batch=8, lr=1e-3, warmup=2,
               augment="none")
@@ -55,22 +56,38 @@ def test_folded_pixels_leave_a_checkerboard_unless_x0_is_predicted_as_the_small_
     assert [(gen.patch, gen.predict) for gen in small] == [(2, "x0")] * len(small)
 
 
-@pytest.mark.parametrize("given", ["", "edges"])
+def spoken(n=64, **kw):
+    """Halves with one to three sentences each."""
+    real = halves(n, **kw)
+    sides = ["The LEFT half shines.", "A bright left side", "left"], ["Its right half", "bright right side"]
+    real.captions = [tuple(sides[y][:1 + k % 3]) for k, y in enumerate(real.labels.tolist())]
+    return real
+
+
+@pytest.mark.parametrize("given", ["", "edges", "text", "text,class"])
 def test_training_is_this_loop_written_out(adamw_by_hand, in_float64, given):
-    """Draw, augment, hide each part if there are several, loss, clip, learning rate, AdamW, average."""
-    real = halves(12, noise=0.5)
+    """Draw, augment, say, hide each part if there are several, loss, clip, rate, AdamW, average."""
+    real = spoken(12, noise=0.5)
     cfg = replace(TINY, steps=4, warmup=2, lr=2e-2, ema=0.2, drop=0.4, seed=7, given=given,
                   augment="hflip,rot90,crop")
     generator = train(real, cfg)
 
-    diffusion, model = train_gen.networks(cfg, 2, channels=1)
+    tower = (len(generator.words) + 3, LENGTH, 32, 2, 1) if "text" in given else ()
+    diffusion, model = train_gen.networks(cfg, 2, channels=1, tower=tower)
     by_hand, norms = adamw_by_hand(model.parameters(), (0.9, 0.99), lambda p: 0.01), []
     average = [p.detach().clone() for p in by_hand.parameters]
     for step, rate in enumerate((1e-2, 2e-2, 2e-2, 1e-2)):               # 2 steps up, then along a cosine
         g = data.rng(7, step)
         places = torch.randint(12, (8,), generator=g)
         x0, _ = compose(cfg.augment)(real.images[places] / 127.5 - 1, None, g)
-        cond = Condition(real.labels[places], hint=edges(x0) if given else None)
+        cond = Condition(real.labels[places], hint=edges(x0) if given == "edges" else None)
+        if "text" in given:
+            rounds = torch.randint(3, (8,), generator=g)
+            some = [real.captions[k] for k in places]
+            texts = [said[r % len(said)] for said, r in zip(some, rounds.tolist(), strict=True)]
+            cond.text = word_tokens(texts, generator.words)
+        if given == "text":
+            cond.y = -torch.ones_like(cond.y)
         if given:
             cond = cond.hide_each(0.4, g)
         loss, _ = diffusion.loss(model, x0, cond, 0.4, g)
@@ -85,22 +102,24 @@ def test_training_is_this_loop_written_out(adamw_by_hand, in_float64, given):
         assert_close(a, b, rtol=0, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
 
 
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch):
-    cfg = replace(TINY, augment="hflip,rot90")
-    whole = train(halves(), cfg, tmp_path / "a" / "g.pt", every=3)
+@pytest.mark.parametrize("given", ["", "text"])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch, given):
+    cfg, real = replace(TINY, augment="hflip,rot90", given=given), spoken()
+    whole = train(real, cfg, tmp_path / "a" / "g.pt", every=3)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(train_gen.data, "save_csv", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        train(halves(), cfg, tmp_path / "b" / "g.pt", every=3)
+        train(real, cfg, tmp_path / "b" / "g.pt", every=3)
     assert data.load_checkpoint(tmp_path / "b" / "g.pt", "generator")["step"] == 3
     torch.manual_seed(99)
-    again = train(halves(), cfg, tmp_path / "b" / "g.pt", every=3)
+    again = train(real, cfg, tmp_path / "b" / "g.pt", every=3)
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert_close(a, b, rtol=0, atol=0)
     assert (tmp_path / "a" / "g.csv").read_text() == (tmp_path / "b" / "g.csv").read_text()
 
 
-def test_no_step_waits_for_the_device(hasty_steps):
-    train(halves(), replace(TINY, augment="hflip,rot90"))
+@pytest.mark.parametrize("given", ["", "text"])
+def test_no_step_waits_for_the_device(hasty_steps, given):
+    train(spoken(), replace(TINY, augment="hflip,rot90", given=given))
     assert hasty_steps == [1, 2, 3, 4]
 
 
@@ -317,6 +336,62 @@ def test_a_checkpoint_knows_what_it_must_be_told(told):
     assert (loaded.model.numbers.least[0], loaded.model.numbers.most[0]) != (0, 1)        # the range it saw
     with pytest.raises(AssertionError, match="like what"):
         generate(loaded, like.labels, 0, calls=3)
+
+
+# ---- sentences
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    """A generator that is told sentences instead of classes, and where its checkpoint is."""
+    path = tmp_path_factory.mktemp("text") / "g.pt"
+    cfg = replace(TINY, steps=150, batch=32, lr=3e-3, warmup=20, ema=0.95, predict="x0", given="text")
+    return train(spoken(), cfg, path), path
+
+
+def side(images):
+    """How much brighter the left half is, (N,)."""
+    x = data.to_float(images)
+    return (x[..., :4] - x[..., 4:]).mean((1, 2, 3))
+
+
+def test_what_is_made_follows_the_sentence_and_not_the_class(speaker):
+    y, texts = torch.arange(40) % 2, ["A bright left side"] * 20 + ["half right"] * 20
+    images = generate(speaker[0], y, seed=1, w=3.0, texts=texts)
+    assert (side(images)[:20] > 0.3).float().mean() > 0.7 and (side(images)[20:] < -0.3).float().mean() > 0.7
+    assert_close(generate(speaker[0], 1 - y, seed=1, w=3.0, texts=texts), images, rtol=0, atol=0)
+    mute, empty = (generate(speaker[0], y, seed=1, calls=5, w=w, texts=some)
+                   for w, some in ((0.0, texts), (1.0, [""] * 40)))
+    assert_close(mute, empty, rtol=0, atol=1)                            # guidance is over the text
+    like = spoken(40)
+    texts = [some[k % len(some)] for k, some in enumerate(like.captions)]
+    assert_close(generate(speaker[0], y, 1, calls=3, like=like),
+                 generate(speaker[0], y, 1, calls=3, texts=texts), rtol=0, atol=0)
+
+
+def test_image_k_follows_from_seed_k_and_its_text_and_a_loaded_generator_makes_it_too(speaker):
+    y, texts = torch.zeros(5, dtype=torch.long), ["left", "", "The right half", "right", "left"]
+    whole = generate(speaker[0], y, 3, calls=3, texts=texts)
+    assert (whole.int() - generate(speaker[0], y, 3, calls=3, texts=texts, batch=2).int()).abs().max() <= 1
+    loaded = load_generator(speaker[1])
+    assert loaded.words == ["a", "bright", "half", "its", "left", "right", "shines", "side", "the"]
+    assert_close(generate(loaded, y, 3, calls=3, texts=texts), whole, rtol=0, atol=0)
+
+
+def test_the_text_tower_of_a_clip_reads_what_it_did_and_does_not_learn(tmp_path):
+    torch.manual_seed(1)
+    clip = nn.ModuleDict(dict(text=Text(6, LENGTH, 8, 1, 2), image=nn.Linear(1, 1)))
+    words, shape = ["half", "left", "right"], dict(dim=8, depth=1, heads=2)
+    data.save_checkpoint(tmp_path / "clip.pt", "clip", dict(config=shape, words=words), 0, dict(model=clip))
+    cfg = replace(TINY, given="text", tower=str(tmp_path / "clip.pt"))
+    made = train(spoken(), cfg, tmp_path / "g.pt", every=3)
+    (tmp_path / "clip.pt").unlink()
+    loaded = load_generator(tmp_path / "g.pt")
+    for generator in (made, loaded):
+        assert generator.words == words
+        for a, b in zip(generator.model.text.tower.parameters(), clip["text"].parameters(), strict=True):
+            assert_close(a, b, rtol=0, atol=0)
+    y = torch.zeros(2, dtype=torch.long)
+    assert_close(*(generate(g, y, 0, calls=2, texts=["a left half", "right"]) for g in (made, loaded)))
 
 
 # ---- the command line
