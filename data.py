@@ -276,9 +276,16 @@ def decode(path, size):
 
 # ---- captions: RSICD (Lu et al. 2018), UCM-Captions and Sydney (Qu et al. 2016), NWPU-Captions, RSICap
 
-UC_MERCED = """agricultural airplane baseballdiamond beach buildings chaparral denseresidential forest freeway
-golfcourse harbor intersection mediumresidential mobilehomepark overpass parkinglot river runway
-sparseresidential storagetanks tenniscourt""".split()    # 100 images of each, as UCM-Captions numbers them
+# The classes of UC Merced in words (its folders have no blanks), as UCM-Captions numbers 100 images of each.
+UC_MERCED = """agricultural, airplane, baseball diamond, beach, buildings, chaparral, dense residential,
+forest, freeway, golf course, harbor, intersection, medium residential, mobile home park, overpass,
+parking lot, river, runway, sparse residential, storage tanks, tennis court""".replace("\n", " ").split(", ")
+
+
+def in_words(name):
+    """Write the name of a class as words: "denseresidential", "dense_residential", "DenseResidential"."""
+    known = {words.replace(" ", ""): words for words in UC_MERCED}
+    return known.get(name) or re.sub("(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
 
 
 def find_captions(root):
@@ -329,7 +336,7 @@ def caption_rows(path):
             kind_of = {name: file.stem for file in path.parent.glob("txtclasses*/*.txt")
                        for name in file.read_text().split()}
             if {i["filename"] for i in content["images"]} == {f"{n}.tif" for n in range(1, 2101)}:
-                kind_of = {f"{n + 1}.tif": UC_MERCED[n // 100] for n in range(2100)}
+                kind_of = {f"{n + 1}.tif": UC_MERCED[n // 100].replace(" ", "") for n in range(2100)}
             rows = [(i["filename"], place[i["split"]], kind_of.get(i["filename"], ""),
                      [s["raw"] for s in i["sentences"]]) for i in content["images"]]
         else:                                                            # NWPU-Captions: raw, raw_1 ... raw_4
@@ -903,7 +910,7 @@ def descend(model, optimizer, loss, step, cfg):
     sum_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
-        group["lr"] = lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
+        group["lr"] = lr_at(step, cfg.steps, cfg.lr, cfg.warmup) * group.get("pace", 1)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -945,8 +952,8 @@ def save_checkpoint(path, kind, identity, step, parts, **more):
         torch.save({"kind": kind, **identity, "step": step, **states, **more}, temporary)
 
 
-def load_checkpoint(path, kind):
-    """Load what save_checkpoint wrote. Nothing in the file is executed. Problem if it is of another kind."""
+def load_checkpoint(path, *kinds):
+    """Load what save_checkpoint wrote. Nothing in the file is executed. Problem if it is of no such kind."""
     if not Path(path).is_file():
         raise Problem(f"no checkpoint at {path}: train one first, or give another path")
     try:
@@ -954,8 +961,8 @@ def load_checkpoint(path, kind):
         found = content["kind"]
     except Exception:
         found = "no checkpoint of ours"
-    if found != kind:
-        raise Problem(f"{path} is {found}, a {kind} is needed: give another path")
+    if found not in kinds:
+        raise Problem(f"{path} is {found}, a {' or '.join(kinds)} is needed: give another path")
     return content
 
 

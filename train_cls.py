@@ -8,7 +8,7 @@
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
 import math
-import re
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,26 @@ from torch import nn
 import data
 from augment import OVERHEAD, compose
 from data import Problem, flag
-from vit import CLIP, Convolutions, Patches, Text, ViT, contrastive, head, mean_token, zero
+from vit import (
+    CLIP,
+    LENGTH,
+    Block,
+    Convolutions,
+    Patches,
+    Text,
+    ViT,
+    contrastive,
+    head,
+    mean_token,
+    word_tokens,
+    words_of,
+    zero,
+    zero_shot,
+)
 
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
+TUNES = "all", "head", "none"
+PACE = 0.1                                             # of a tower that is tuned: a part of its head's rate
 
 
 @dataclass
@@ -47,9 +64,13 @@ class Config:
     balance: bool = flag(False, "draw all classes equally often, however rare they are")
     augment: str = flag(OVERHEAD, "augmentations by name, in order; none is none")
     seed: int = flag(0, "fixes the choice of images, weights and batches")
+    init: str = flag("", "weights to begin from, instead of --model of this --size, --patch, --dim ...")
+    tune: str = flag("all", "what to train of --init: all, head (without augmentation) or none")
 
     def __post_init__(self):
         compose(self.augment)
+        if self.tune not in TUNES:
+            raise ValueError(f"--tune {self.tune}: known are {', '.join(TUNES)}")
         if self.model not in MODELS:
             raise ValueError(f"--model {self.model}: known are {', '.join(MODELS)}")
         if self.size % self.patch:
@@ -72,6 +93,8 @@ class Script(Config):
     out: str = flag("runs/cls", "folder for classifier.pt, or where it is")
     predict: str = flag("", "classify the pictures of a folder instead of training: predictions.csv in --out")
     test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
+    captions: bool = flag(False, "train a CLIP on the sentences of a caption set instead: clip.pt in --out")
+    mae: bool = flag(False, "train a ViT to draw what is hidden of an image instead: mae.pt in --out")
 
 
 # ---- the recognisers beside the ViT
@@ -187,24 +210,31 @@ class Linear(nn.Module):
 
 
 def network(cfg, classes, channels):
-    """Make a fresh recogniser, weights fixed by the seed."""
+    """Make a fresh recogniser of these classes, weights fixed by the seed; or one begun from cfg.init."""
     torch.manual_seed(cfg.seed)
+    if cfg.init:
+        return Tuned(cfg.init, classes)
     if cfg.model == "linear":
-        return Linear(classes, channels)
+        return Linear(len(classes), channels)
     if cfg.model == "resnet":
-        return ResNet(classes, cfg.dim // 2, channels)
+        return ResNet(len(classes), cfg.dim // 2, channels)
     stem = Patches if cfg.model == "patches" else Convolutions
-    return ViT(classes, cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, channels, stem)
+    return ViT(len(classes), cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, channels, stem)
 
 
 # ---- training
 
 def adamw(model, decay):
-    """AdamW with weight decay on matrices but not on biases and norms; the rate is set at every step."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0)]
-    return torch.optim.AdamW(groups, fused=True)
+    """AdamW with weight decay on matrices but not on biases and norms; the rate is set at every step.
+
+    A tower that was trained before goes at a smaller rate than its new head.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        pace, is_matrix = PACE if name.startswith("tower.") else 1.0, p.ndim > 1
+        groups.setdefault((pace, is_matrix), []).append(p)
+    return torch.optim.AdamW([dict(params=params, weight_decay=decay * is_matrix, pace=pace)
+                              for (pace, is_matrix), params in groups.items()], fused=True)
 
 
 class ByClass:
@@ -297,17 +327,18 @@ def train(model, loss, cfg, path, kind, identity, every, title, **tallies):
         keep(0)
 
 
-def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier"):
-    """Train a recogniser from scratch on real and synthetic (Scenes; one that is not used may be None).
+def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier", model=None):
+    """Train a recogniser, else a fresh one, on real and synthetic (Scenes; one that is not used may be None).
 
     soft (N, K): what to teach of each synthetic image instead of its class. A checkpoint is kept at path.
     Returns model.eval() and counts.
     """
     device = data.pick_device()
     mixture = Mixture(real, synthetic, cfg, soft, device)
-    channels = mixture.images.shape[1]
-    model = network(cfg, mixture.K, channels).to(device, memory_format=torch.channels_last)  # a tenth faster
-    identity = dict(config=settings(cfg), classes=mixture.pools[0].classes, channels=channels,
+    channels, classes = mixture.images.shape[1], mixture.pools[0].classes
+    model = network(cfg, classes, channels) if model is None else model
+    model.to(device, memory_format=torch.channels_last)                                  # a tenth faster
+    identity = dict(config=settings(cfg), classes=classes, channels=channels,
                     images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
     augment, synthetic_seen = compose(cfg.augment), torch.zeros((), device=device)
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
@@ -317,12 +348,14 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
             mixture.share = float(step < cfg.share * cfg.steps)
         index, fake = mixture.draw(cfg.batch, g)
         synthetic_seen.add_(fake.sum())
-        x, y = augment(data.to_float(mixture.images[index]), mixture.targets[index], g)
+        x = mixture.images[index]
+        x = x if x.is_floating_point() else data.to_float(x)          # features are what they are
+        x, y = augment(x, mixture.targets[index], g)
         with data.autocast(device):
             each = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
         return each / cfg.batch
 
-    if cfg.model == "linear":                                 # solved, without steps, seed and augmentation
+    if isinstance(model, Linear):                             # solved, without steps, seed and augmentation
         cfg = replace(cfg, steps=0)
         model.solve(mixture)
     train(model, loss, cfg, path, "classifier", identity, every, title, synthetic_seen=synthetic_seen)
@@ -342,47 +375,33 @@ def predict(model, images, batch=512):
     return outputs(model, images, batch).argmax(1)
 
 
+def load(path, *kinds):
+    """Read a checkpoint of one of these kinds. Returns its model in eval mode, Config, and all it says."""
+    saved = data.load_checkpoint(path, *kinds)
+    cfg = Config(**saved["config"])
+    model = (clip(cfg, saved["words"]) if saved["kind"] == "clip" else
+             MAE(cfg) if saved["kind"] == "mae" else network(cfg, saved["classes"], saved["channels"]))
+    model.load_state_dict(saved["model"])
+    return model.to(data.pick_device()).eval(), cfg, saved
+
+
 def load_classifier(path):
     """Read a checkpoint. Returns the model in eval mode, its classes and image size."""
-    saved = data.load_checkpoint(path, "classifier")
-    cfg = Config(**saved["config"])
-    model = network(cfg, len(saved["classes"]), saved["channels"])
-    model.load_state_dict(saved["model"])
-    return model.to(data.pick_device()).eval(), saved["classes"], cfg.size
+    model, cfg, saved = load(path, "classifier")
+    return model, saved["classes"], cfg.size
 
 
 # ---- CLIP, from images and their sentences
 
-LENGTH = 64                                            # tokens of a text at most
-
-
-def words_of(text):
-    """Split a text into its words, [str], in small letters."""
-    return re.findall(r"[^\W_]+", text.lower())
-
-
-def word_tokens(texts, words):
-    """Encode texts by the places of their words in a vocabulary [V]: (B, L) int64, L <= LENGTH.
-
-    0 pads, V + 1 starts and V + 2 ends, the largest as in CLIP. Words that are not in it are left out: no
-    model could have learned them.
-    """
-    place, start, end = {word: k for k, word in enumerate(words, 1)}, len(words) + 1, len(words) + 2
-    known = [[place[word] for word in words_of(text) if word in place] for text in texts]
-    rows = [[start, *ids[:LENGTH - 2], end] for ids in known]
-    longest = max(map(len, rows))
-    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-
-
 def sentences_of(scenes):
     """List the sentences of all images, [M], and for each the number of its image, (M,) int64."""
-    counts = torch.tensor([len(texts) for texts in scenes.captions])
-    return [text for texts in scenes.captions for text in texts], torch.arange(len(scenes)).repeat_interleave(counts)
+    owner = [k for k, texts in enumerate(scenes.captions) for _ in texts]
+    return [text for texts in scenes.captions for text in texts], torch.tensor(owner)
 
 
 def clip(cfg, words):
     """Make a fresh CLIP: two towers of one width and depth; that of text knows these words, [V]."""
-    return CLIP(network(cfg, cfg.dim, 3), Text(len(words) + 3, LENGTH, cfg.dim, cfg.depth, cfg.heads))
+    return CLIP(network(cfg, range(cfg.dim), 3), Text(len(words) + 3, LENGTH, cfg.dim, cfg.depth, cfg.heads))
 
 
 def fit_clip(scenes, cfg, path=None, every=1000):
@@ -391,8 +410,10 @@ def fit_clip(scenes, cfg, path=None, every=1000):
     In a batch no image comes twice, and each with one of its sentences. A checkpoint is kept at path.
     Returns model.eval() and the function that makes tokens of texts.
     """
-    if not all(scenes.captions) or {"cutmix", "copypaste"} & set(cfg.augment.split(",")):
-        raise Problem("every image needs a sentence of its own: give a caption set, and no cutmix or copypaste")
+    if not all(scenes.captions):
+        raise Problem("--captions needs sentences for every image: --data must be a caption set")
+    if mixes := [name for name in ("cutmix", "copypaste") if name in cfg.augment]:
+        raise Problem(f"--augment {mixes[0]} makes sentences untrue: leave it out with --captions")
     device, (texts, owner) = data.pick_device(), sentences_of(scenes)
     words = sorted({word for text in texts for word in words_of(text)})
     ids, images = word_tokens(texts, words).to(device), scenes.images.to(device)
@@ -414,11 +435,8 @@ def fit_clip(scenes, cfg, path=None, every=1000):
 
 def load_clip(path):
     """Read a checkpoint of fit_clip. Returns what fit_clip does, and the size of its images."""
-    saved = data.load_checkpoint(path, "clip")
-    cfg = Config(**saved["config"])
-    model = clip(cfg, saved["words"])
-    model.load_state_dict(saved["model"])
-    return model.to(data.pick_device()).eval(), partial(word_tokens, words=saved["words"]), cfg.size
+    model, cfg, saved = load(path, "clip")
+    return model, partial(word_tokens, words=saved["words"]), cfg.size
 
 
 @torch.no_grad()
@@ -445,10 +463,124 @@ def recalls(scores, owner, ks=(1, 5, 10)):
 
 def chances(owner, N, ks=(1, 5, 10)):
     """Return what recalls would be of scores drawn at random, for N images."""
-    M = len(owner)
-    missed = [np.mean([math.comb(M - m, k) / math.comb(M, k) for m in owner.bincount(minlength=N).tolist()])
-              for k in ks]
-    return [1 - miss for miss in missed], [k / N for k in ks]
+    M, counts = len(owner), owner.bincount(minlength=N).tolist()
+    missed = [np.mean([math.comb(M - m, min(k, M)) / math.comb(M, min(k, M)) for m in counts]) for k in ks]
+    return [1 - miss for miss in missed], [min(k / N, 1) for k in ks]
+
+
+# ---- MAE, from images alone
+
+class MAE(nn.Module):
+    """A ViT under a decoder of one block, which draws what is hidden of an image: He et al. 2022, 2111.06377.
+
+    The blocks see a quarter of the tokens, and the convolutions before them grey in place of the others.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.vit, self.patch, self.size = network(cfg, [""], 3), cfg.patch, cfg.size
+        self.hidden = nn.Parameter(0.02 * torch.randn(cfg.dim))          # the token of what is hidden
+        self.decoder = nn.Sequential(Block(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim),
+                                     nn.Linear(cfg.dim, 3 * cfg.patch**2))
+
+    def forward(self, x, generator, part=0.75):
+        """Hide a part of the patches of images (B, 3, H, W). -> the mean squared error there, per patch
+
+        Targets are a patch's pixels less their mean, over their standard deviation (norm_pix_loss).
+        """
+        p, vit = self.patch, self.vit
+        pixels = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)                    # (B, L, P)
+        B, L, _ = pixels.shape
+        order = torch.rand(B, L, device=x.device, generator=generator).argsort(1)
+        seen = order[:, :round(L * (1 - part))]
+        shown = x.new_zeros(B, L).scatter(1, seen, 1.0)                                          # 1 or 0
+        side = self.size // p
+        cover = rearrange(shown, "b (h w) -> b 1 h w", h=side).repeat_interleave(p, 2).repeat_interleave(p, 3)
+        index = seen[..., None].expand(-1, -1, vit.positions.shape[1])
+        tokens = (vit.stem(x * cover) + vit.positions).gather(1, index)                          # (B, L/4, D)
+        tokens = vit.norm(vit.blocks(tokens))
+        every = self.hidden.to(tokens.dtype).expand(B, L, -1).scatter(1, index, tokens) + vit.positions
+        target = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-4)
+        error = (self.decoder(every) - target).square().mean(2)                                  # (B, L)
+        return (error * (1 - shown)).sum() / (1 - shown).sum()
+
+
+def fit_mae(scenes, cfg, path=None, every=1000):
+    """Train a ViT as MAE does, on images (Scenes) whose labels it does not see. -> the ViT in eval mode."""
+    device, images = data.pick_device(), scenes.images.to(data.pick_device())
+    model = MAE(cfg).to(device, memory_format=torch.channels_last)
+    augment = compose(cfg.augment)
+
+    def loss(step, g):
+        index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
+        x, _ = augment(data.to_float(images[index]), None, g)
+        with data.autocast(device):
+            return model(x, g)
+
+    train(model, loss, cfg, path, "mae", dict(config=settings(cfg), images=scenes.digest), every, "MAE")
+    return model.vit.eval()
+
+
+# ---- tuning: a classifier that begins from weights trained before
+
+def load_weights(path):
+    """Read weights to begin from. -> a CLIP and the tokens of its texts, or a recogniser and None; the size."""
+    model, cfg, saved = load(path, "clip", "classifier", "mae")
+    tokens = partial(word_tokens, words=saved["words"]) if saved["kind"] == "clip" else None
+    return model.vit if saved["kind"] == "mae" else model, tokens, cfg.size
+
+
+class Tuned(nn.Module):
+    """Weights trained before, under a new head: images (B, 3, H, W) in [-1, 1] to class logits (B, K).
+
+    path: a checkpoint. If that is a CLIP, features have length 1, and the head begins as the names of classes
+    say (zero-shot classification; He et al. 2023: "CT w. init"). Else it begins small.
+    """
+
+    def __init__(self, path, classes):
+        super().__init__()
+        model, tokens, _ = load_weights(path)
+        self.reads = tokens is not None
+        if self.reads:
+            self.tower, self.head = model.image, zero(nn.Linear(model.project.out_features, len(classes)))
+            names = zero_shot(model, tokens, [data.in_words(name) for name in classes])                # (K, D)
+            self.head.weight.data = model.log_scale.exp().item() * names
+        else:
+            self.tower, self.head = model, head(model.head.in_features, len(classes))
+            model.head = nn.Identity()
+
+    def features(self, x):
+        """Return what the tower makes of images, (B, D)."""
+        z = self.tower(x)
+        return F.normalize(z, dim=1) if self.reads else z
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def embed(model, scenes):
+    """Return scenes with their features (N, D) in place of images, to be tuned on; of None, None."""
+    return scenes and replace(scenes, images=outputs(model.features, scenes.images))
+
+
+def tune(head, real, synthetic, cfg, soft=None):
+    """Train a copy of a head on features, real and synthetic as in fit: Scenes that embed returned."""
+    return fit(real, synthetic, replace(cfg, augment="none"), soft=soft, model=deepcopy(head))[0]
+
+
+def begin_and_tune(real, synthetic, cfg, path):
+    """Make a recogniser from cfg.init and train what cfg.tune says. A checkpoint is kept at path."""
+    if cfg.tune == "all":
+        return fit(real, synthetic, cfg, path)[0]
+    model = network(cfg, real.classes, 3).to(data.pick_device()).eval()
+    if cfg.tune == "head":
+        model.head = tune(model.head, embed(model, real), embed(model, synthetic), cfg)
+    elif not model.reads:
+        raise Problem(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
+    if data.rank() == 0:
+        about = dict(config=settings(cfg), classes=real.classes, channels=3)
+        data.save_checkpoint(path, "classifier", about, cfg.steps, dict(model=model))
+    return model
 
 
 # ---- scores: from labels and predictions, both (N,), or from counts (..., 3, K) of them
@@ -600,18 +732,61 @@ def read_synthetic(cfg, classes):
     return replace(synthetic, labels=labels, classes=classes)
 
 
+def teach_clip(cfg):
+    """Train a CLIP on the training split of a caption set, and score it as retrieval, and as classifier."""
+    if data.dist.is_initialized():
+        raise Problem("--captions contrasts whole batches: start it with python, not with torchrun")
+    scenes, path = data.read(cfg.data, cfg.size, cfg.skip_broken), Path(cfg.out) / "clip.pt"
+    parts = data.split(scenes)
+    seen = scenes[parts["train"]]
+    print(f"{len(seen)} images, {sum(map(len, seen.captions))} sentences, on {data.pick_device()}")
+    model, tokens = fit_clip(seen, cfg, path)
+    for part in ("val", "test") if cfg.test else ("val",):
+        held = scenes[parts[part]]
+        texts, owner = sentences_of(held)
+        scores = outputs(model.encode_image, held.images) @ encode_texts(model, tokens, texts).T
+        asked = (f"a sentence, of {len(texts)}, for an image", f"the image, of {len(held)}, for a sentence")
+        luck = chances(owner, len(held))
+        for what, *both in zip(asked, recalls(scores, owner), luck, strict=True):
+            print(f"{part}: {what} is among the best 1, 5, 10 in {' %, by chance '.join(map(percent, both))}")
+    if len(scenes.classes) > 1:
+        print("its names of the classes as a classifier:")
+        score(Tuned(path, scenes.classes), scenes, parts, cfg.test)
+
+
+def percent(shares):
+    """Write shares as "5.2, 26.7, 36.7"."""
+    return ", ".join(f"{100 * share:.1f}" for share in shares)
+
+
 def main(cfg):
     """Train on the training split of a tree, score on val, and only if asked to on test. Or predict."""
     if cfg.predict:
         return predict_folder(cfg)
+    if cfg.captions:
+        return teach_clip(cfg)
+    if cfg.init:
+        cfg = replace(cfg, size=load_weights(cfg.init)[2])
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
     parts = data.split(scenes)
     index = data.choose(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
     synthetic = read_synthetic(cfg, scenes.classes)
+    if cfg.mae:
+        fit_mae(scenes[index], cfg, Path(cfg.out) / "mae.pt")
+        return
     print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, "
           f"on {data.pick_device()}")
-    model, _ = fit(scenes[index], synthetic, cfg, Path(cfg.out) / "classifier.pt")
-    for part in ("val", "test") if cfg.test else ("val",):
+    path = Path(cfg.out) / "classifier.pt"
+    if cfg.init:
+        model = begin_and_tune(scenes[index], synthetic, cfg, path)
+    else:
+        model, _ = fit(scenes[index], synthetic, cfg, path)
+    score(model, scenes, parts, cfg.test)
+
+
+def score(model, scenes, parts, test):
+    """Print how well a recogniser does on val, and if test, on test."""
+    for part in ("val", "test") if test else ("val",):
         held = scenes[parts[part]]
         counts = totals(held.labels, predict(model, held.images), len(scenes.classes))
         worst = weakest(counts)

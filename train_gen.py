@@ -405,7 +405,7 @@ def asked(cfg, generator):
     for text in file.read_text().splitlines() if file.is_file() else cfg.prompts.split(";"):
         for name in names if cfg.classes or "{}" in text else ["any"]:
             folder = name if "{}" in text else re.sub(r"\W+", "_", text.strip())[:60]
-            rows.append((folder, known[name], text.replace("{}", name.replace("_", " ")).strip()))
+            rows.append((folder, known[name], text.replace("{}", data.in_words(name)).strip()))
     if unread := {word for row in rows for word in words_of(row[2])} - set(generator.words):
         print(f"{cfg.sample} has never read {', '.join(sorted(unread))}: left out", file=sys.stderr)
     return rows

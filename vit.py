@@ -65,12 +65,12 @@ class Block(nn.Module):
     Tokens exchange information (attention), then each is processed alone (MLP). Starts as the identity.
     """
 
-    def __init__(self, dim, heads, causal=False):
+    def __init__(self, dim, heads, causal=False, gelu=nn.GELU, eps=1e-5):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, eps)
         self.attention = Attention(dim, heads, causal)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), zero(nn.Linear(4 * dim, dim)))
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), gelu(), zero(nn.Linear(4 * dim, dim)))
         zero(self.attention.out)
 
     def forward(self, x):
@@ -94,10 +94,10 @@ def sincos_positions(rows, cols, dim):
 class Patches(nn.Module):
     """A token per patch, a linear map of its pixels: (B, C, H, W) -> (B, L, D). Dosovitskiy et al. Eq. 1."""
 
-    def __init__(self, channels, patch, dim):
+    def __init__(self, channels, patch, dim, bias=True):
         super().__init__()
         self.patch = patch
-        self.embed = nn.Linear(channels * patch * patch, dim)
+        self.embed = nn.Linear(channels * patch * patch, dim, bias)
 
     def forward(self, x):
         patches = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
@@ -206,14 +206,15 @@ def word_tokens(texts, words):
 
 
 class Text(nn.Module):
-    """Token ids (B, L) -> features of every token, (B, L, D); each has seen those before it only."""
+    """Token ids (B, L) to features of every token, (B, L, D); if causal, of it and those before it only."""
 
-    def __init__(self, vocabulary=END + 1, length=96, dim=192, depth=4, heads=3):
+    def __init__(self, vocabulary=END + 1, length=96, dim=192, depth=4, heads=3, causal=True, **details):
         super().__init__()
+        self.causal = causal
         self.embed = nn.Embedding(vocabulary, dim)
         self.positions = nn.Parameter(0.01 * torch.randn(length, dim))
-        self.blocks = nn.Sequential(*[Block(dim, heads, causal=True) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim)
+        self.blocks = nn.Sequential(*[Block(dim, heads, causal, **details) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, details.get("eps", 1e-5))
 
     def forward(self, ids):
         x = self.embed(ids) + self.positions[:ids.shape[1]]                                      # (B, L, D)
@@ -223,33 +224,122 @@ class Text(nn.Module):
 class CLIP(nn.Module):
     """An image tower and a text tower, trained to agree (Radford et al. 2021, 2103.00020, figure 3).
 
-    image: a ViT whose K logits are the axes of the common space; text: a Text.
+    image: a model of E logits, the axes of the common space; text: a Text. With sigmoid, every pair of an
+    image and a text is judged alone (SigLIP: Zhai et al. 2023, 2303.15343), for which scores need a bias.
     """
 
-    def __init__(self, image, text):
+    def __init__(self, image, text, sigmoid=False):
         super().__init__()
         self.image, self.text = image, text
-        self.project = nn.Linear(text.embed.embedding_dim, image.head.out_features, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        D = text.embed.embedding_dim
+        E = getattr(image.head, "out_features", D)                       # SigLIP's image tower has no head
+        self.project = nn.Linear(D, E, bias=sigmoid)
+        self.log_scale = nn.Parameter(torch.tensor(10.0 if sigmoid else 1 / 0.07).log())
+        self.bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else 0.0
 
     def encode_image(self, x):
-        """Place images (B, C, H, W) on the unit sphere, (B, K)."""
+        """Place images (B, C, H, W) on the unit sphere, (B, E)."""
         return F.normalize(self.image(x), dim=1)
 
     def encode_text(self, ids):
-        """Place texts, ids (B, L), on the unit sphere, (B, K): at their END, which has seen them whole."""
-        end = self.text(ids)[torch.arange(len(ids)), ids.argmax(1)]                              # (B, D)
-        return F.normalize(self.project(end), dim=1)
+        """Place texts, ids (B, L), on the unit sphere, (B, E): at the token that has seen them whole.
+
+        That is END, the largest id. Where all tokens see all, the last one.
+        """
+        end = ids.argmax(1) if self.text.causal else -1
+        return F.normalize(self.project(self.text(ids)[torch.arange(len(ids)), end]), dim=1)
 
     def forward(self, x, ids):
         """Score every image with every text: (B, B)."""
-        return self.log_scale.exp() * self.encode_image(x) @ self.encode_text(ids).T
+        return self.log_scale.exp() * self.encode_image(x) @ self.encode_text(ids).T + self.bias
 
 
 def contrastive(logits):
     """Cross-entropy of finding the text of each image and the image of each text; logits (B, B)."""
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def pairwise(logits):
+    """Cross-entropy of saying of each pair whether it belongs together; logits (B, B). SigLIP, algorithm 1."""
+    own = torch.eye(len(logits), device=logits.device)
+    return F.binary_cross_entropy_with_logits(logits, own.to(logits.dtype), reduction="sum") / len(logits)
+
+
+# What CLIP is asked for RESISC45 (openai/CLIP, data/prompts.md): 18 ways to say it
+TEMPLATES = [f"{view} {kind} of {article}{{}}." for view in ("satellite", "aerial")
+             for kind in ("imagery", "photo", "view") for article in ("", "a ", "the ")]
+
+
+@torch.no_grad()
+def zero_shot(clip, encode, classes, templates=TEMPLATES):
+    """Make a classifier of class names, with no image of them: (K, E), a unit vector per class.
+
+    encode makes ids of texts. The mean over the templates of a class's unit vectors is made a unit vector
+    again (Radford et al. section 3.1.4). An image is of the class whose vector is nearest to its own.
+    """
+    device = clip.project.weight.device
+    texts = [[template.format(name.replace("_", " ")) for template in templates] for name in classes]
+    means = [clip.encode_text(encode(some).to(device)).mean(0) for some in texts]
+    return F.normalize(torch.stack(means), dim=1)
+
+
+# ---- published weights: the towers in which they fit
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), the GELU of OpenAI's CLIP (Hendrycks & Gimpel 2016, 1606.08415, section 2)."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Probe(Block):
+    """Pool tokens (B, L, D) -> (B, D): a learned one looks at all of them, as SigLIP does."""
+
+    def __init__(self, dim, heads, **details):
+        super().__init__(dim, heads, **details)
+        self.norm1 = None
+        self.token = nn.Parameter(0.02 * torch.randn(dim))
+
+    def forward(self, x):
+        probe = self.token.expand(len(x), 1, -1)
+        others = torch.arange(1 + x.shape[1], device=x.device).expand(len(x), -1) > 0            # not itself
+        x = self.attention(probe, x, others)
+        return (x + self.mlp(self.norm2(x)))[:, 0]
+
+
+class Tower(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] to logits (B, K): the ViT of published weights (Dosovitskiy et al.).
+
+    Positions are learned. The head sees a class token that went along with the others (token), or what a Probe
+    takes from them; then there is no head, and K is D. CLIP norms once more before the blocks and has no
+    biases around them (pre). mean, std: of the RGB values, in [0, 1], that the weights have learned from.
+    """
+
+    def __init__(self, classes, size, patch, dim, depth, heads, mean, std, token=True, pre=False, **details):
+        super().__init__()
+        self.size, eps = size, details.get("eps", 1e-5)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.stem = Patches(3, patch, dim, bias=not pre)
+        self.token = nn.Parameter(0.02 * torch.randn(1, dim)) if token else None
+        self.positions = nn.Parameter(0.02 * torch.randn((size // patch) ** 2 + token, dim))
+        self.pre = nn.LayerNorm(dim, eps) if pre else nn.Identity()
+        self.blocks = nn.Sequential(*[Block(dim, heads, **details) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps)
+        self.pool = None if token else Probe(dim, heads, **details)
+        self.head = nn.Linear(dim, classes, bias=not pre) if token else nn.Identity()
+
+    def features(self, x):
+        """Return what the head sees, (B, D)."""
+        x = self.stem(((x + 1) / 2 - self.mean) / self.std)
+        if self.token is not None:
+            x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
+        x = self.norm(self.blocks(self.pre(x + self.positions)))                                 # (B, L, D)
+        return self.pool(x) if self.pool else x[:, 0]
+
+    def forward(self, x):
+        return self.head(self.features(x))                                                       # (B, K)
 
 
 def main():

@@ -1,28 +1,36 @@
 """Captions: sets of them read right, a CLIP trained on them, and a classifier begun from what it learned."""
+import copy
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 
 import data
 import train_cls
 from augment import compose
-from data import TEST, TRAIN, UNSAID, Problem, Scenes
+from data import TEST, TRAIN, UNSAID, Problem, Scenes, in_words
 from train_cls import (
     LENGTH,
+    Mixture,
+    Tuned,
+    begin_and_tune,
     chances,
+    embed,
     encode_texts,
     fit_clip,
+    fit_mae,
+    load_classifier,
     load_clip,
     recalls,
     sentences_of,
-    word_tokens,
+    tune,
 )
-from vit import CLIP, Text, ViT
+from vit import CLIP, TEMPLATES, Text, ViT, word_tokens
 
 
 def pictures(folder, names):
@@ -251,3 +259,197 @@ def test_recall_is_what_a_loop_over_the_sorted_finds():
     assert recalls(torch.zeros(7, 20), owner, (1, 3)) == ([0, 0], [0, 0])    # who says nothing finds nothing
     by_chance = [recalls(torch.randn(7, 20, generator=g), owner, (1, 3)) for _ in range(500)]
     assert np.allclose(np.mean(by_chance, 0), chances(owner, 7, (1, 3)), atol=0.02)
+
+
+# ---- tuning
+
+def trained(tmp_path, **kw):
+    """The checkpoint of a small CLIP."""
+    fit_clip(captioned(), replace(TINY, **kw), tmp_path / "clip.pt")
+    return str(tmp_path / "clip.pt")
+
+
+def images(scenes):
+    return data.to_float(scenes.images)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("denseresidential", "dense residential"), ("dense_residential", "dense residential"), ("river", "river"),
+    ("DenseResidential", "dense residential"), ("golfcourse", "golf course")])
+def test_names_of_classes_are_written_as_words(name, words):
+    assert in_words(name) == words
+
+
+def test_the_head_begins_with_what_the_texts_say(tmp_path):
+    path = trained(tmp_path, steps=60, batch=6, lr=1e-2)
+    scenes, (clip, tokens, _) = captioned(), load_clip(path)
+    names = ["sandbox", "trees"]
+    model = Tuned(path, names)
+    texts = [[t.format(name) for t in TEMPLATES] for name in names]
+    means = torch.stack([encode_texts(clip, tokens, some).mean(0) for some in texts])
+    expected = clip.log_scale.exp() * clip.encode_image(images(scenes)) @ F.normalize(means, dim=1).T
+    assert_close(model(images(scenes)), expected)
+    assert_close(model.features(images(scenes)).norm(dim=1), torch.ones(6))
+    tuned = tune(model.head, embed(model, scenes), None, replace(TINY, steps=0))
+    assert_close(tuned(model.features(images(scenes))), expected)
+
+
+def test_tuning_a_head_leaves_the_tower_and_the_head_it_began_with_as_they_were(tmp_path, monkeypatch):
+    scenes = replace(captioned(), classes=["river", "trees"])
+    cfg = replace(TINY, init=trained(tmp_path), tune="head", lr=0.1)
+    before = Tuned(cfg.init, scenes.classes)
+    looked, outputs = [], train_cls.outputs
+    monkeypatch.setattr(train_cls, "outputs", lambda f, x: looked.append(len(x)) or outputs(f, x))
+    model = begin_and_tune(scenes, None, replace(cfg, augment="noise,cutout"), tmp_path / "classifier.pt")
+    assert looked == [6]                                                 # once, not at every step
+    for a, b in zip(model.tower.parameters(), before.tower.parameters(), strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+    assert (model.head.weight - before.head.weight).abs().min() > 0
+
+    untouched = copy.deepcopy(before.head)
+    tuned = tune(before.head, embed(before, scenes), None, cfg)
+    assert_close(before.head.weight, untouched.weight, rtol=0, atol=0)
+    assert_close(tuned.weight, model.head.weight)
+    again, classes, size = load_classifier(tmp_path / "classifier.pt")
+    assert (classes, size) == (["river", "trees"], 8)
+    assert_close(again(images(scenes)), model(images(scenes)))
+
+
+def test_a_head_is_tuned_as_this_loop_does_with_synthetic_images_and_soft_targets(tmp_path, adamw_by_hand,
+                                                                                  in_float64):
+    g = data.rng(0)
+    real, synthetic = (replace(captioned(k), images=torch.randn(6, 5, generator=g)) for k in (0, 1))
+    soft, cfg = torch.rand(6, 2, generator=g).softmax(1), replace(TINY, steps=5, share=0.5, smoothing=0.1)
+    start = torch.nn.Linear(5, 2)
+    tuned, by_hand = tune(start, real, synthetic, cfg, soft), copy.deepcopy(start)
+    adam, mixture = adamw_by_hand(by_hand.parameters(), (0.9, 0.999), lambda p: 0.1 * (p.ndim > 1)), []
+    for step in range(5):
+        index, fake = Mixture(real, synthetic, cfg, soft, "cpu").draw(4, data.rng(0, step))
+        mixture += fake.tolist()
+        x = torch.stack([synthetic.images[k - 6] if k >= 6 else real.images[k] for k in index])
+        y = torch.stack([soft[k - 6] if k >= 6 else torch.eye(2)[k % 2] for k in index])
+        loss = -((0.9 * y + 0.05) * by_hand(x).log_softmax(1)).sum(1).mean()
+        gradients = torch.autograd.grad(loss, adam.parameters)
+        norm = sum(d.square().sum() for d in gradients).sqrt().item()
+        adam.move([d / max(1.0, norm + 1e-6) for d in gradients], data.lr_at(step, 5, cfg.lr, 2))
+    assert 0 < sum(mixture) < 20
+    assert_close(tuned.weight, by_hand.weight)
+    assert_close(tuned.bias, by_hand.bias)
+
+
+def test_a_tower_is_tuned_at_a_tenth_of_the_rate_of_its_head(tmp_path, monkeypatch):
+    scenes = replace(captioned(), classes=["river", "trees"])
+    cfg = replace(TINY, init=trained(tmp_path), steps=1, warmup=1, decay=0.0, lr=0.01)
+    before, after = Tuned(cfg.init, scenes.classes), begin_and_tune(scenes, None, cfg, tmp_path / "c.pt")
+    for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
+        rate = 0.001 if name.startswith("tower") else 0.01               # of AdamW's first step, lr sign(g)
+        assert (a - b).abs().max().item() == pytest.approx(rate, rel=0.02), name
+    assert_close(load_classifier(tmp_path / "c.pt")[0](images(scenes)), after(images(scenes)))
+
+
+def test_a_classifier_is_a_start_for_other_classes_but_knows_none_by_name(tmp_path):
+    scenes = captioned()
+    first, _ = train_cls.fit(scenes, None, TINY, tmp_path / "classifier.pt")
+    cfg = replace(TINY, init=str(tmp_path / "classifier.pt"), tune="head")
+    model = Tuned(cfg.init, ["x", "y", "z"])
+    assert_close(model.features(images(scenes)), first.features(images(scenes)))
+    assert model(images(scenes)).shape == (6, 3) and model(images(scenes)).abs().max() < 0.5
+    with pytest.raises(Problem, match="--tune none goes by names"):
+        begin_and_tune(scenes, None, replace(cfg, tune="none"), tmp_path / "other.pt")
+
+
+FLAGS = "--patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
+
+
+def caption_tree(root):
+    """A caption set of two classes, and its root."""
+    rows = [(f"{kind}_{k}.png", part, [f"a {kind}", f"{kind} {k}"]) for kind in ("river", "forest")
+            for k, part in enumerate(["train"] * 4 + ["val", "test"])]
+    pictures(root, [name for name, *_ in rows])
+    (root / "dataset.json").write_text(json.dumps(karpathy(*rows)))
+    for kind in ("river", "forest"):
+        (root / "txtclasses" / f"{kind}.txt").parent.mkdir(exist_ok=True)
+        (root / "txtclasses" / f"{kind}.txt").write_text("\n".join(n for n, *_ in rows if kind in n))
+    return root
+
+
+def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launch, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = caption_tree(tmp_path / "t")
+    done = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "clip", "--captions")
+    assert done.returncode == 0 and "8 images, 16 sentences" in done.stdout and "test:" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[1].startswith("val: a sentence, of 4, for an image is among the best 1, 5, 10 in ")
+    assert lines[1].endswith(" 100.0, 100.0 %, by chance 50.0, 100.0, 100.0")
+    assert "of 2, for a sentence" in lines[2] and lines[2].endswith("by chance 50.0, 100.0, 100.0")
+    for what in ("none", "head", "all"):
+        done = launch(train_cls, "--data", root, "--init", "clip/clip.pt", "--tune", what, "--out", what,
+                      "--steps", 4, "--batch", 4, "--test")
+        assert done.returncode == 0 and "test: accuracy" in done.stdout, done.stderr
+        if what == "none":
+            assert lines[-1] in done.stdout                              # as --captions said already
+        assert launch(train_cls, "--predict", root / "river_0.png", "--out", what).returncode == 0
+    again = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "clip", "--captions", "--test")
+    assert "test: a sentence, of 4" in again.stdout
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--tune", "some"], "--tune some: known are all, head, none"),
+    (["--init", "none.pt"], "no checkpoint at none.pt"),
+    (["--captions", "--augment", "hflip,cutmix"], "cutmix makes sentences untrue")])
+def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = launch(train_cls, "--data", caption_tree(tmp_path / "t"), *FLAGS, "--size", 16, *flags)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_tree_without_sentences_teaches_no_clip():
+    with pytest.raises(Problem, match="--captions needs sentences"):
+        fit_clip(replace(captioned(), captions=[*SAID[:-1], ()]), TINY)
+
+
+# ---- MAE
+
+def test_the_loss_of_mae_is_that_of_the_hidden_patches_alone():
+    """Written out, patch by patch: 3 of 4 are hidden, the blocks see the fourth."""
+    torch.manual_seed(0)
+    model = train_cls.MAE(TINY).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))                            # also those that start at 0
+    x, vit, errors = torch.randn(5, 3, 8, 8).double(), model.vit, []
+    order = torch.rand(5, 4, generator=data.rng(3)).argsort(1)
+    corners = [(0, 0), (0, 4), (4, 0), (4, 4)]
+    for image, (seen, *hidden) in zip(x, order.tolist(), strict=True):
+        patches = [image[:, i:i + 4, j:j + 4] for i, j in corners]
+        i, j = corners[seen]
+        shown = torch.zeros_like(image)
+        shown[:, i:i + 4, j:j + 4] = patches[seen]
+        token = vit.norm(vit.blocks((vit.stem(shown[None]) + vit.positions)[:, seen:seen + 1]))
+        every = torch.stack([token[0, 0] if k == seen else model.hidden for k in range(4)]) + vit.positions
+        drawn = model.decoder(every[None])[0]
+        for k in hidden:
+            pixels = patches[k].permute(1, 2, 0).flatten()
+            target = (pixels - pixels.mean()) / (pixels.var(correction=0) + 1e-4).sqrt()
+            errors.append((drawn[k] - target).square().mean())
+    assert_close(model(x, data.rng(3)), torch.stack(errors).mean())
+
+
+def test_mae_learns_to_draw_and_its_vit_is_a_start(tmp_path, monkeypatch):
+    g, cfg = data.rng(0), replace(TINY, steps=50, batch=16, lr=1e-2, augment="hflip")
+    flat = torch.randint(256, (40, 3, 1, 1), dtype=torch.uint8, generator=g).expand(-1, -1, 8, 8).clone()
+    flat[:, :, :, ::2] = flat[:, :, :, ::2] // 2                         # stripes, which are in every patch
+    scenes = Scenes(flat, torch.arange(40) % 2, ["a", "b"], list(map(str, range(40))), torch.arange(40))
+    losses, descend = [], data.descend
+    monkeypatch.setattr(data, "descend", lambda *a: losses.append(a[2].item()) or descend(*a))
+    vit = fit_mae(scenes, cfg, tmp_path / "mae.pt")
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    start = Tuned(tmp_path / "mae.pt", ["x", "y", "z"])
+    assert_close(start.features(images(scenes)), vit.features(images(scenes)), rtol=0, atol=1e-3)
+
+
+def test_mae_runs_from_the_command_line(tmp_path, launch):
+    root = data.draw_tree(tmp_path / "t", 5, size=16)
+    assert launch(train_cls, "--data", root, *FLAGS, "--size", 16, "--mae", "--out", tmp_path).returncode == 0
+    done = launch(train_cls, "--data", root, "--init", tmp_path / "mae.pt", "--steps", 2, "--out", tmp_path)
+    assert done.returncode == 0 and "val: accuracy" in done.stdout

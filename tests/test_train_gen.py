@@ -65,6 +65,7 @@ def spoken(n=64, **kw):
 
 
 @pytest.mark.parametrize("given", ["", "edges", "text", "text,class"])
+@pytest.mark.usefixtures("on_cpu")
 def test_training_is_this_loop_written_out(adamw_by_hand, in_float64, given):
     """Draw, augment, say, hide each part if there are several, loss, clip, rate, AdamW, average."""
     real = spoken(12, noise=0.5)
