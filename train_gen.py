@@ -399,13 +399,15 @@ def asked(cfg, generator):
                       f"it knows {', '.join(generator.classes)}, and any")
     if not generator.words:
         if cfg.prompts != Script.prompts:
-            raise Problem(f"--prompts {cfg.prompts}: {cfg.sample} was trained without --given text")
+            raise Problem(f"--prompts {cfg.prompts}: {cfg.sample} is told no text")
         return [(name, known[name], "") for name in names]
     file, rows = Path(cfg.prompts), []
     for text in file.read_text().splitlines() if file.is_file() else cfg.prompts.split(";"):
         for name in names if cfg.classes or "{}" in text else ["any"]:
-            folder = name if "{}" in text else re.sub(r"\W+", "_", text.strip())[:60]
-            rows.append((folder, known[name], text.replace("{}", data.in_words(name)).strip()))
+            said = text.replace("{}", data.in_words(name)).strip()
+            rows.append((name if "{}" in text else re.sub(r"\W+", "_", said)[:60], known[name], said))
+            if not words_of(said):
+                raise Problem(f"--prompts {cfg.prompts}: says nothing in {text!r}: give words")
     if unread := {word for row in rows for word in words_of(row[2])} - set(generator.words):
         print(f"{cfg.sample} has never read {', '.join(sorted(unread))}: left out", file=sys.stderr)
     return rows

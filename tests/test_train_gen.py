@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -59,7 +60,7 @@ def test_folded_pixels_leave_a_checkerboard_unless_x0_is_predicted_as_the_small_
 def spoken(n=64, **kw):
     """Halves with one to three sentences each."""
     real = halves(n, **kw)
-    sides = ["The LEFT half shines.", "A bright left side", "left"], ["Its right half", "bright right side"]
+    sides = ["LEFT.", "left side", "bright left"], ["right", "Right side"]
     real.captions = [tuple(sides[y][:1 + k % 3]) for k, y in enumerate(real.labels.tolist())]
     return real
 
@@ -345,7 +346,7 @@ def test_a_checkpoint_knows_what_it_must_be_told(told):
 def speaker(tmp_path_factory):
     """A generator that is told sentences instead of classes, and where its checkpoint is."""
     path = tmp_path_factory.mktemp("text") / "g.pt"
-    cfg = replace(TINY, steps=150, batch=32, lr=3e-3, warmup=20, ema=0.95, predict="x0", given="text")
+    cfg = replace(TINY, steps=100, batch=32, lr=4e-3, warmup=10, ema=0.9, predict="x0", given="text")
     return train(spoken(), cfg, path), path
 
 
@@ -356,7 +357,7 @@ def side(images):
 
 
 def test_what_is_made_follows_the_sentence_and_not_the_class(speaker):
-    y, texts = torch.arange(40) % 2, ["A bright left side"] * 20 + ["half right"] * 20
+    y, texts = torch.arange(40) % 2, ["bright left"] * 20 + ["right"] * 20
     images = generate(speaker[0], y, seed=1, w=3.0, texts=texts)
     assert (side(images)[:20] > 0.3).float().mean() > 0.7 and (side(images)[20:] < -0.3).float().mean() > 0.7
     assert_close(generate(speaker[0], 1 - y, seed=1, w=3.0, texts=texts), images, rtol=0, atol=0)
@@ -370,11 +371,11 @@ def test_what_is_made_follows_the_sentence_and_not_the_class(speaker):
 
 
 def test_image_k_follows_from_seed_k_and_its_text_and_a_loaded_generator_makes_it_too(speaker):
-    y, texts = torch.zeros(5, dtype=torch.long), ["left", "", "The right half", "right", "left"]
+    y, texts = torch.zeros(5, dtype=torch.long), ["left", "", "Its right side!", "right", "left"]
     whole = generate(speaker[0], y, 3, calls=3, texts=texts)
     assert (whole.int() - generate(speaker[0], y, 3, calls=3, texts=texts, batch=2).int()).abs().max() <= 1
     loaded = load_generator(speaker[1])
-    assert loaded.words == ["a", "bright", "half", "its", "left", "right", "shines", "side", "the"]
+    assert loaded.words == ["bright", "left", "right", "side"]
     assert_close(generate(loaded, y, 3, calls=3, texts=texts), whole, rtol=0, atol=0)
 
 
@@ -457,7 +458,8 @@ def checkpoints(tmp_path_factory):
     root, rgb = tmp_path_factory.mktemp("made"), halves(12).images.expand(-1, 3, -1, -1)
     numbers = replace(halves(12), images=rgb, numbers=torch.rand(12, 1), measures=("light",))
     six = replace(halves(12), images=rgb.repeat(1, 2, 1, 1))
-    for real, given in ((numbers, ""), (numbers, "numbers"), (six, "pre")):
+    text = replace(numbers, captions=[("the left", "a half"), ("its right side",)] * 6)
+    for real, given in ((numbers, ""), (numbers, "numbers"), (six, "pre"), (text, "text")):
         train(real, replace(TINY, steps=1, given=given), root / f"{given or 'plain'}.pt")
     return root
 
@@ -479,6 +481,9 @@ def checkpoints(tmp_path_factory):
     ("numbers", "--like others", "must be told light, here are haze"),
     ("numbers", "--like strangers", "numbers.csv names no picture"),
     ("pre", "--like ok", "--like ok: pictures alone; .*xBD tree"),
+    ("plain", "--prompts river", "--prompts river: .*plain.pt is told no text"),
+    ("text", "--like ok --prompts left", "--like ok: .*give --start or --paint"),
+    ("text", "--prompts ;", "--prompts ;: says nothing"), ("text", "--prompts left;...", "says nothing"),
 ])
 def test_a_wrong_or_missing_like_is_one_line_and_nothing_is_written(checkpoints, tmp_path, monkeypatch,
                                                                     launch, which, flags, said):
@@ -498,8 +503,31 @@ def test_a_wrong_or_missing_like_is_one_line_and_nothing_is_written(checkpoints,
     assert all(other.startswith("skipped") for other in skipped) and sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_commands_say_what_to_make_and_of_which_class(tmp_path, launch, checkpoints):
+    path = checkpoints / "text.pt"
+    made = launch(train_gen, "--sample", path, "--count", 2, "--calls", 2, "--out", tmp_path / "a",
+                  "--prompts", "a LEFT half;{} side; The {}, shiny")
+    assert made.returncode == 0, made.stderr
+    assert made.stderr == f"{path} has never read shiny: left out\n"
+    found = sorted(p.relative_to(tmp_path / "a").as_posix() for p in tmp_path.glob("a/*/*.png"))
+    assert found == ["a_LEFT_half/a_LEFT_half_00001.png", "a_LEFT_half/a_LEFT_half_00002.png",
+                     *(f"{name}/{name}_{k:05d}.png" for name, ks in (("left", (3, 4, 7, 8)),
+                                                                     ("right", (5, 6, 9, 10))) for k in ks)]
+    (tmp_path / "prompts.txt").write_text("left\nits right half\n")
+    made = launch(train_gen, "--sample", path, "--count", 1, "--calls", 2, "--out", tmp_path / "b",
+                  "--prompts", tmp_path / "prompts.txt")
+    assert made.returncode == 0 and not made.stderr, made.stderr
+    texts = ["left", "its right half"]
+    images = generate(load_generator(path), torch.tensor([-1, -1]), 0, calls=2, texts=texts)
+    for name, image in zip(("left", "its_right_half"), images, strict=True):
+        with Image.open(next((tmp_path / "b" / name).glob("*.png"))) as pil:
+            assert (np.asarray(pil) == image.permute(1, 2, 0).numpy()).all()
+
+
 @pytest.mark.parametrize("given, said", [
-    ("edgs", "--given edgs: known are pre, mask, lowres, edges, numbers"),
+    ("edgs", "--given edgs: known are pre, mask, lowres, edges, numbers, text, class"),
+    ("text", "--given text: the data have none"), ("text,edges --tower t/a/0.png", "--given text: the data"),
+    ("edges --tower x.pt", "--tower x.pt is for --given text"),
     ("pre", "--given pre: the data have"),
     ("mask,edges", "--given mask: the data have"), ("numbers", "--given numbers: the data have"),
     ("lowres --size 6", "--size 6 must be divisible by 4")])
