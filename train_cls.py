@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import nn
 
 import data
+import vit
 from augment import OVERHEAD, compose
 from data import Problem, flag
 from vit import (
@@ -30,13 +31,11 @@ from vit import (
     Patches,
     Text,
     ViT,
-    contrastive,
     head,
     mean_token,
     word_tokens,
     words_of,
     zero,
-    zero_shot,
 )
 
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
@@ -69,8 +68,12 @@ class Config:
 
     def __post_init__(self):
         compose(self.augment)
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"--share {self.share}: a probability, 0 to 1")
         if self.tune not in TUNES:
             raise ValueError(f"--tune {self.tune}: known are {', '.join(TUNES)}")
+        if self.init:                                                    # the weights tell their shapes
+            return
         if self.model not in MODELS:
             raise ValueError(f"--model {self.model}: known are {', '.join(MODELS)}")
         if self.size % self.patch:
@@ -79,8 +82,6 @@ class Config:
             raise ValueError(f"--patch {self.patch}: convolutions halve, so 2, 4, 8, 16 or 32")
         if self.dim % self.heads or self.dim % 16:
             raise ValueError(f"--dim {self.dim} must be divisible by 16 and by --heads {self.heads}")
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"--share {self.share}: a probability, 0 to 1")
 
 
 @dataclass
@@ -95,6 +96,13 @@ class Script(Config):
     test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
     captions: bool = flag(False, "train a CLIP on the sentences of a caption set instead: clip.pt in --out")
     mae: bool = flag(False, "train a ViT to draw what is hidden of an image instead: mae.pt in --out")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.captions + self.mae + bool(self.init) > 1:
+            raise ValueError("--captions, --mae and --init: give one of them")
+        if self.mae and self.model not in ("vit", "patches"):
+            raise ValueError(f"--mae needs the tokens of a ViT, which --model {self.model} has not")
 
 
 # ---- the recognisers beside the ViT
@@ -426,17 +434,11 @@ def fit_clip(scenes, cfg, path=None, every=1000):
         text = sentences.draw(index, torch.rand(len(index), device=device, generator=g))
         x, _ = augment(data.to_float(images[index]), None, g)
         with data.autocast(device):
-            return contrastive(model(x, ids[text]))
+            return vit.contrastive(model(x, ids[text]))
 
     identity = dict(config=settings(cfg), words=words, images=scenes.digest)
     train(model, loss, cfg, path, "clip", identity, every, "CLIP")
     return model.eval(), partial(word_tokens, words=words)
-
-
-def load_clip(path):
-    """Read a checkpoint of fit_clip. Returns what fit_clip does, and the size of its images."""
-    model, cfg, saved = load(path, "clip")
-    return model, partial(word_tokens, words=saved["words"]), cfg.size
 
 
 @torch.no_grad()
@@ -488,7 +490,7 @@ class MAE(nn.Module):
 
         Targets are a patch's pixels less their mean, over their standard deviation (norm_pix_loss).
         """
-        p, vit = self.patch, self.vit
+        p, net = self.patch, self.vit
         pixels = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)                    # (B, L, P)
         B, L, _ = pixels.shape
         order = torch.rand(B, L, device=x.device, generator=generator).argsort(1)
@@ -496,10 +498,10 @@ class MAE(nn.Module):
         shown = x.new_zeros(B, L).scatter(1, seen, 1.0)                                          # 1 or 0
         side = self.size // p
         cover = rearrange(shown, "b (h w) -> b 1 h w", h=side).repeat_interleave(p, 2).repeat_interleave(p, 3)
-        index = seen[..., None].expand(-1, -1, vit.positions.shape[1])
-        tokens = (vit.stem(x * cover) + vit.positions).gather(1, index)                          # (B, L/4, D)
-        tokens = vit.norm(vit.blocks(tokens))
-        every = self.hidden.to(tokens.dtype).expand(B, L, -1).scatter(1, index, tokens) + vit.positions
+        index = seen[..., None].expand(-1, -1, net.positions.shape[1])
+        tokens = (net.stem(x * cover) + net.positions).gather(1, index)                          # (B, L/4, D)
+        tokens = net.norm(net.blocks(tokens))
+        every = self.hidden.to(tokens.dtype).expand(B, L, -1).scatter(1, index, tokens) + net.positions
         target = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-4)
         error = (self.decoder(every) - target).square().mean(2)                                  # (B, L)
         return (error * (1 - shown)).sum() / (1 - shown).sum()
@@ -524,10 +526,20 @@ def fit_mae(scenes, cfg, path=None, every=1000):
 # ---- tuning: a classifier that begins from weights trained before
 
 def load_weights(path):
-    """Read weights to begin from. -> a CLIP and the tokens of its texts, or a recogniser and None; the size."""
-    model, cfg, saved = load(path, "clip", "classifier", "mae")
-    tokens = partial(word_tokens, words=saved["words"]) if saved["kind"] == "clip" else None
-    return model.vit if saved["kind"] == "mae" else model, tokens, cfg.size
+    """Read weights to begin from. -> a CLIP and its tokens of texts, or a recogniser and None; image size."""
+    try:
+        model, cfg, saved = load(path, "clip", "classifier", "mae")
+        tokens = partial(word_tokens, words=saved["words"]) if saved["kind"] == "clip" else None
+        return model.vit if saved["kind"] == "mae" else model, tokens, cfg.size
+    except Problem:
+        if not Path(path).is_file():
+            raise
+    try:
+        model = vit.load_pretrained(path).to(data.pick_device())
+        tokens = vit.tokenizer(path, model) if isinstance(model, CLIP) else None
+        return model, tokens, getattr(model, "image", model).size
+    except ValueError as error:
+        raise Problem(f"--init {error}") from None
 
 
 class Tuned(nn.Module):
@@ -543,7 +555,7 @@ class Tuned(nn.Module):
         self.reads = tokens is not None
         if self.reads:
             self.tower, self.head = model.image, zero(nn.Linear(model.project.out_features, len(classes)))
-            names = zero_shot(model, tokens, [data.in_words(name) for name in classes])                # (K, D)
+            names = vit.zero_shot(model, tokens, [data.in_words(name) for name in classes])           # (K, D)
             self.head.weight.data = model.log_scale.exp().item() * names
         else:
             self.tower, self.head = model, head(model.head.in_features, len(classes))
@@ -732,6 +744,16 @@ def read_synthetic(cfg, classes):
     return replace(synthetic, labels=labels, classes=classes)
 
 
+def score(model, scenes, parts, test):
+    """Print how well a recogniser does on val, and if test, on test."""
+    for part in ("val", "test") if test else ("val",):
+        held = scenes[parts[part]]
+        counts = totals(held.labels, predict(model, held.images), len(scenes.classes))
+        worst = weakest(counts)
+        print(f"{part}: accuracy {accuracy(counts):.3f}, macro-F1 {macro_f1(counts):.3f} on {len(held)} "
+              f"images; weakest class {scenes.classes[worst]} ({recall(counts)[worst]:.2f})")
+
+
 def teach_clip(cfg):
     """Train a CLIP on the training split of a caption set, and score it as retrieval, and as classifier."""
     if data.dist.is_initialized():
@@ -748,15 +770,11 @@ def teach_clip(cfg):
         asked = (f"a sentence, of {len(texts)}, for an image", f"the image, of {len(held)}, for a sentence")
         luck = chances(owner, len(held))
         for what, *both in zip(asked, recalls(scores, owner), luck, strict=True):
-            print(f"{part}: {what} is among the best 1, 5, 10 in {' %, by chance '.join(map(percent, both))}")
+            found, by_chance = (", ".join(f"{100 * share:.1f}" for share in shares) for shares in both)
+            print(f"{part}: {what} is among the best 1, 5, 10 in {found} %, by chance {by_chance}")
     if len(scenes.classes) > 1:
         print("its names of the classes as a classifier:")
-        score(Tuned(path, scenes.classes), scenes, parts, cfg.test)
-
-
-def percent(shares):
-    """Write shares as "5.2, 26.7, 36.7"."""
-    return ", ".join(f"{100 * share:.1f}" for share in shares)
+        score(Tuned(path, scenes.classes).to(data.pick_device()), scenes, parts, cfg.test)
 
 
 def main(cfg):
@@ -765,7 +783,10 @@ def main(cfg):
         return predict_folder(cfg)
     if cfg.captions:
         return teach_clip(cfg)
+    path = Path(cfg.out) / "classifier.pt"
     if cfg.init:
+        if path.resolve() == Path(cfg.init).resolve():
+            raise Problem(f"--init {cfg.init} would be written over: give another --out")
         cfg = replace(cfg, size=load_weights(cfg.init)[2])
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
     parts = data.split(scenes)
@@ -776,22 +797,11 @@ def main(cfg):
         return
     print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, "
           f"on {data.pick_device()}")
-    path = Path(cfg.out) / "classifier.pt"
     if cfg.init:
         model = begin_and_tune(scenes[index], synthetic, cfg, path)
     else:
         model, _ = fit(scenes[index], synthetic, cfg, path)
     score(model, scenes, parts, cfg.test)
-
-
-def score(model, scenes, parts, test):
-    """Print how well a recogniser does on val, and if test, on test."""
-    for part in ("val", "test") if test else ("val",):
-        held = scenes[parts[part]]
-        counts = totals(held.labels, predict(model, held.images), len(scenes.classes))
-        worst = weakest(counts)
-        print(f"{part}: accuracy {accuracy(counts):.3f}, macro-F1 {macro_f1(counts):.3f} on {len(held)} "
-              f"images; weakest class {scenes.classes[worst]} ({recall(counts)[worst]:.2f})")
 
 
 if __name__ == "__main__":

@@ -201,10 +201,7 @@ class Generator:
 
 
 def networks(cfg, classes, channels, numbers=0, tower=()):
-    """Make the noise process and a fresh network, its weights fixed by the seed, told so many numbers.
-
-    tower: the shape of its text tower, if it is told text.
-    """
+    """Make the noise process and a fresh network by the seed, told so many numbers, and texts by a tower."""
     torch.manual_seed(cfg.seed)
     made, hint = divide(torch.zeros(1, channels, 8, 8), cfg.told)
     model = UNet(classes, made.shape[1], cfg.width, cfg.mults, cfg.blocks, cfg.patch,
@@ -406,9 +403,11 @@ def asked(cfg, generator):
         for name in names if cfg.classes or "{}" in text else ["any"]:
             said = text.replace("{}", data.in_words(name)).strip()
             rows.append((name if "{}" in text else re.sub(r"\W+", "_", said)[:60], known[name], said))
-            if not words_of(said):
-                raise Problem(f"--prompts {cfg.prompts}: says nothing in {text!r}: give words")
-    if unread := {word for row in rows for word in words_of(row[2])} - set(generator.words):
+    read = {text: set(words_of(text)) & set(generator.words) for *_, text in rows}
+    if silent := [text for text, words in read.items() if not words]:
+        raise Problem(f"--prompts: {cfg.sample} has read no word of {silent[0]!r}; it knows "
+                      f"{data.some_of(generator.words)}")
+    if unread := {word for text in read for word in words_of(text)} - set(generator.words):
         print(f"{cfg.sample} has never read {', '.join(sorted(unread))}: left out", file=sys.stderr)
     return rows
 

@@ -1,6 +1,7 @@
 """The lecture's systems in small, each with its figure beside an honest baseline: a script run by hand.
 
-    python tests/systems.py [WORD ...]        the systems with WORD in the name; 1 to 4 minutes each
+    python tests/systems.py [WORD ...]        the systems with WORD in the name; 1 to 4 minutes each,
+                                              text_to_image 20
 
 Seen on 2026-11-26 on 2 cores beside other work, torch 2.13 CPU: drawn data of 24 px, 768 scenes of 8 classes
 (948 buildings) to train on, 256 (350) held out, 1000 steps of 32 images, 12 calls, w 1.5 unless it is given.
@@ -57,7 +58,7 @@ from train_gen import edges, generate, lowres  # noqa: E402
 from unet import Condition  # noqa: E402
 
 OUT, SMALL = Path("runs/systems"), experiment.SCALES["scenes"]["small"]
-REAL_XBD = Path(__file__).resolve().parents[2] / "shared/data/xbd"
+REAL = Path(__file__).resolve().parents[2] / "shared/data"
 
 
 # ---- shared: data, networks, measures
@@ -269,7 +270,7 @@ def metadata():
         tell("one noise, this told", **{f"step_{k}": measure(z).mean() for k, z in enumerate(rows)},
              real_difference=slope * (numbers.max() - numbers.min()))
         sheet(f"metadata-{name}", {f"{name} {k + 1} of 5": images[::8] for k, images in enumerate(rows)})
-    for path in sorted(REAL_XBD.glob("train/labels/*.json")):
+    for path in sorted(REAL.glob("xbd/train/labels/*.json")):
         read = zip(data.MEASURES, data.read_label(path)[3], strict=True)
         tell(path.stem[:22], **dict(read))
 
@@ -310,7 +311,56 @@ def real_guidance():
     sheet("real-guidance", {name: images[::16] for name, images in rows.items()})
 
 
-SYSTEMS = super_resolution, painting, crs_diff_edges, crs_diff_mask, metadata, satsynth, real_guidance
+PROMPTS = """a river with dense green trees on both banks; a beach with blue sea and white sand; a dense forest;
+many boats docked neatly at the harbor; two airplanes at the airport; many cars in the parking lot; a tennis court;
+an old baseball diamond; a piece of brown farmland; a piece of green farmland; a straight runway; an intersection;
+houses with orange roofs; three white storage tanks; a golf course with green turfs and sand""".split(";")
+
+
+def text_to_image():
+    """Train on sentences of UCM-Captions, 32 px; class names as prompts, beside a generator told the class."""
+    real = data.read(REAL / "UCM_captions", 32, cache=OUT / "cache")
+    train, _, test = (real[index] for index in data.split(real).values())
+    made, cls = {}, replace(SMALL.cls, size=32)
+    y = torch.arange(len(real.classes)).repeat_interleave(60)
+    for given in ("text", ""):
+        cfg = replace(SMALL.gen, size=32, steps=2000, given=given)
+        model = train_gen.train(train, cfg, OUT / f"ucm-{given or 'class'}.pt", title=given or "class")
+        texts = [f"an aerial photo of a {data.in_words(real.classes[c])}" for c in y]
+        made[given] = {w: generate(model, y, 1, w=w, texts=texts) for w in (1.0, 1.5, 3.0)}
+        if given:
+            said = [some[0] for some in test.captions]
+            asked = generate(model, test.labels, 1, w=3.0, texts=said)
+            rows = {text.strip(): generate(model, torch.full((16,), -1), 2, w=3.0, texts=[text] * 16)
+                    for text in PROMPTS}
+            sheet("text-to-image", rows)
+    model, tokens = train_cls.fit_clip(train, replace(cls, dim=64, depth=2, steps=1500), OUT / "clip.pt")
+    names = train_cls.encode_texts(model, tokens, [data.in_words(name) for name in real.classes])
+
+    def named(images, labels):
+        return (train_cls.outputs(model.encode_image, images) @ names.T).argmax(1) == labels
+
+    def cas(images, labels):
+        synthetic = replace(train, images=images, labels=labels, names=[""] * len(labels), groups=labels,
+                            captions=None, given=None, numbers=None)
+        fitted = train_cls.fit(synthetic, None, replace(cls, steps=500))[0]
+        return (train_cls.predict(fitted, test.images) == test.labels).float().mean()
+
+    tell("real", named_by_CLIP=named(test.images, test.labels).float().mean(),
+         accuracy=cas(train.images, train.labels))
+    for given, some in made.items():
+        for w, images in some.items():
+            tell(f"told {given or 'class'}, w {w}", named_by_CLIP=named(images, y).float().mean(),
+                 accuracy=cas(images, y))
+    z = train_cls.encode_texts(model, tokens, said)
+    for name, images in (("real", test.images), ("generated", asked)):
+        scores = train_cls.outputs(model.encode_image, images) @ z.T
+        own, others = scores.diag().mean(), scores[:, torch.randperm(len(z), generator=data.rng(0))].diag().mean()
+        tell(f"{name}, 210 sentences", likeness=own, to_shuffled_ones=others)
+
+
+SYSTEMS = super_resolution, painting, crs_diff_edges, crs_diff_mask, metadata, satsynth, real_guidance, \
+    text_to_image
 
 
 def main(words):

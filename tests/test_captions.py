@@ -25,7 +25,7 @@ from train_cls import (
     fit_clip,
     fit_mae,
     load_classifier,
-    load_clip,
+    load_weights,
     recalls,
     sentences_of,
     tune,
@@ -225,15 +225,20 @@ def test_clip_training_is_this_loop_written_out(adamw_by_hand, in_float64):
 def test_a_killed_clip_goes_on_and_is_read_again(tmp_path, monkeypatch):
     whole, tokens = fit_clip(captioned(), TINY)
     save = data.save_checkpoint
+
+    def save_and_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(data, "save_checkpoint", lambda *args: [save(*args), exec("raise KeyboardInterrupt")])
+        m.setattr(data, "save_checkpoint", save_and_die)
         fit_clip(captioned(), TINY, tmp_path / "clip.pt", every=3)
     fit_clip(captioned(), TINY, tmp_path / "clip.pt", every=3)
-    again, same, size = load_clip(tmp_path / "clip.pt")
+    again, same, size = load_weights(tmp_path / "clip.pt")
     assert same.keywords == tokens.keywords and size == 8 and not again.training and not whole.training
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert_close(a, b, rtol=0, atol=0)
-    other = replace(captioned(), captions=[*SAID[:-1], ("trees",)])
+    other = replace(captioned(), captions=[*SAID[:-1], ("a road", "houses")])    # the same words
     with pytest.raises(Problem, match="another --out"):
         fit_clip(other, TINY, tmp_path / "clip.pt")
 
@@ -257,6 +262,8 @@ def test_recall_is_what_a_loop_over_the_sorted_finds():
         assert a == pytest.approx(np.mean([n in owner[best_texts[n]] for n in range(7)]))
         assert b == pytest.approx(np.mean([owner[m] in best_images[:, m] for m in range(20)]))
     assert recalls(torch.zeros(7, 20), owner, (1, 3)) == ([0, 0], [0, 0])    # who says nothing finds nothing
+    tie = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 1]])                   # texts 0 and 1 are of image 0
+    assert recalls(tie, torch.tensor([0, 0, 1, 1]), (1, 2)) == ([0.5, 1.0], [0.75, 1.0])
     by_chance = [recalls(torch.randn(7, 20, generator=g), owner, (1, 3)) for _ in range(500)]
     assert np.allclose(np.mean(by_chance, 0), chances(owner, 7, (1, 3)), atol=0.02)
 
@@ -282,7 +289,7 @@ def test_names_of_classes_are_written_as_words(name, words):
 
 def test_the_head_begins_with_what_the_texts_say(tmp_path):
     path = trained(tmp_path, steps=60, batch=6, lr=1e-2)
-    scenes, (clip, tokens, _) = captioned(), load_clip(path)
+    scenes, (clip, tokens, _) = captioned(), load_weights(path)
     names = ["sandbox", "trees"]
     model = Tuned(path, names)
     texts = [[t.format(name) for t in TEMPLATES] for name in names]
@@ -396,6 +403,10 @@ def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launc
 @pytest.mark.parametrize("flags, said", [
     (["--tune", "some"], "--tune some: known are all, head, none"),
     (["--init", "none.pt"], "no checkpoint at none.pt"),
+    (["--init", "t/dataset.json"], "--init t/dataset.json: "),
+    (["--init", "runs/cls/classifier.pt"], "would be written over: give another --out"),
+    (["--captions", "--mae"], "give one of them"), (["--mae", "--init", "x"], "give one of them"),
+    (["--captions", "--init", "x"], "give one of them"), (["--mae", "--model", "resnet"], "tokens of a ViT"),
     (["--captions", "--augment", "hflip,cutmix"], "cutmix makes sentences untrue")])
 def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -483,7 +483,7 @@ def checkpoints(tmp_path_factory):
     ("pre", "--like ok", "--like ok: pictures alone; .*xBD tree"),
     ("plain", "--prompts river", "--prompts river: .*plain.pt is told no text"),
     ("text", "--like ok --prompts left", "--like ok: .*give --start or --paint"),
-    ("text", "--prompts ;", "--prompts ;: says nothing"), ("text", "--prompts left;...", "says nothing"),
+    ("text", "--prompts ;", "has read no word of ''"), ("text", "--prompts left;moon", "no word of 'moon'"),
 ])
 def test_a_wrong_or_missing_like_is_one_line_and_nothing_is_written(checkpoints, tmp_path, monkeypatch,
                                                                     launch, which, flags, said):
