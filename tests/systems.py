@@ -311,52 +311,49 @@ def real_guidance():
     sheet("real-guidance", {name: images[::16] for name, images in rows.items()})
 
 
-PROMPTS = """a river with dense green trees on both banks; a beach with blue sea and white sand; a dense forest;
-many boats docked neatly at the harbor; two airplanes at the airport; many cars in the parking lot; a tennis court;
-an old baseball diamond; a piece of brown farmland; a piece of green farmland; a straight runway; an intersection;
-houses with orange roofs; three white storage tanks; a golf course with green turfs and sand""".split(";")
+PROMPTS = """a river with dense green trees on both banks; a beach with blue sea and white sand
+a dense forest; many boats docked neatly at the harbor; two airplanes at the airport
+many cars in the parking lot; a tennis court; an old baseball diamond; a piece of brown farmland
+a piece of green farmland; a straight runway; an intersection; houses with orange roofs
+three white storage tanks; a golf course with green turfs and sand""".replace("\n", "; ").split("; ")
 
 
-def text_to_image():
-    """Train on sentences of UCM-Captions, 32 px; class names as prompts, beside a generator told the class."""
+def text_to_image(steps=2000):
+    """Train on sentences of UCM-Captions, 32 px; names of classes as prompts, beside one told the class."""
     real = data.read(REAL / "UCM_captions", 32, cache=OUT / "cache")
     train, _, test = (real[index] for index in data.split(real).values())
-    made, cls = {}, replace(SMALL.cls, size=32)
-    y = torch.arange(len(real.classes)).repeat_interleave(60)
-    for given in ("text", ""):
-        cfg = replace(SMALL.gen, size=32, steps=2000, given=given)
-        model = train_gen.train(train, cfg, OUT / f"ucm-{given or 'class'}.pt", title=given or "class")
-        texts = [f"an aerial photo of a {data.in_words(real.classes[c])}" for c in y]
-        made[given] = {w: generate(model, y, 1, w=w, texts=texts) for w in (1.0, 1.5, 3.0)}
-        if given:
-            said = [some[0] for some in test.captions]
-            asked = generate(model, test.labels, 1, w=3.0, texts=said)
-            rows = {text.strip(): generate(model, torch.full((16,), -1), 2, w=3.0, texts=[text] * 16)
-                    for text in PROMPTS}
-            sheet("text-to-image", rows)
-    model, tokens = train_cls.fit_clip(train, replace(cls, dim=64, depth=2, steps=1500), OUT / "clip.pt")
-    names = train_cls.encode_texts(model, tokens, [data.in_words(name) for name in real.classes])
+    cls = replace(SMALL.cls, size=32, steps=500)
+    clip, tokens = train_cls.fit_clip(train, replace(cls, depth=2, steps=1000), OUT / "clip.pt")
+    words = [data.in_words(name) for name in real.classes]
+    names = train_cls.encode_texts(clip, tokens, words)
+    sentences = train_cls.encode_texts(clip, tokens, [some[0] for some in test.captions])
 
-    def named(images, labels):
-        return (train_cls.outputs(model.encode_image, images) @ names.T).argmax(1) == labels
-
-    def cas(images, labels):
+    def judge(name, images, labels):
+        seen = train_cls.outputs(clip.encode_image, images)
         synthetic = replace(train, images=images, labels=labels, names=[""] * len(labels), groups=labels,
                             captions=None, given=None, numbers=None)
-        fitted = train_cls.fit(synthetic, None, replace(cls, steps=500))[0]
-        return (train_cls.predict(fitted, test.images) == test.labels).float().mean()
+        fitted = train_cls.fit(synthetic, None, cls, title=name)[0]
+        tell(name, CLIP_finds_its_name=((seen @ names.T).argmax(1) == labels).float().mean(),
+             teaches=(train_cls.predict(fitted, test.images) == test.labels).float().mean())
 
-    tell("real", named_by_CLIP=named(test.images, test.labels).float().mean(),
-         accuracy=cas(train.images, train.labels))
-    for given, some in made.items():
-        for w, images in some.items():
-            tell(f"told {given or 'class'}, w {w}", named_by_CLIP=named(images, y).float().mean(),
-                 accuracy=cas(images, y))
-    z = train_cls.encode_texts(model, tokens, said)
-    for name, images in (("real", test.images), ("generated", asked)):
-        scores = train_cls.outputs(model.encode_image, images) @ z.T
-        own, others = scores.diag().mean(), scores[:, torch.randperm(len(z), generator=data.rng(0))].diag().mean()
-        tell(f"{name}, 210 sentences", likeness=own, to_shuffled_ones=others)
+    def compare(name, images):
+        likeness = train_cls.outputs(clip.encode_image, images) @ sentences.T                    # (N, N)
+        shuffled = likeness[:, torch.randperm(len(images), generator=data.rng(0))]
+        (best, *_), _ = train_cls.recalls(likeness, torch.arange(len(images)))
+        tell(name, likeness=likeness.diag().mean(), shuffled=shuffled.diag().mean(), found_of_210=best)
+
+    judge("real, 80 of a class", train.images, train.labels)
+    compare("real", test.images)
+    y = torch.arange(len(words)).repeat_interleave(80)
+    for given in ("text", ""):
+        cfg, name = replace(SMALL.gen, size=32, steps=steps, given=given), given or "class"
+        model = train_gen.train(train, cfg, OUT / f"ucm-{name}.pt", title=name)
+        for w in (1.0, 1.5, 3.0):
+            judge(f"told {name}, w {w}", generate(model, y, 1, w=w, texts=[words[c] for c in y]), y)
+            if given:
+                compare(f"sentences, w {w}", generate(model, test.labels, 1, w=w, like=test))
+                sheet(f"text-to-image-{w}", {text: generate(model, torch.full((16,), -1), 2, w=w,
+                                                                 texts=[text] * 16) for text in PROMPTS})
 
 
 SYSTEMS = super_resolution, painting, crs_diff_edges, crs_diff_mask, metadata, satsynth, real_guidance, \
