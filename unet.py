@@ -110,8 +110,8 @@ class Words(nn.Module):
         nn.init.normal_(self.project.weight, std=width**-0.5)                        # as loud as the class
 
     def forward(self, ids):
-        told = ids[:, :1] >= 0                                                       # (B, 1)
-        count = torch.arange(ids.shape[1], device=ids.device) <= told * ids.argmax(1, keepdim=True)
+        told = ids[:, :1] >= 0                                     # (B, 1); all -1: argmax is the first, 0
+        count = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
         tokens = self.project(torch.where(told[..., None], self.tower(ids.clamp(min=0)), self.untold))
         return tokens, count, (tokens * count[..., None]).sum(1) / count.sum(1, keepdim=True).sqrt()
 

@@ -267,8 +267,8 @@ def test_the_text_reaches_the_embedding_and_every_attention_and_the_tower_learns
         for name, p in model.named_parameters():
             if ".words." in name:
                 p.zero_()
-    other = replace(cond, text=cond.text.flip(0))
-    assert ((model(x, t, other) - model(x, t, cond)).abs().amax((1, 2, 3)) > 1e-4)[[0, 2]].all()
+    other = replace(cond, text=torch.where((cond.text > 0) & (cond.text < 7), 5, cond.text))
+    assert ((model(x, t, other) - model(x, t, cond)).abs().amax((1, 2, 3)) > 1e-4).all()
 
 
 def test_each_number_alone_may_be_missing():
