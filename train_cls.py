@@ -4,6 +4,8 @@
     python train_cls.py --data data/NWPU-RESISC45 --synthetic runs/made --share 0.5 --out runs/mixed
     torchrun --nproc-per-node 4 train_cls.py ...               # equal numbers, on 4 GPUs
     python train_cls.py --predict photos --out runs/mixed      # with runs/mixed/classifier.pt: a csv
+    python train_cls.py --data data/UCM_captions --captions --out runs/clip    # a CLIP from scratch
+    python train_cls.py --data data/NWPU-RESISC45 --init WEIGHTS --tune head   # ours, or published ones
 
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
@@ -87,7 +89,7 @@ class Config:
 @dataclass
 class Script(Config):
     """Config, and the settings that only the command line needs."""
-    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
+    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, caption set or xBD tree")
     synthetic: str = flag("", "tree of synthetic images, same class names, as train_gen.py --sample makes")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
     per_class: int = flag(0, "real training images per class, or tiles of an xBD tree (0: all)")
@@ -101,6 +103,8 @@ class Script(Config):
         super().__post_init__()
         if self.captions + self.mae + bool(self.init) > 1:
             raise ValueError("--captions, --mae and --init: give one of them")
+        if (self.captions or self.mae) and self.share:
+            raise ValueError("--captions and --mae take real images alone: leave out --share")
         if self.mae and self.model not in ("vit", "patches"):
             raise ValueError(f"--mae needs the tokens of a ViT, which --model {self.model} has not")
 
@@ -754,13 +758,11 @@ def score(model, scenes, parts, test):
               f"images; weakest class {scenes.classes[worst]} ({recall(counts)[worst]:.2f})")
 
 
-def teach_clip(cfg):
-    """Train a CLIP on the training split of a caption set, and score it as retrieval, and as classifier."""
+def teach_clip(scenes, parts, index, cfg):
+    """Train a CLIP on images of a caption set, and score it on val: its retrieval, and it as a classifier."""
     if data.dist.is_initialized():
         raise Problem("--captions contrasts whole batches: start it with python, not with torchrun")
-    scenes, path = data.read(cfg.data, cfg.size, cfg.skip_broken), Path(cfg.out) / "clip.pt"
-    parts = data.split(scenes)
-    seen = scenes[parts["train"]]
+    seen, path = scenes[index], Path(cfg.out) / "clip.pt"
     print(f"{len(seen)} images, {sum(map(len, seen.captions))} sentences, on {data.pick_device()}")
     model, tokens = fit_clip(seen, cfg, path)
     for part in ("val", "test") if cfg.test else ("val",):
@@ -781,8 +783,6 @@ def main(cfg):
     """Train on the training split of a tree, score on val, and only if asked to on test. Or predict."""
     if cfg.predict:
         return predict_folder(cfg)
-    if cfg.captions:
-        return teach_clip(cfg)
     path = Path(cfg.out) / "classifier.pt"
     if cfg.init:
         if path.resolve() == Path(cfg.init).resolve():
@@ -791,10 +791,13 @@ def main(cfg):
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
     parts = data.split(scenes)
     index = data.choose(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
-    synthetic = read_synthetic(cfg, scenes.classes)
+    if cfg.captions:
+        return teach_clip(scenes, parts, index, cfg)
     if cfg.mae:
-        fit_mae(scenes[index], cfg, Path(cfg.out) / "mae.pt")
-        return
+        return fit_mae(scenes[index], cfg, Path(cfg.out) / "mae.pt")
+    if len(scenes.classes) < 2:
+        raise Problem(f"{cfg.data} tells no classes: train on its sentences with --captions")
+    synthetic = read_synthetic(cfg, scenes.classes)
     print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, "
           f"on {data.pick_device()}")
     if cfg.init:

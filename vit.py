@@ -213,13 +213,12 @@ def words_of(text):
 def word_tokens(texts, words):
     """Encode texts by the places of their words in a vocabulary [V]: (B, L) int64, L <= LENGTH.
 
-    0 pads, V + 1 starts and V + 2 ends, the largest as in CLIP. Words that are not in it are left out: no
-    model could have learned them.
+    0 pads, V + 1 starts, V + 2 ends. Words that are not in it are left out: nobody could have learned them.
+    Words, as sentences of bytes are five times as long, and spelling is much to learn from a few thousand.
     """
     place = {word: k for k, word in enumerate(words, 1)}
     known = [[place[word] for word in words_of(text) if word in place] for text in texts]
-    length = min(LENGTH, 2 + max(map(len, known)))
-    return padded(known, length, [len(words) + 1], len(words) + 2, 0)
+    return padded(known, min(LENGTH, 2 + max(map(len, known))), [len(words) + 1], len(words) + 2, 0)
 
 
 class Text(nn.Module):
@@ -263,8 +262,9 @@ class CLIP(nn.Module):
 
         That is END, the largest id. Where all tokens see all, the last one.
         """
-        end = ids.argmax(1) if self.text.causal else -1
-        return F.normalize(self.project(self.text(ids)[torch.arange(len(ids)), end]), dim=1)
+        end = ids.argmax(1) if self.text.causal else torch.full_like(ids[:, 0], ids.shape[1] - 1)
+        features = self.text(ids).take_along_dim(end[:, None, None], dim=1)[:, 0]                # (B, D)
+        return F.normalize(self.project(features), dim=1)
 
     def forward(self, x, ids):
         """Score every image with every text: (B, B)."""
@@ -361,7 +361,7 @@ class Tower(nn.Module):
 
 # ---- published weights: the file
 
-DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,              # safetensors
+DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
               FloatStorage=torch.float32, HalfStorage=torch.float16, BFloat16Storage=torch.bfloat16,
               DoubleStorage=torch.float64, LongStorage=torch.int64, IntStorage=torch.int32,
               ByteStorage=torch.uint8, BoolStorage=torch.bool)
@@ -566,25 +566,27 @@ def read_pieces(path):
     content, pieces, k = path.read_bytes(), [], 0
     if path.suffix == ".json":
         return [tuple(row) for row in json.loads(content)["model"]["vocab"]]
-    while content[k] == 10:                                  # 10, size of all, 10, size, piece, 21, number
+    while content[k:k + 1] == b"\n":                         # 10, size of both, 10, size, piece, 21, number
         end = k + 4 + content[k + 3]
         pieces.append((content[k + 4:end].decode(), *struct.unpack("<f", content[end + 1:end + 5])))
         k += 2 + content[k + 1]
     return pieces
 
 
-def unigram(path):
-    """Read SigLIP's vocabulary: a function of a text to its ids, without capitals and ASCII's punctuation.
+def unigram(path, count):
+    """Read SigLIP's vocabulary of count pieces: a function of a text, without punctuation, to its ids.
 
     Of all ways to cut a text into pieces the most probable is taken (Kudo 2018, 1804.10959, section 3.2), by
     the Viterbi algorithm. The text is made NFKC before, as sentencepiece does unless told otherwise.
     """
     pieces = read_pieces(path)
-    score, ids = dict(pieces), {piece: k for k, (piece, _) in enumerate(pieces)}
-    longest, unknown = max(map(len, ids)), ids["<unk>"]
+    if len(pieces) != count:
+        raise ValueError(f"{path} has {len(pieces)} pieces, but the weights know {count}")
+    scores, ids = dict(pieces), {piece: k for k, (piece, _) in enumerate(pieces)}
+    longest, unknown, rare = max(map(len, ids)), ids["<unk>"], min(scores.values()) - 10
 
-    def value(piece):
-        return score.get(piece, min(score.values()) - 10 if len(piece) == 1 else -math.inf)
+    def score(piece):
+        return scores.get(piece, rare if len(piece) == 1 else -math.inf)
 
     def encode(text):
         text = text.lower().translate(str.maketrans("", "", string.punctuation))
@@ -592,7 +594,7 @@ def unigram(path):
         best = [(0.0, 0)]                                    # up to each end: score, start of the last piece
         for end in range(1, len(text) + 1):
             starts = range(max(0, end - longest), end)
-            best.append(max((best[start][0] + value(text[start:end]), start) for start in starts))
+            best.append(max((best[start][0] + score(text[start:end]), start) for start in starts))
         found, end = [], len(text)
         while end:
             start = best[end][1]
@@ -616,7 +618,7 @@ def tokenizer(path, clip):
     found = [file for name in names if (file := Path(path).parent / name).exists()]
     if not found:
         raise ValueError(f"{path}: texts need the vocabulary of the weights beside it, {' or '.join(names)}")
-    encode = bpe(found[0], count) if causal else unigram(found[0])
+    encode = (bpe if causal else unigram)(found[0], count)
     ends = ([count - 2], count - 1, 0) if causal else ([], 1, 1)         # SigLIP pads with what ends a text
     return lambda texts: padded([encode(text) for text in texts], length, *ends)
 

@@ -2,6 +2,7 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from train_cls import (
     sentences_of,
     tune,
 )
-from vit import CLIP, TEMPLATES, Text, ViT, word_tokens
+from vit import CLIP, TEMPLATES, Text, Tower, ViT, byte_tokens, word_tokens, zero_shot
 
 
 def pictures(folder, names):
@@ -288,7 +289,7 @@ def test_names_of_classes_are_written_as_words(name, words):
 
 
 def test_the_head_begins_with_what_the_texts_say(tmp_path):
-    path = trained(tmp_path, steps=60, batch=6, lr=1e-2)
+    path = trained(tmp_path, lr=1e-2)
     scenes, (clip, tokens, _) = captioned(), load_weights(path)
     names = ["sandbox", "trees"]
     model = Tuned(path, names)
@@ -365,7 +366,7 @@ def test_a_classifier_is_a_start_for_other_classes_but_knows_none_by_name(tmp_pa
         begin_and_tune(scenes, None, replace(cfg, tune="none"), tmp_path / "other.pt")
 
 
-FLAGS = "--patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
+FLAGS = "--size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
 
 
 def caption_tree(root):
@@ -383,7 +384,7 @@ def caption_tree(root):
 def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launch, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = caption_tree(tmp_path / "t")
-    done = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "clip", "--captions")
+    done = launch(train_cls, *FLAGS, "--data", root, "--out", "clip", "--captions")
     assert done.returncode == 0 and "8 images, 16 sentences" in done.stdout and "test:" not in done.stdout
     lines = done.stdout.splitlines()
     assert lines[1].startswith("val: a sentence, of 4, for an image is among the best 1, 5, 10 in ")
@@ -396,8 +397,15 @@ def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launc
         if what == "none":
             assert lines[-1] in done.stdout                              # as --captions said already
         assert launch(train_cls, "--predict", root / "river_0.png", "--out", what).returncode == 0
-    again = launch(train_cls, *FLAGS, "--size", 16, "--data", root, "--out", "clip", "--captions", "--test")
+    again = launch(train_cls, *FLAGS, "--data", root, "--out", "clip", "--captions", "--test")
     assert "test: a sentence, of 4" in again.stdout
+    few = launch(train_cls, *FLAGS, "--data", root, "--out", "few", "--captions", "--per-class", 1)
+    assert "2 images, 4 sentences" in few.stdout
+    (root / "txtclasses/river.txt").unlink()
+    (root / "txtclasses/forest.txt").unlink()
+    assert "tells no classes" in launch(train_cls, *FLAGS, "--data", root, "--out", "c").stderr
+    done = launch(train_cls, *FLAGS, "--data", root, "--out", "d", "--captions")
+    assert done.returncode == 0 and "accuracy" not in done.stdout
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -406,11 +414,13 @@ def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launc
     (["--init", "t/dataset.json"], "--init t/dataset.json: "),
     (["--init", "runs/cls/classifier.pt"], "would be written over: give another --out"),
     (["--captions", "--mae"], "give one of them"), (["--mae", "--init", "x"], "give one of them"),
+    (["--captions", "--share", "0.5"], "real images alone"),
+    (["--mae", "--share", "0.5"], "real images alone"),
     (["--captions", "--init", "x"], "give one of them"), (["--mae", "--model", "resnet"], "tokens of a ViT"),
     (["--captions", "--augment", "hflip,cutmix"], "cutmix makes sentences untrue")])
 def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = launch(train_cls, "--data", caption_tree(tmp_path / "t"), *FLAGS, "--size", 16, *flags)
+    done = launch(train_cls, "--data", caption_tree(tmp_path / "t"), *FLAGS, *flags)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -459,8 +469,48 @@ def test_mae_learns_to_draw_and_its_vit_is_a_start(tmp_path, monkeypatch):
     assert_close(start.features(images(scenes)), vit.features(images(scenes)), rtol=0, atol=1e-3)
 
 
+def test_no_step_waits_for_the_device(hasty_steps):
+    fit_clip(captioned(), TINY)
+    fit_mae(captioned(), TINY)
+    assert hasty_steps == [1, 2, 3, 4] * 2
+
+
 def test_mae_runs_from_the_command_line(tmp_path, launch):
     root = data.draw_tree(tmp_path / "t", 5, size=16)
-    assert launch(train_cls, "--data", root, *FLAGS, "--size", 16, "--mae", "--out", tmp_path).returncode == 0
+    assert launch(train_cls, "--data", root, *FLAGS, "--mae", "--out", tmp_path).returncode == 0
     done = launch(train_cls, "--data", root, "--init", tmp_path / "mae.pt", "--steps", 2, "--out", tmp_path)
     assert done.returncode == 0 and "val: accuracy" in done.stdout
+
+
+# ---- published weights
+
+def published(text=True):
+    """What load_pretrained makes of a file: a CLIP, or a Tower alone, of images of 12 px."""
+    torch.manual_seed(0)
+    tower = Tower(16, 12, 4, 16, 1, 2, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), pre=text)
+    return CLIP(tower, Text(dim=16, depth=1, heads=2)) if text else tower
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_published_weights_are_a_start_and_tell_the_size_of_images(tmp_path, launch, monkeypatch, text):
+    monkeypatch.setattr(train_cls.vit, "load_pretrained", lambda path: published(text).eval())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pt").write_bytes(b"published")
+    root = caption_tree(tmp_path / "t")
+    flags = "--init", "weights.pt", "--steps", 3, "--batch", 4, "--warmup", 1, "--out"
+    for what in ("none", "head", "all"):
+        done = launch(train_cls, "--data", root, *flags, what, "--tune", what)
+        if what == "none" and not text:
+            assert done.returncode == 2 and "--tune none goes by names" in done.stderr
+            continue
+        assert done.returncode == 0, done.stderr
+        model, classes, size = load_classifier(tmp_path / what / "classifier.pt")
+        x = data.to_float(data.read(root, 12, cache=tmp_path / "cache").images)
+        start = published(text)
+        expected = start.encode_image(x) if text else start.features(x)
+        assert classes == ["forest", "river"] and size == 12
+        if what != "all":
+            assert_close(model.features(x), expected)
+        if what == "none":
+            names = zero_shot(start, partial(byte_tokens, length=96), ["forest", "river"])
+            assert_close(model(x), start.log_scale.exp() * expected @ names.T)
