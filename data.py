@@ -317,8 +317,9 @@ def read_captions(root, size, skip_broken=False, cache="runs/cache"):
     content = cached(decode_set, root, cache, how, files)
     parts, kinds, captions = zip(*[rows[Path(name).name] for name in content["names"]], strict=True)
     classes = sorted(set(kinds))
-    return Scenes(**content, labels=torch.tensor([classes.index(kind) for kind in kinds]), classes=classes,
-                  given=torch.tensor(parts), captions=[tuple(sentences) for sentences in captions])
+    labels, captions = torch.tensor([classes.index(kind) for kind in kinds]), [*map(tuple, captions)]
+    return with_numbers(Scenes(**content, labels=labels, classes=classes, given=torch.tensor(parts),
+                               captions=captions), root)
 
 
 def caption_rows(path):

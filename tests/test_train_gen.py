@@ -1,4 +1,5 @@
 """train_gen.py: a generator learns, a killed run ends as others do, images follow from their number."""
+import json
 import re
 import subprocess
 import sys
@@ -396,6 +397,15 @@ def test_the_text_tower_of_a_clip_reads_what_it_did_and_does_not_learn(tmp_path)
     assert_close(*(generate(g, y, 0, calls=2, texts=["a left half", "right"]) for g in (made, loaded)))
 
 
+def test_what_does_not_learn_has_no_gradient_to_sum(monkeypatch):
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 1))
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(data, "total", lambda x: 3 * x)                  # three processes, all alike
+    model(torch.ones(1, 2)).sum().backward()
+    data.sum_gradients(model)
+    assert model[1].bias.grad.item() == 3 and model[0].weight.grad is None
+
+
 # ---- the command line
 
 def run(*argv):
@@ -501,6 +511,24 @@ def test_a_wrong_or_missing_like_is_one_line_and_nothing_is_written(checkpoints,
     *skipped, line = told.stderr.splitlines()
     assert told.returncode == 2 and re.search(said, line), told.stderr
     assert all(other.startswith("skipped") for other in skipped) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_commands_tell_a_generator_sentences_and_numbers_of_a_caption_set(tmp_path, launch):
+    images, rows = [], ["picture,gsd"]
+    for k, part in enumerate(["train", "train", "val", "test"]):
+        picture(tmp_path / f"t/{k}.png", size=16 + k)
+        sentences = [dict(raw="A river."), dict(raw="trees")]
+        images.append(dict(filename=f"{k}.png", split=part, sentences=sentences))
+        rows.append(f"{k}.png,{k}")
+    (tmp_path / "t/dataset.json").write_text(json.dumps(dict(images=images)))
+    (tmp_path / "t/numbers.csv").write_text("\n".join(rows))
+    flags = "--size 8 --width 16 --mults 1,2 --blocks 1 --steps 2 --batch 4 --warmup 1 --given text,numbers"
+    trained = launch(train_gen, "--data", tmp_path / "t", "--out", tmp_path / "gen", *flags.split())
+    assert trained.returncode == 0, trained.stderr
+    made = launch(train_gen, "--sample", tmp_path / "gen/generator.pt", "--prompts", "trees;a river",
+                  "--count", 2, "--calls", 2, "--like", tmp_path / "t", "--out", tmp_path / "made")
+    assert made.returncode == 0, made.stderr
+    assert len(list(tmp_path.glob("made/trees/*.png"))) == len(list(tmp_path.glob("made/a_river/*.png"))) == 8
 
 
 def test_the_commands_say_what_to_make_and_of_which_class(tmp_path, launch, checkpoints):
