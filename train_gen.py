@@ -340,7 +340,8 @@ def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=N
     part, and all get all of them.
     """
     diffusion, model, cfg = generator.diffusion, generator.model, generator.config
-    assert like is not None or not (cfg.shown or start or paint is not None), "like what?"
+    silent = generator.words and not texts
+    assert like is not None or not (cfg.shown or silent or start or paint is not None), "like what?"
     device = diffusion.signal.device
     shape = (model.channels, cfg.size, cfg.size)
     images = torch.zeros(len(y), *shape, dtype=torch.uint8, device=device)

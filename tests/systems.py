@@ -325,8 +325,10 @@ def text_to_image(steps=2000):
     cls = replace(SMALL.cls, size=32, steps=500)
     clip, tokens = train_cls.fit_clip(train, replace(cls, depth=2, steps=1000), OUT / "clip.pt")
     words = [data.in_words(name) for name in real.classes]
+    said = [f"an aerial photo of a {name}" for name in words]
     names = train_cls.encode_texts(clip, tokens, words)
-    sentences = train_cls.encode_texts(clip, tokens, [some[0] for some in test.captions])
+    captions = [some[0] for some in test.captions]
+    sentences = train_cls.encode_texts(clip, tokens, captions)
 
     def judge(name, images, labels):
         seen = train_cls.outputs(clip.encode_image, images)
@@ -342,16 +344,17 @@ def text_to_image(steps=2000):
         (best, *_), _ = train_cls.recalls(likeness, torch.arange(len(images)))
         tell(name, likeness=likeness.diag().mean(), shuffled=shuffled.diag().mean(), found_of_210=best)
 
-    judge("real, 80 of a class", train.images, train.labels)
+    few = torch.cat([(train.labels == c).nonzero().flatten()[:20] for c in range(len(words))])
+    judge("real, 20 of a class", train.images[few], train.labels[few])
     compare("real", test.images)
-    y = torch.arange(len(words)).repeat_interleave(80)
+    y = torch.arange(len(words)).repeat_interleave(20)
     for given in ("text", ""):
         cfg, name = replace(SMALL.gen, size=32, steps=steps, given=given), given or "class"
         model = train_gen.train(train, cfg, OUT / f"ucm-{name}.pt", title=name)
         for w in (1.0, 1.5, 3.0):
-            judge(f"told {name}, w {w}", generate(model, y, 1, w=w, texts=[words[c] for c in y]), y)
+            judge(f"told {name}, w {w}", generate(model, y, 1, w=w, texts=[said[c] for c in y]), y)
             if given:
-                compare(f"sentences, w {w}", generate(model, test.labels, 1, w=w, like=test))
+                compare(f"sentences, w {w}", generate(model, test.labels, 1, w=w, texts=captions))
                 sheet(f"text-to-image-{w}", {text: generate(model, torch.full((16,), -1), 2, w=w,
                                                                  texts=[text] * 16) for text in PROMPTS})
 

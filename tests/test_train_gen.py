@@ -375,6 +375,8 @@ def test_image_k_follows_from_seed_k_and_its_text_and_a_loaded_generator_makes_i
     y, texts = torch.zeros(5, dtype=torch.long), ["left", "", "Its right side!", "right", "left"]
     whole = generate(speaker[0], y, 3, calls=3, texts=texts)
     assert (whole.int() - generate(speaker[0], y, 3, calls=3, texts=texts, batch=2).int()).abs().max() <= 1
+    with pytest.raises(AssertionError, match="like what"):
+        generate(speaker[0], y, 3, calls=3)
     loaded = load_generator(speaker[1])
     assert loaded.words == ["bright", "left", "right", "side"]
     assert_close(generate(loaded, y, 3, calls=3, texts=texts), whole, rtol=0, atol=0)
