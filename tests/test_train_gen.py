@@ -359,9 +359,9 @@ def side(images):
 
 def test_what_is_made_follows_the_sentence_and_not_the_class(speaker):
     y, texts = torch.arange(40) % 2, ["bright left"] * 20 + ["right"] * 20
-    images = generate(speaker[0], y, seed=1, w=3.0, texts=texts)
+    images = generate(speaker[0], y, seed=1, calls=5, w=3.0, texts=texts)
     assert (side(images)[:20] > 0.3).float().mean() > 0.7 and (side(images)[20:] < -0.3).float().mean() > 0.7
-    assert_close(generate(speaker[0], 1 - y, seed=1, w=3.0, texts=texts), images, rtol=0, atol=0)
+    assert_close(generate(speaker[0], 1 - y, seed=1, calls=5, w=3.0, texts=texts), images, rtol=0, atol=0)
     mute, empty = (generate(speaker[0], y, seed=1, calls=5, w=w, texts=some)
                    for w, some in ((0.0, texts), (1.0, [""] * 40)))
     assert_close(mute, empty, rtol=0, atol=1)                            # guidance is over the text
