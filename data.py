@@ -1117,7 +1117,7 @@ def flag(default, help, bare=False):
     return field(default=default, metadata={"help": help, "bare": bare})
 
 
-def numbers(text):
+def integers(text):
     """Parse "10,40" -> (10, 40)."""
     return tuple(int(part) for part in text.split(","))
 
@@ -1141,7 +1141,7 @@ def launch(main, config, argv=None, several=False):
     parser.error = lambda message: refuse(f"{message} (--help lists the flags)")
     for f in fields(config):
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
-                dict(type=numbers, metavar="N,N") if isinstance(f.default, tuple) else
+                dict(type=integers, metavar="N,N") if isinstance(f.default, tuple) else
                 dict(type=get_args(f.type)[0]) if f.default is None else                       # float | None
                 dict(type=type(f.default)))
         name = "--" + f.name.replace("_", "-")

@@ -197,7 +197,8 @@ class Generator:
     config: Config
     channels: int                             # of the images in training, hints among them
     measures: list[str]                       # the numbers that it is told, by name
-    words: list[str]                          # that it knows
+    words: list[str]                          # that it has read
+    tower: tuple                              # the shape of what reads them, as of vit.Text
 
 
 def networks(cfg, classes, channels, numbers=0, tower=()):
@@ -208,6 +209,22 @@ def networks(cfg, classes, channels, numbers=0, tower=()):
                  0 if hint is None else hint.shape[1], numbers, Text(*tower) if tower else None)
     model = model.to(memory_format=torch.channels_last)                  # a quarter faster, also on a CPU
     return Diffusion(cfg.timesteps, cfg.schedule, cfg.predict, cfg.gamma), model
+
+
+def untrained(real, cfg):
+    """Make a Generator for these Scenes on the device, and the network whose average it will hold."""
+    check(cfg, real)
+    measures = list(real.measures) if "numbers" in cfg.told else []
+    words, tower, weights = reader(cfg, real.captions)
+    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1], len(measures), tower)
+    if measures:
+        model.numbers.fit(real.numbers)
+    if weights:
+        model.text.tower.requires_grad_(False).load_state_dict(weights)
+    device = data.pick_device()
+    diffusion, model = diffusion.to(device), model.to(device)
+    ema = copy.deepcopy(model).eval()
+    return Generator(diffusion, ema, real.classes, cfg, real.images.shape[1], measures, words, tower), model
 
 
 @torch.no_grad()
@@ -229,23 +246,15 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     goes on at its last checkpoint and ends with the numbers of one that was not (on a CPU to the bit). Raises
     Problem if the checkpoint is of other settings or images, or if the loss is not finite.
     """
-    check(cfg, real)
-    device, measures = data.pick_device(), list(real.measures) if "numbers" in cfg.told else []
-    words, tower, weights = reader(cfg, real.captions)
-    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1], len(measures), tower)
-    if measures:
-        model.numbers.fit(real.numbers)
-    if weights:
-        model.text.tower.requires_grad_(False).load_state_dict(weights)
-    diffusion, model = diffusion.to(device), model.to(device)
-    ema = copy.deepcopy(model).eval()
-    generator = Generator(diffusion, ema, real.classes, cfg, real.images.shape[1], measures, words)
+    device, (generator, model) = data.pick_device(), untrained(real, cfg)
+    diffusion, ema = generator.diffusion, generator.model
+    measures, words = generator.measures, generator.words
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
     identity = dict(config=settings, classes=real.classes, names=real.names, images=real.digest,
-                    channels=real.images.shape[1], measures=measures, words=words, tower=tower,
+                    channels=real.images.shape[1], measures=measures, words=words, tower=generator.tower,
                     numbers=repr(real.numbers.tolist()) if measures else "")
     saved = data.resume(path, "generator", identity, parts) or dict(step=0, log=[])
     start, log = saved["step"], saved["log"]
@@ -317,7 +326,7 @@ def load_generator(path):
     model.load_state_dict(saved["ema"])
     device = data.pick_device()
     return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg, saved["channels"],
-                     saved.get("measures", []), saved.get("words", []))
+                     saved.get("measures", []), saved.get("words", []), saved.get("tower", ()))
 
 
 def noise_of(seeds, shape, device="cpu"):
