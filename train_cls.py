@@ -223,9 +223,10 @@ class Linear(nn.Module):
 
 def network(cfg, classes, channels):
     """Make a fresh recogniser of these classes, weights fixed by the seed; or one begun from cfg.init."""
+    start = load_weights(cfg.init) if cfg.init else None                 # which has a seed of its own
     torch.manual_seed(cfg.seed)
-    if cfg.init:
-        return Tuned(cfg.init, classes)
+    if start:
+        return Tuned(*start[:2], classes)
     if cfg.model == "linear":
         return Linear(len(classes), channels)
     if cfg.model == "resnet":
@@ -467,7 +468,7 @@ def recalls(scores, owner, ks=(1, 5, 10)):
     return found(scores.masked_fill(~own, -math.inf).amax(1), alien), found(scores.T[own.T], alien.T)
 
 
-def chances(owner, N, ks=(1, 5, 10)):
+def recalls_by_chance(owner, N, ks=(1, 5, 10)):
     """Return what recalls would be of scores drawn at random, for N images."""
     M, counts = len(owner), owner.bincount(minlength=N).tolist()
     missed = [np.mean([math.comb(M - m, min(k, M)) / math.comb(M, min(k, M)) for m in counts]) for k in ks]
@@ -519,7 +520,7 @@ def fit_mae(scenes, cfg, path=None, every=1000):
 
     def loss(step, g):
         index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
-        x, _ = augment(data.to_float(images[index]), None, g)
+        x, _ = augment(data.to_float(images[index]), torch.zeros(cfg.batch, 1, device=device), g)
         with data.autocast(device):
             return model(x, g)
 
@@ -549,13 +550,12 @@ def load_weights(path):
 class Tuned(nn.Module):
     """Weights trained before, under a new head: images (B, 3, H, W) in [-1, 1] to class logits (B, K).
 
-    path: a checkpoint. If that is a CLIP, features have length 1, and the head begins as the names of classes
-    say (zero-shot classification; He et al. 2023: "CT w. init"). Else it begins small.
+    Those of a CLIP, with its tokens of texts, make features of length 1, and the head begins as the names of
+    classes say (zero-shot classification; He et al. 2023: "CT w. init"). With others it begins small.
     """
 
-    def __init__(self, path, classes):
+    def __init__(self, model, tokens, classes):
         super().__init__()
-        model, tokens, _ = load_weights(path)
         self.reads = tokens is not None
         if self.reads:
             self.tower, self.head = model.image, zero(nn.Linear(model.project.out_features, len(classes)))
@@ -579,9 +579,12 @@ def embed(model, scenes):
     return scenes and replace(scenes, images=outputs(model.features, scenes.images))
 
 
-def tune(head, real, synthetic, cfg, soft=None):
-    """Train a copy of a head on features, real and synthetic as in fit: Scenes that embed returned."""
-    return fit(real, synthetic, replace(cfg, augment="none"), soft=soft, model=deepcopy(head))[0]
+def tune(linear, real, synthetic, cfg, soft=None):
+    """Train a copy of a head on features, Scenes of embed, real and synthetic as in fit. -> the copy
+
+    There is no augmentation: several views of every image (8, cached) gained nothing that could be seen.
+    """
+    return fit(real, synthetic, replace(cfg, augment="none"), soft=soft, model=deepcopy(linear))[0]
 
 
 def begin_and_tune(real, synthetic, cfg, path):
@@ -760,29 +763,29 @@ def score(model, scenes, parts, test):
 
 def teach_clip(scenes, parts, index, cfg):
     """Train a CLIP on images of a caption set, and score it on val: its retrieval, and it as a classifier."""
-    if data.dist.is_initialized():
-        raise Problem("--captions contrasts whole batches: start it with python, not with torchrun")
-    seen, path = scenes[index], Path(cfg.out) / "clip.pt"
+    seen = scenes[index]
     print(f"{len(seen)} images, {sum(map(len, seen.captions))} sentences, on {data.pick_device()}")
-    model, tokens = fit_clip(seen, cfg, path)
+    model, tokens = fit_clip(seen, cfg, Path(cfg.out) / "clip.pt")
     for part in ("val", "test") if cfg.test else ("val",):
         held = scenes[parts[part]]
         texts, owner = sentences_of(held)
         scores = outputs(model.encode_image, held.images) @ encode_texts(model, tokens, texts).T
         asked = (f"a sentence, of {len(texts)}, for an image", f"the image, of {len(held)}, for a sentence")
-        luck = chances(owner, len(held))
-        for what, *both in zip(asked, recalls(scores, owner), luck, strict=True):
-            found, by_chance = (", ".join(f"{100 * share:.1f}" for share in shares) for shares in both)
-            print(f"{part}: {what} is among the best 1, 5, 10 in {found} %, by chance {by_chance}")
+        lists = recalls(scores, owner), recalls_by_chance(owner, len(held))
+        for what, *both in zip(asked, *lists, strict=True):
+            found, luck = (", ".join(f"{100 * r:.1f}" for r in some) for some in both)
+            print(f"{part}: {what} is among the best 1, 5, 10 in {found} %, by chance {luck}")
     if len(scenes.classes) > 1:
         print("its names of the classes as a classifier:")
-        score(Tuned(path, scenes.classes).to(data.pick_device()), scenes, parts, cfg.test)
+        score(Tuned(model, tokens, scenes.classes).to(data.pick_device()), scenes, parts, cfg.test)
 
 
 def main(cfg):
     """Train on the training split of a tree, score on val, and only if asked to on test. Or predict."""
     if cfg.predict:
         return predict_folder(cfg)
+    if (cfg.captions or cfg.mae) and data.dist.is_initialized():         # they look at whole batches
+        raise Problem("--captions and --mae run in one process: start them with python, not with torchrun")
     path = Path(cfg.out) / "classifier.pt"
     if cfg.init:
         if path.resolve() == Path(cfg.init).resolve():

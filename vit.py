@@ -538,7 +538,7 @@ def bpe(path, count):
     if len(tokens) != count - 2:
         raise ValueError(f"{path} makes {len(tokens)} tokens, but the weights know {count - 2}")
     ids, rank = {token: k for k, token in enumerate(tokens)}, {pair: k for k, pair in enumerate(merges)}
-    numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "N")
+    numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if c.isnumeric() and not c.isalpha())
     words = re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W_{numbers}]+|[{numbers}]|(?:[^\w\s]|_)+", re.I)
 
     @cache
@@ -626,16 +626,16 @@ def tokenizer(path, clip):
 def describe(model):
     """Say in lines what a model of load_pretrained is."""
     image, text = getattr(model, "image", model), getattr(model, "text", None)
-    rgb = [", ".join(f"{value:.3g}" for value in numbers.flatten()) for numbers in (image.mean, image.std)]
+    mean, std = (", ".join(f"{value:.3g}" for value in rgb.flatten()) for rgb in (image.mean, image.std))
     count = sum(p.numel() for p in model.parameters())
     print(f"{model.kind}: {count:,} parameters, {image.blocks[0].mlp[1]}")
-    print(f"images: {image.size} px in patches of {image.stem.patch} px, mean {rgb[0]}, deviation {rgb[1]}")
+    print(f"images: {image.size} px in patches of {image.stem.patch} px, mean {mean}, deviation {std}")
     if text:
-        print(f"texts: {len(text.positions)} tokens, of {text.embed.num_embeddings:,}")
+        print(f"texts: {len(text.positions)} tokens of {text.embed.num_embeddings:,}")
     for name, tower in {"image": image, "text": text}.items():
         if tower:
-            D, heads = len(tower.norm.bias), tower.blocks[0].attention.heads
-            print(f"tower of the {name}: {len(tower.blocks)} blocks, {heads} heads, width {D}")
+            depth, heads = len(tower.blocks), tower.blocks[0].attention.heads
+            print(f"tower of the {name}: {depth} blocks of {heads} heads, width {len(tower.norm.bias)}")
 
 
 def main(path=None):

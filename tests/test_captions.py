@@ -20,7 +20,6 @@ from train_cls import (
     Mixture,
     Tuned,
     begin_and_tune,
-    chances,
     embed,
     encode_texts,
     fit_clip,
@@ -28,6 +27,7 @@ from train_cls import (
     load_classifier,
     load_weights,
     recalls,
+    recalls_by_chance,
     sentences_of,
     tune,
 )
@@ -266,7 +266,7 @@ def test_recall_is_what_a_loop_over_the_sorted_finds():
     tie = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 1]])                   # texts 0 and 1 are of image 0
     assert recalls(tie, torch.tensor([0, 0, 1, 1]), (1, 2)) == ([0.5, 1.0], [0.75, 1.0])
     by_chance = [recalls(torch.randn(7, 20, generator=g), owner, (1, 3)) for _ in range(500)]
-    assert np.allclose(np.mean(by_chance, 0), chances(owner, 7, (1, 3)), atol=0.02)
+    assert np.allclose(np.mean(by_chance, 0), recalls_by_chance(owner, 7, (1, 3)), atol=0.02)
 
 
 # ---- tuning
@@ -277,7 +277,12 @@ def trained(tmp_path, **kw):
     return str(tmp_path / "clip.pt")
 
 
-def images(scenes):
+def begun(path, classes):
+    """A recogniser of classes that begins from weights."""
+    return Tuned(*load_weights(path)[:2], classes)
+
+
+def floats(scenes):
     return data.to_float(scenes.images)
 
 
@@ -291,21 +296,21 @@ def test_names_of_classes_are_written_as_words(name, words):
 def test_the_head_begins_with_what_the_texts_say(tmp_path):
     path = trained(tmp_path, lr=1e-2)
     scenes, (clip, tokens, _) = captioned(), load_weights(path)
-    names = ["sandbox", "trees"]
-    model = Tuned(path, names)
-    texts = [[t.format(name) for t in TEMPLATES] for name in names]
+    names = ["SandRiver", "trees"]
+    model = begun(path, names)
+    texts = [[t.format(name) for t in TEMPLATES] for name in ("sand river", "trees")]
     means = torch.stack([encode_texts(clip, tokens, some).mean(0) for some in texts])
-    expected = clip.log_scale.exp() * clip.encode_image(images(scenes)) @ F.normalize(means, dim=1).T
-    assert_close(model(images(scenes)), expected)
-    assert_close(model.features(images(scenes)).norm(dim=1), torch.ones(6))
+    expected = clip.log_scale.exp() * clip.encode_image(floats(scenes)) @ F.normalize(means, dim=1).T
+    assert_close(model(floats(scenes)), expected)
+    assert_close(model.features(floats(scenes)).norm(dim=1), torch.ones(6))
     tuned = tune(model.head, embed(model, scenes), None, replace(TINY, steps=0))
-    assert_close(tuned(model.features(images(scenes))), expected)
+    assert_close(tuned(model.features(floats(scenes))), expected)
 
 
 def test_tuning_a_head_leaves_the_tower_and_the_head_it_began_with_as_they_were(tmp_path, monkeypatch):
     scenes = replace(captioned(), classes=["river", "trees"])
     cfg = replace(TINY, init=trained(tmp_path), tune="head", lr=0.1)
-    before = Tuned(cfg.init, scenes.classes)
+    before = begun(cfg.init, scenes.classes)
     looked, outputs = [], train_cls.outputs
     monkeypatch.setattr(train_cls, "outputs", lambda f, x: looked.append(len(x)) or outputs(f, x))
     model = begin_and_tune(scenes, None, replace(cfg, augment="noise,cutout"), tmp_path / "classifier.pt")
@@ -320,7 +325,7 @@ def test_tuning_a_head_leaves_the_tower_and_the_head_it_began_with_as_they_were(
     assert_close(tuned.weight, model.head.weight)
     again, classes, size = load_classifier(tmp_path / "classifier.pt")
     assert (classes, size) == (["river", "trees"], 8)
-    assert_close(again(images(scenes)), model(images(scenes)))
+    assert_close(again(floats(scenes)), model(floats(scenes)))
 
 
 def test_a_head_is_tuned_as_this_loop_does_with_synthetic_images_and_soft_targets(tmp_path, adamw_by_hand,
@@ -348,20 +353,23 @@ def test_a_head_is_tuned_as_this_loop_does_with_synthetic_images_and_soft_target
 def test_a_tower_is_tuned_at_a_tenth_of_the_rate_of_its_head(tmp_path, monkeypatch):
     scenes = replace(captioned(), classes=["river", "trees"])
     cfg = replace(TINY, init=trained(tmp_path), steps=1, warmup=1, decay=0.0, lr=0.01)
-    before, after = Tuned(cfg.init, scenes.classes), begin_and_tune(scenes, None, cfg, tmp_path / "c.pt")
+    before, after = begun(cfg.init, scenes.classes), begin_and_tune(scenes, None, cfg, tmp_path / "c.pt")
     for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
         rate = 0.001 if name.startswith("tower") else 0.01               # of AdamW's first step, lr sign(g)
         assert (a - b).abs().max().item() == pytest.approx(rate, rel=0.02), name
-    assert_close(load_classifier(tmp_path / "c.pt")[0](images(scenes)), after(images(scenes)))
+    assert_close(load_classifier(tmp_path / "c.pt")[0](floats(scenes)), after(floats(scenes)))
 
 
 def test_a_classifier_is_a_start_for_other_classes_but_knows_none_by_name(tmp_path):
     scenes = captioned()
     first, _ = train_cls.fit(scenes, None, TINY, tmp_path / "classifier.pt")
     cfg = replace(TINY, init=str(tmp_path / "classifier.pt"), tune="head")
-    model = Tuned(cfg.init, ["x", "y", "z"])
-    assert_close(model.features(images(scenes)), first.features(images(scenes)))
-    assert model(images(scenes)).shape == (6, 3) and model(images(scenes)).abs().max() < 0.5
+    model = begun(cfg.init, ["x", "y", "z"])
+    assert_close(model.features(floats(scenes)), first.features(floats(scenes)))
+    assert model(floats(scenes)).shape == (6, 3) and model(floats(scenes)).abs().max() < 0.5
+    heads = [train_cls.network(replace(cfg, seed=seed), "xyz", 3).head.weight for seed in (0, 0, 1)]
+    assert_close(heads[0], heads[1])
+    assert (heads[0] != heads[2]).all()                                  # the seed is cfg's, not the weights'
     with pytest.raises(Problem, match="--tune none goes by names"):
         begin_and_tune(scenes, None, replace(cfg, tune="none"), tmp_path / "other.pt")
 
@@ -424,6 +432,13 @@ def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeyp
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["captions", "mae"])
+def test_whole_batches_are_for_one_process(monkeypatch, flag):
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    with pytest.raises(Problem, match="run in one process"):
+        train_cls.main(train_cls.Script(data="nowhere", **{flag: True}))
+
+
 def test_a_tree_without_sentences_teaches_no_clip():
     with pytest.raises(Problem, match="--captions needs sentences"):
         fit_clip(replace(captioned(), captions=[*SAID[:-1], ()]), TINY)
@@ -465,13 +480,13 @@ def test_mae_learns_to_draw_and_its_vit_is_a_start(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "descend", lambda *a: losses.append(a[2].item()) or descend(*a))
     vit = fit_mae(scenes, cfg, tmp_path / "mae.pt")
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
-    start = Tuned(tmp_path / "mae.pt", ["x", "y", "z"])
-    assert_close(start.features(images(scenes)), vit.features(images(scenes)), rtol=0, atol=1e-3)
+    start = begun(tmp_path / "mae.pt", ["x", "y", "z"])
+    assert_close(start.features(floats(scenes)), vit.features(floats(scenes)), rtol=0, atol=1e-3)
 
 
 def test_no_step_waits_for_the_device(hasty_steps):
     fit_clip(captioned(), TINY)
-    fit_mae(captioned(), TINY)
+    fit_mae(captioned(), replace(TINY, augment="hflip,cutmix"))
     assert hasty_steps == [1, 2, 3, 4] * 2
 
 
