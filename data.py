@@ -315,6 +315,8 @@ def read_captions(root, size, skip_broken=False, cache="runs/cache"):
 
     how = dict(size=size, skip_broken=skip_broken, captions=True)
     content = cached(decode_set, root, cache, how, files)
+    if not content["names"]:
+        raise Problem(f"{root}: no picture of {path.name} decodes: unpack them again")
     parts, kinds, captions = zip(*[rows[Path(name).name] for name in content["names"]], strict=True)
     classes = sorted(set(kinds))
     labels, captions = torch.tensor([classes.index(kind) for kind in kinds]), [*map(tuple, captions)]

@@ -797,6 +797,7 @@ def main(cfg):
     if cfg.captions:
         return teach_clip(scenes, parts, index, cfg)
     if cfg.mae:
+        print(f"{len(index)} images without their classes, on {data.pick_device()}")
         return fit_mae(scenes[index], cfg, Path(cfg.out) / "mae.pt")
     if len(scenes.classes) < 2:
         raise Problem(f"{cfg.data} tells no classes: train on its sentences with --captions")

@@ -566,7 +566,8 @@ def test_pairs_are_merged_in_the_order_of_the_file(tmp_path):
 
 
 PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -3.0), ("\u2581a", -2.0), ("b", -4.0),
-          ("c", -4.0), ("bc", -5.0), ("\u2581ab", -3.5), ("a", -4.0), ("abc", -9.5), ("1", -4.0)]
+          ("c", -4.0), ("bc", -5.0), ("\u2581ab", -3.5), ("a", -4.0), ("abc", -9.5), ("1", -4.0),
+          ("vw", -9.0)]
 
 
 def protobuf(pieces):
@@ -589,16 +590,16 @@ def pieces(request, tmp_path):
 
 @pytest.mark.parametrize("text, expected", [
     ("abc", "\u2581a bc"), ("AB. c", "\u2581ab \u2581 c"), ("a?!", "\u2581a"), ("", ""),
-    (" b  b ", "\u2581 b \u2581 b"), ("axyzb", "\u2581a <unk> b"),
+    (" b  b ", "\u2581 b \u2581 b"), ("axyzb", "\u2581a <unk> b"), ("avwv", "\u2581a vw <unk>"),
     ("\uff41\u00b9", "\u2581a 1")])
 def test_text_is_cut_into_the_most_probable_pieces(pieces, text, expected):
     names = [name for name, _ in PIECES]
-    assert vit.unigram(pieces, 12)(text) == [names.index(piece) for piece in expected.split()]
+    assert vit.unigram(pieces, 13)(text) == [names.index(piece) for piece in expected.split()]
 
 
 def test_every_way_to_cut_is_weighed(pieces):
     score, names = dict(PIECES), [name for name, _ in PIECES]
-    encode = vit.unigram(pieces, 12)
+    encode = vit.unigram(pieces, 13)
     for text in map("".join, itertools.product("abc", repeat=5)):
         ways = []
         for cuts in itertools.product([0, 1], repeat=5):
@@ -610,8 +611,8 @@ def test_every_way_to_cut_is_weighed(pieces):
 
 
 def test_a_vocabulary_of_another_size_is_refused(pieces):
-    with pytest.raises(ValueError, match="has 12 pieces, but the weights know 13"):
-        vit.unigram(pieces, 13)
+    with pytest.raises(ValueError, match="has 13 pieces, but the weights know 14"):
+        vit.unigram(pieces, 14)
 
 
 def fake(count, length, causal):
@@ -628,7 +629,7 @@ def test_the_vocabulary_lies_beside_the_weights(tmp_path, bytes_only):
 
 
 def test_siglip_ends_a_text_and_pads_it_with_the_same_token(pieces):
-    encode = vit.tokenizer(pieces.parent / "a.pt", fake(12, 4, False))
+    encode = vit.tokenizer(pieces.parent / "a.pt", fake(13, 4, False))
     assert encode(["a", "bbbbb"]).tolist() == [[4, 1, 1, 1], [3, 5, 5, 1]]
 
 
