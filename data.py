@@ -283,6 +283,12 @@ parking lot, river, runway, sparse residential, storage tanks, tennis court""".r
 NO_CLASS = "scene"                                       # a name, as images made of it go to its folder
 
 
+def in_words(name):
+    """Write the name of a class as words: "denseresidential", "dense_residential", "DenseResidential"."""
+    known = {words.replace(" ", ""): words for words in UC_MERCED}
+    return known.get(name) or re.sub("(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
+
+
 def find_captions(root):
     """Return the JSON that makes a folder a caption set, or None."""
     return next((path for name in ("dataset*.json", "captions.json") for path in Path(root).glob(name)), None)
@@ -314,8 +320,9 @@ def read_captions(root, size, skip_broken=False, cache="runs/cache"):
         raise Problem(f"{root}: no picture of {path.name} decodes: unpack them again")
     parts, kinds, captions = zip(*[rows[Path(name).name] for name in content["names"]], strict=True)
     classes = sorted(set(kinds))
-    return Scenes(**content, labels=torch.tensor([classes.index(kind) for kind in kinds]), classes=classes,
-                  given=torch.tensor(parts), captions=[tuple(sentences) for sentences in captions])
+    labels, captions = torch.tensor([classes.index(kind) for kind in kinds]), [*map(tuple, captions)]
+    return with_numbers(Scenes(**content, labels=labels, classes=classes, given=torch.tensor(parts),
+                               captions=captions), root)
 
 
 def caption_rows(path):
@@ -1040,7 +1047,7 @@ def sum_gradients(model):
     the sending behind the backward pass; that pays between machines, and costs a wrapped model.)
     """
     if dist.is_initialized():
-        gradients = [p.grad for p in model.parameters()]
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
         summed = total(torch.cat([g.flatten() for g in gradients])).split([g.numel() for g in gradients])
         for g, s in zip(gradients, summed, strict=True):
             g.copy_(s.view_as(g))

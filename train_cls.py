@@ -10,7 +10,6 @@
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
 import math
-import re
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -26,7 +25,20 @@ import data
 import vit
 from augment import OVERHEAD, compose
 from data import Problem, flag
-from vit import CLIP, Block, Convolutions, Patches, Text, ViT, head, mean_token, zero
+from vit import (
+    CLIP,
+    LENGTH,
+    Block,
+    Convolutions,
+    Patches,
+    Text,
+    ViT,
+    head,
+    mean_token,
+    word_tokens,
+    words_of,
+    zero,
+)
 
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
 TUNES = "all", "head", "none"
@@ -397,25 +409,6 @@ def load_classifier(path):
 
 # ---- CLIP, from images and their sentences
 
-LENGTH = 64                                            # tokens of a text at most
-
-
-def words_of(text):
-    """Split a text into its words, [str], in small letters."""
-    return re.findall(r"[^\W_]+", text.lower())
-
-
-def word_tokens(texts, words):
-    """Encode texts by the places of their words in a vocabulary [V]: (B, L) int64, L <= LENGTH.
-
-    0 pads, V + 1 starts, V + 2 ends. Words that are not in it are left out: nobody could have learned them.
-    Words, as sentences of bytes are five times as long, and spelling is much to learn from a few thousand.
-    """
-    place = {word: k for k, word in enumerate(words, 1)}
-    known = [[place[word] for word in words_of(text) if word in place] for text in texts]
-    return vit.padded(known, min(LENGTH, 2 + max(map(len, known))), [len(words) + 1], len(words) + 2, 0)
-
-
 def sentences_of(scenes):
     """List the sentences of all images, [M], and for each the number of its image, (M,) int64."""
     owner = [k for k, texts in enumerate(scenes.captions) for _ in texts]
@@ -540,12 +533,6 @@ def fit_mae(scenes, cfg, path=None, every=1000):
 
 # ---- tuning: a classifier that begins from weights trained before
 
-def in_words(name):
-    """Write the name of a class as words: "denseresidential", "dense_residential", "DenseResidential"."""
-    known = {words.replace(" ", ""): words for words in data.UC_MERCED}
-    return known.get(name) or re.sub("(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
-
-
 def load_weights(path):
     """Read weights to begin from. -> a CLIP and its tokens of texts, or a recogniser and None; image size."""
     try:
@@ -575,7 +562,7 @@ class Tuned(nn.Module):
         self.reads = tokens is not None
         if self.reads:
             self.tower, self.head = model.image, zero(nn.Linear(model.project.out_features, len(classes)))
-            names = vit.zero_shot(model, tokens, [in_words(name) for name in classes])               # (K, D)
+            names = vit.zero_shot(model, tokens, [data.in_words(name) for name in classes])           # (K, D)
             self.head.weight.data = model.log_scale.exp().item() * names
         else:
             self.tower, self.head = model, head(model.head.in_features, len(classes))

@@ -202,6 +202,25 @@ def byte_tokens(texts, length):
     return padded([[b + 1 for b in text.encode()] for text in texts], length, [START], END, PAD)
 
 
+LENGTH = 64                                            # tokens of a text at most
+
+
+def words_of(text):
+    """Split a text into its words, [str], in small letters."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def word_tokens(texts, words):
+    """Encode texts by the places of their words in a vocabulary [V]: (B, L) int64, L <= LENGTH.
+
+    0 pads, V + 1 starts, V + 2 ends. Words that are not in it are left out: nobody could have learned them.
+    Words, as sentences of bytes are five times as long, and spelling is much to learn from a few thousand.
+    """
+    place = {word: k for k, word in enumerate(words, 1)}
+    known = [[place[word] for word in words_of(text) if word in place] for text in texts]
+    return padded(known, min(LENGTH, 2 + max(map(len, known))), [len(words) + 1], len(words) + 2, 0)
+
+
 class Text(nn.Module):
     """Token ids (B, L) to features of every token, (B, L, D); if causal, of it and those before it only."""
 

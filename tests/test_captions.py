@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import data
 import train_cls
 from augment import compose
-from data import TEST, TRAIN, UNSAID, Problem, Scenes
+from data import TEST, TRAIN, UNSAID, Problem, Scenes, in_words
 from train_cls import (
     LENGTH,
     Mixture,
@@ -24,16 +24,14 @@ from train_cls import (
     encode_texts,
     fit_clip,
     fit_mae,
-    in_words,
     load_classifier,
     load_weights,
     recalls,
     recalls_by_chance,
     sentences_of,
     tune,
-    word_tokens,
 )
-from vit import CLIP, TEMPLATES, Text, Tower, ViT, byte_tokens, zero_shot
+from vit import CLIP, TEMPLATES, Text, Tower, ViT, byte_tokens, word_tokens, zero_shot
 
 
 def pictures(folder, names):
