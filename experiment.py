@@ -273,6 +273,8 @@ class Config:
         if self.data and self.leg:
             raise Problem(f"--leg {self.leg}: --data decides which leg it is; give one of them")
         named = self.leg or (self.data and ("buildings" if data.is_xbd(self.data) else "scenes"))
+        if named == "buildings" and self.init:
+            raise Problem("--study clip is for scenes: CLIP knows no masks")
         return [named] if named else list(LEGS)
 
     def resolved(self, leg):
@@ -301,7 +303,8 @@ class Config:
         arms = {name: arm for name, arm in leg.arms.items() if name in asked or "all" in asked}
         for study in listed(self.study):
             for name, change in (leg.controls if study == "controls" else STUDIES[study]).items():
-                if leg.rare or change.get("augment") != "copypaste":            # scenes have no masks
+                lacks = "tune" in change if leg.rare else change.get("augment") == "copypaste"
+                if not lacks:                                # CLIP knows no masks, and scenes have none
                     arms[f"{study}: {name}"] = replace(leg.arms[leg.mix], **change)
         return arms
 

@@ -101,6 +101,13 @@ def test_the_study_and_its_weights_go_together(flags):
         Config(**flags)
 
 
+def test_clip_is_for_scenes():
+    with pytest.raises(data.Problem, match="knows no masks"):
+        Config(study="clip", init="clip.pt", leg="buildings").legs()
+    cfg = Config(study="clip", init="clip.pt")
+    assert not [name for name in cfg.wanted(LEGS["buildings"]) if name.startswith("clip")]
+
+
 def test_claims_of_clip_have_arms():
     leg = LEGS["scenes"]
     names = {f"clip: {name}" for name in STUDIES["clip"]}
