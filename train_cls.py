@@ -26,27 +26,28 @@ MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without 
 
 
 @dataclass
-class Config:
+class Config(data.Settings):
     """Everything that makes a classifier but the images."""
     model: str = flag("vit", f"recogniser: {', '.join(MODELS)}")
-    size: int = flag(64, "side of the images in pixels")
-    patch: int = flag(8, "pixels a side of a token")
-    dim: int = flag(192, "width of a token")
-    depth: int = flag(6, "transformer blocks")
-    heads: int = flag(3, "attention heads")
-    steps: int = flag(5000, "optimizer steps")
-    batch: int = flag(128, "images per step, real and synthetic together")
-    lr: float = flag(1e-3, "peak learning rate")
-    warmup: int = flag(200, "steps to reach it")
-    decay: float = flag(0.1, "weight decay, on matrices only")
-    smoothing: float = flag(0.1, "label smoothing")
-    share: float = flag(0.0, "probability that a synthetic image takes the place of a real one of its class")
+    size: int = flag(64, "side of the images in pixels", 1, 1024)
+    patch: int = flag(8, "pixels a side of a token", 1, 1024)
+    dim: int = flag(192, "width of a token", 16, 8192)
+    depth: int = flag(6, "transformer blocks", 0, 100)
+    heads: int = flag(3, "attention heads", 1, 512)
+    steps: int = flag(5000, "optimizer steps", 1)
+    batch: int = flag(128, "images per step, real and synthetic together", 1, 65_536)
+    lr: float = flag(1e-3, "peak learning rate", 1e-9)
+    warmup: int = flag(200, "steps to reach it", 0)
+    decay: float = flag(0.1, "weight decay, on matrices only", 0, 100)
+    smoothing: float = flag(0.1, "label smoothing", 0, 0.99)
+    share: float = flag(0.0, "probability that a synthetic image stands in for a real one of its class", 0, 1)
     pretrain: bool = flag(False, "synthetic images first, for this share of the steps, then real ones only")
     balance: bool = flag(False, "draw all classes equally often, however rare they are")
     augment: str = flag(OVERHEAD, "augmentations by name, in order; none is none")
-    seed: int = flag(0, "fixes the choice of images, weights and batches")
+    seed: int = flag(0, "fixes the choice of images, weights and batches", 0, 2**32 - 1)
 
     def __post_init__(self):
+        super().__post_init__()
         compose(self.augment)
         if self.model not in MODELS:
             raise ValueError(f"--model {self.model}: known are {', '.join(MODELS)}")
@@ -54,10 +55,8 @@ class Config:
             raise ValueError(f"--size {self.size} is not divisible by --patch {self.patch}")
         if self.model == "vit" and self.patch not in (2, 4, 8, 16, 32):
             raise ValueError(f"--patch {self.patch}: convolutions halve, so 2, 4, 8, 16 or 32")
-        if self.dim % self.heads or self.dim % 16:
+        if self.dim % 16 or self.model in ("vit", "patches") and self.dim % self.heads:
             raise ValueError(f"--dim {self.dim} must be divisible by 16 and by --heads {self.heads}")
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"--share {self.share}: a probability, 0 to 1")
 
 
 @dataclass
@@ -66,10 +65,24 @@ class Script(Config):
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
     synthetic: str = flag("", "tree of synthetic images, same class names, as train_gen.py --sample makes")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
-    per_class: int = flag(0, "real training images per class, or tiles of an xBD tree (0: all)")
-    out: str = flag("runs/cls", "folder for classifier.pt, or where it is")
+    per_class: int = flag(0, "real training images per class, or tiles of an xBD tree (0: all)", 0)
+    out: str = flag("runs/cls", "folder for classifier.pt, or where it is", alone=True)
     predict: str = flag("", "classify the pictures of a folder instead of training: predictions.csv in --out")
     test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
+
+    def __post_init__(self):
+        super().__post_init__()
+        trained = {f.name for f in fields(Config)} | {"data", "synthetic", "per_class", "test"}
+        idle = {"linear": ["patch", "dim", "depth", "heads", "steps", "batch", "lr", "warmup", "decay",
+                           "smoothing", "pretrain", "augment"], "resnet": ["patch", "depth", "heads"]}
+        data.without_effect(self, trained if self.predict else [], "with --predict")
+        data.without_effect(self, idle.get(self.model, []), f"with --model {self.model}")
+        data.without_effect(self, [] if self.share else ["pretrain"], "without --share")
+        if "copypaste" in self.augment.split(","):
+            raise ValueError("--augment copypaste needs masks, which only experiment.py gives a classifier")
+        if bool(self.synthetic) != (self.share > 0):
+            raise ValueError("--synthetic and --share belong together: "
+                             "give the tree and the probability of its images")
 
 
 # ---- the recognisers beside the ViT
@@ -278,7 +291,7 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
     settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
     identity = dict(config=settings, classes=mixture.pools[0].classes, channels=channels,
                     images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
-    saved = data.resume(path, "classifier", identity, parts) or dict(step=0, synthetic_seen=torch.zeros(()))
+    saved = data.resume(path, "classifier", identity, parts, dict(step=0, synthetic_seen=torch.zeros(())))
     start, synthetic_seen = saved["step"], saved["synthetic_seen"].to(device)
 
     def keep(step):
@@ -325,9 +338,10 @@ def predict(model, images, batch=512):
 def load_classifier(path):
     """Read a checkpoint. Returns the model in eval mode, its classes and image size."""
     saved = data.load_checkpoint(path, "classifier")
-    cfg = Config(**saved["config"])
-    model = network(cfg, len(saved["classes"]), saved["channels"])
-    model.load_state_dict(saved["model"])
+    with data.refusing(path, "is broken", "train it again, or give another path"):
+        cfg = Config(**saved["config"])
+        model = network(cfg, len(saved["classes"]), saved["channels"])
+        model.load_state_dict(saved["model"])
     return model.to(data.pick_device()).eval(), saved["classes"], cfg.size
 
 
@@ -466,12 +480,9 @@ def predict_folder(cfg):
 
 def read_synthetic(cfg, classes):
     """Read the tree --synthetic, if any: Scenes, with classes numbered as in `classes`, or None."""
-    if bool(cfg.synthetic) != (cfg.share > 0):
-        raise Problem("--synthetic and --share belong together: "
-                      "give the tree and the probability of its images")
     if not cfg.synthetic:
         return None
-    synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken)
+    synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken, least=1)
     if unknown := sorted(set(synthetic.classes) - set(classes)):
         raise Problem(f"{cfg.synthetic} has classes that {cfg.data} has not: {', '.join(unknown)}")
     if without := len(classes) - len(synthetic.classes):
