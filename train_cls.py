@@ -22,6 +22,7 @@ from augment import OVERHEAD, compose
 from data import Problem, flag
 from vit import Convolutions, Patches, ViT, head, mean_token, zero
 
+SMALL = "--size 32 --patch 4 --dim 64 --depth 1 --heads 2 --steps 1500 --batch 64 --lr 4e-3 --warmup 50"
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
 
 
@@ -499,9 +500,11 @@ def main(cfg):
     parts = data.split(scenes)
     index = data.choose(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
     synthetic = read_synthetic(cfg, scenes.classes)
-    print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, "
-          f"on {data.pick_device()}")
-    model, _ = fit(scenes[index], synthetic, cfg, Path(cfg.out) / "classifier.pt")
+    real = scenes[index]
+    print(f"{len(real)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes")
+    if cfg.model != "linear":                                 # which takes a second
+        data.forecast(lambda cfg: fit(real, synthetic, cfg), cfg, SMALL)
+    model, _ = fit(real, synthetic, cfg, Path(cfg.out) / "classifier.pt")
     for part in ("val", "test") if cfg.test else ("val",):
         held = scenes[parts[part]]
         counts = totals(held.labels, predict(model, held.images), len(scenes.classes))

@@ -23,6 +23,8 @@ from ddpm import PREDICTS, SCHEDULES, Diffusion
 from unet import Condition, UNet
 
 GIVEN = "pre", "mask", "lowres", "edges", "numbers"
+SMALL = ("--size 32 --width 32 --mults 1,2,4 --blocks 1 --patch 2 --predict x0 --steps 2400 --batch 32 "
+         "--lr 2e-3 --warmup 50 --ema 0.99")
 
 
 @dataclass
@@ -371,9 +373,10 @@ def main(cfg):
     if cfg.per_class:
         index = data.choose(scenes, index, cfg.per_class, cfg.seed)
     path = Path(cfg.out) / "generator.pt"
-    print(f"{len(index)} images of {len(scenes.classes)} classes, on {data.pick_device()}; "
-          f"look at {cfg.out}/samples-*.png")
-    train(scenes[index], cfg, path, cfg.every, look=8)
+    print(f"{len(index)} images of {len(scenes.classes)} classes; look at {cfg.out}/samples-*.png")
+    real = scenes[index]
+    data.forecast(lambda cfg: train(real, cfg), cfg, SMALL)
+    train(real, cfg, path, cfg.every, look=8)
     print(f"done: python train_gen.py --sample {path} makes images with it")
 
 

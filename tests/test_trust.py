@@ -21,7 +21,7 @@ def archive(**members):
 
 @pytest.fixture
 def server(monkeypatch):
-    """Serve a data set: files {name: bytes}; mood(number of the request, bytes) -> what is sent, its length."""
+    """Serve files {name: bytes}; mood(number of the request, bytes) -> what is sent, its length."""
     say = SimpleNamespace(files={}, mood=lambda k, part: (part, len(part)), ranges=True, asked=[])
 
     class Handler(BaseHTTPRequestHandler):
