@@ -74,6 +74,8 @@ class Scenes:
             self.given = torch.full_like(self.labels, UNSAID)
         if self.numbers is None:
             self.numbers = torch.zeros(len(self.labels), 0)
+        if odd := [name for name in self.classes if not is_name(name)]:  # it is printed, and a folder
+            raise Problem(f"a class is named {odd[0]!r}: give it a name of letters")
 
     def __len__(self):
         return len(self.labels)
@@ -280,11 +282,10 @@ def find_pictures(root, least):
         raise Problem(f"no folder {root}: give one with a folder of pictures per class "
                       "(python data.py tells how to get RESISC45)")
     if (root / "images").is_dir() and ((root / "labels").is_dir() or (root / "targets").is_dir()):
-        raise Problem(f"{root} looks like a split of xBD: name it {', '.join(FOLDERS)}, and give the folder "
-                      "that holds it")
-    there = [p for p in root.rglob("[!.]*") if not p.is_dir()]
-    files = sorted(p for p in there if p.parent.parent == root and p.suffix.lower() in SUFFIXES
-                   and not p.parent.name.startswith("."))
+        raise Problem(f"{root} looks like a split of xBD: give the folder that holds it, where it is called "
+                      f"one of {', '.join(FOLDERS)}")
+    there = [p for p in root.rglob("*") if not (p.is_dir() or "/." in f"/{p.relative_to(root).as_posix()}")]
+    files = sorted(p for p in there if p.parent.parent == root and p.suffix.lower() in SUFFIXES)
     folders = {p.parent for p in files}
     if own := [folder for folder in sorted(folders) if any((folder / name).exists() for name in OUTPUT)]:
         raise Problem(f"{own[0]} is the output of a run, no class: move it elsewhere, or give another folder")
@@ -430,7 +431,7 @@ def find_tiles(root):
     tiles, rest = {}, []
     for path in Path(root).glob("[!.]*/*/[!.]*"):
         folder, part = path.parts[-3:-1]
-        found = re.fullmatch(r"(.+_\d+)_(pre|post)_disaster\.(png|json)", path.name)
+        found = re.fullmatch(r"([\w.-]+_\d+)_(pre|post)_disaster\.(png|json)", path.name)
         if found and folder in FOLDERS and part in ("images", "labels"):
             tile, time, kind = found.groups()
             tiles.setdefault(f"{folder}/{tile}", {})[f"{time}.{kind}"] = path
@@ -989,7 +990,7 @@ def forecast(run, cfg, small):
 
     device = pick_device()
     said = f"{cfg.steps} steps of {cfg.batch} images on {device}"
-    if device.type == "cpu" and not dist.is_initialized():
+    if device.type == "cpu" and cfg.steps > 50 and not dist.is_initialized():
         (second, byte), (seconds, bytes) = measure(1), measure(4)
         minutes = cfg.steps / 60 * (second + max(0, seconds - second) / 3 * (cfg.batch - 1))
         said += f": about {minutes:.0f} minutes and {(bytes - byte) / 3 * cfg.batch / 1e9:.1f} GB of memory"
@@ -1100,7 +1101,7 @@ def load(path, mmap=False):
 def kept(path, stamp, make, old="it is of something else"):
     """Return what make() does: from the file path, if that is whole and has this stamp, or else anew."""
     try:
-        found = json.loads(path.read_bytes()) if path.suffix == ".json" else load(path, mmap=True)
+        found = load(path, mmap=True)
         if found["stamp"] != stamp:
             raise ValueError(old)
         return found["content"]
@@ -1109,7 +1110,7 @@ def kept(path, stamp, make, old="it is of something else"):
     except Exception as error:                                           # files break in dozens of ways
         warn(f"{path} is made again: {reason(error)}")
     found = dict(stamp=stamp, content=make())
-    write(path, json.dumps(found)) if path.suffix == ".json" else save(path, found)
+    save(path, found)
     return found["content"]
 
 

@@ -254,8 +254,8 @@ class Config(data.Settings):
         if self.data and self.leg:
             raise Problem(f"--leg {self.leg}: --data decides which leg it is; give one of them")
         named = self.leg or (self.data and ("buildings" if data.is_xbd(self.data) else "scenes"))
-        if named and (idle := dict(buildings=["skip_broken"], scenes=["label"])[named]):
-            data.without_effect(self, idle, f"on {named}")
+        if named == "scenes" and self.label != "damage" or named == "buildings" and self.skip_broken:
+            raise Problem(f"--label is for buildings, --skip-broken for scenes, and these are {named}")
         return [named] if named else list(LEGS)
 
     def resolved(self, leg):
@@ -951,7 +951,7 @@ def judge(case, real, synthetic, fresh, what):
     if len(a) < 10:
         return {}
     name = digest("likeness", case.s.cls, real.digest, synthetic.digest, unseen.digest)
-    path, sheet = (case.out / "judged" / f"{name}.{kind}" for kind in ("json", "png"))
+    path, sheet = (case.out / "judged" / f"{name}.{kind}" for kind in ("pt", "png"))
 
     def make():
         cfg = replace(case.s.cls, augment=OVERHEAD, balance=case.leg.rare)
