@@ -179,19 +179,25 @@ _SMALL = Scale(
     gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, predict="x0", steps=800,
                          batch=32, lr=2e-3, warmup=50, ema=0.99, augment="none"),
     cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=200, batch=64, lr=4e-3, warmup=50))
+_MEDIUM = replace(
+    _SMALL, counts=(20,), subsets=5, made=60, curve=(5, 10, 40),
+    gen=train_gen.Config(mults=(1, 2, 4), blocks=1, patch=2, predict="x0", steps=3000, batch=64, lr=1e-3,
+                         warmup=100, ema=0.995, augment="none"),
+    cls=train_cls.Config(patch=8, dim=128, depth=2, heads=4, steps=2000, batch=64, lr=2e-3, warmup=100))
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
     counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=12, w=1.5, drawn=700, curve=(5, 20, 40, 150),
     arms=(),
     gen=train_gen.Config(augment="none"), cls=train_cls.Config())
 SCALES = {
-    "scenes": dict(smoke=_SMOKE, small=_SMALL, full=_FULL),
+    "scenes": dict(smoke=_SMOKE, small=_SMALL, medium=_MEDIUM, full=_FULL),
     "buildings": dict(
         smoke=replace(_SMOKE, counts=(12,), drawn=64, curve=(8, 16)),
         small=replace(_SMALL, counts=(8,), drawn=256, curve=(8, 16, 32, 64),
                       gen=replace(_SMALL.gen, steps=700), cls=replace(_SMALL.cls, steps=550),
                       arms=("balanced", "balanced + synthetic", "balanced + fresh real", "balanced + copies",
                             "linear: balanced", "linear: balanced + synthetic")),
+        medium=replace(_MEDIUM, counts=(32,), subsets=1, drawn=256, curve=(8, 16, 64)),
         full=replace(_FULL, counts=(0,), made=5000, drawn=1000, subsets=1, curve=(100, 400, 1600))),
 }
 
@@ -209,7 +215,7 @@ class Config(data.Settings):
     """What may be asked for on the command line. 0, empty or None: as --scale has it; --w 0 is a scale."""
     data: str = flag("", "tree with a folder per class, or xBD tree (empty: both are drawn)")
     out: str = flag("runs/experiment", "folder for results.csv, report.html, images, generators", alone=True)
-    scale: str = flag("", "smoke, small or full (empty: full for --data on a GPU, else small)")
+    scale: str = flag("", "smoke, small, medium or full (empty: medium for --data on a GPU, else small)")
     smoke: bool = flag(False, "every stage in under a minute, the same as --scale smoke")
     dry_run: bool = flag(False, "print the plan: runs, steps, time, disk; run nothing")
     leg: str = flag("", "without --data: scenes or buildings only (empty: both)")
@@ -260,7 +266,7 @@ class Config(data.Settings):
 
     def resolved(self, leg):
         """The Scale of a leg that these flags stand for."""
-        usual = "full" if self.data and torch.cuda.is_available() else "small"
+        usual = "medium" if self.data and torch.cuda.is_available() else "small"
         s = SCALES[leg]["smoke" if self.smoke else self.scale or usual]
         given = {k: getattr(self, k) for k in ("seeds", "subsets", "made") if getattr(self, k)}
         if self.w is not None:

@@ -34,20 +34,21 @@ def head(dim, classes):
 class Attention(nn.Module):
     """Multi-head self-attention, (B, L, D) -> (B, L, D).
 
-    softmax(q k^T / sqrt(d)) v in every head (Vaswani et al. 2017, Eq. 1).
+    softmax(q k^T / sqrt(d)) v in every head (Vaswani et al. 2017, Eq. 1). If causal, no token looks at
+    later ones.
     """
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, causal=False):
         super().__init__()
         if dim % heads:
             raise ValueError(f"{heads} attention heads do not divide a width of {dim}")
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)   # (B, heads, L, d)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(rearrange(x, "b h l d -> b l (h d)"))
 
 
@@ -57,10 +58,10 @@ class Block(nn.Module):
     Tokens exchange information (attention), then each is processed alone (MLP). Starts as the identity.
     """
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, causal=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attention = Attention(dim, heads)
+        self.attention = Attention(dim, heads, causal)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), zero(nn.Linear(4 * dim, dim)))
         zero(self.attention.out)
@@ -160,6 +161,67 @@ class ViT(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(x))                                                       # (B, K)
+
+
+# ---- the same blocks for language: CLIP
+
+PAD, START, END = 0, 257, 258
+
+
+def byte_tokens(texts, length):
+    """Encode texts as their UTF-8 bytes plus 1, between START and END, then PAD: (B, length) int64.
+
+    What is too long is cut. END is the largest of all ids, as in CLIP, which finds it by argmax.
+    """
+    rows = [[START, *[b + 1 for b in text.encode()[:length - 2]], END] for text in texts]
+    return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+
+
+class Text(nn.Module):
+    """Token ids (B, L) -> features of every token, (B, L, D); each has seen those before it only."""
+
+    def __init__(self, vocabulary=END + 1, length=96, dim=192, depth=4, heads=3):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, dim)
+        self.positions = nn.Parameter(0.01 * torch.randn(length, dim))
+        self.blocks = nn.Sequential(*[Block(dim, heads, causal=True) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.positions[:ids.shape[1]]                                      # (B, L, D)
+        return self.norm(self.blocks(x))
+
+
+class CLIP(nn.Module):
+    """An image tower and a text tower, trained to agree (Radford et al. 2021, 2103.00020, figure 3).
+
+    image: a ViT whose K logits are the axes of the common space; text: a Text.
+    """
+
+    def __init__(self, image, text):
+        super().__init__()
+        self.image, self.text = image, text
+        self.project = nn.Linear(text.embed.embedding_dim, image.head.out_features, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def encode_image(self, x):
+        """Place images (B, C, H, W) on the unit sphere, (B, K)."""
+        return F.normalize(self.image(x), dim=1)
+
+    def encode_text(self, ids):
+        """Place texts, ids (B, L), on the unit sphere, (B, K): at their END, which has seen them whole."""
+        end = self.text(ids)[torch.arange(len(ids)), ids.argmax(1)]                              # (B, D)
+        return F.normalize(self.project(end), dim=1)
+
+    def forward(self, x, ids):
+        """Score every image with every text: (B, B)."""
+        return self.log_scale.exp() * self.encode_image(x) @ self.encode_text(ids).T
+
+
+def contrastive(logits):
+    """Cross-entropy of finding the text of each image and the image of each text; logits (B, B)."""
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def main():

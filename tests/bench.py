@@ -5,16 +5,19 @@
 
 Every ratio is the median of pairs measured in turns in one process, so that a busy machine slows both sides.
 Peers do what their own examples do, at our sizes, precision and batch; one that is not installed is named.
-On 2 cores of an AMD EPYC, torch 2.13 CPU, beside other work; nothing has been measured on a GPU yet:
+Measured on 2 cores of an AMD EPYC, torch 2.13 CPU, beside other work, and on an NVIDIA H200, torch 2.11
+(commit 64fd9df), where small steps wait for its slow processor:
 
-    row                                                                   target        measured
-    sampling loop / its bare network calls                                at most 1.03  1.02 (CPU time)
-    images sampled per second / diffusers, denoising-diffusion-pytorch    1.2, 2        1.34, 2.11
-    generator training step / diffusers, denoising-diffusion-pytorch      1.1, 1.5      1.31, 1.45
-    ViT training step (plain patches) / timm                              1.1           1.04
-    default augmentation of a batch / torchvision v2 image by image       8             6.2 to 7.8
-    decoding 256-px JPEG to 64 px / Pillow one by one                     3             1.9 to 2.1
-    network calls for the quality of 100 of DDIM                          at most 0.2   0.07
+    row                                                                target        CPU         H200
+    sampling loop / its bare network calls                             at most 1.03  1.02        1.03
+    CUDA graph of the loop / without, small network                    2                         3.2
+    images sampled per second / diffusers, denoising-diffusion-pytorch 1.2, 2        1.34, 2.11  1.56, 1.18
+    generator training step / diffusers, denoising-diffusion-pytorch   1.1, 1.5      1.31, 1.45  1.36, 1.29
+    ViT training step (plain patches) / timm                           1.1           1.04        1.09
+    default augmentation of a batch / torchvision v2 image by image    8             6.2 to 7.8  176
+    decoding 256-px JPEG to 64 px / Pillow one by one                  3             1.9 to 2.1  2.1
+    network calls for the quality of 100 of DDIM                       at most 0.2   0.07        0.07
+    memory of training at the default size, of 8 GiB                   1             0.79        0.88
 """
 import importlib
 import os

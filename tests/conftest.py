@@ -35,6 +35,12 @@ def waiting_forbidden():
 
 
 @pytest.fixture
+def on_cpu(monkeypatch):
+    """Keep the test on the CPU: what it says is true there to the bit, or its own tensors lie there."""
+    monkeypatch.setattr(data, "pick_device", lambda: torch.device("cpu"))
+
+
+@pytest.fixture
 def no_waiting():
     return waiting_forbidden
 

@@ -78,9 +78,9 @@ def buildings():
     return real[real.given != data.TEST], real[real.given == data.TEST]
 
 
-def trained(name, real, given="", steps=1000):
+def trained(name, real, given="", steps=1000, size=24):
     """Train a small generator, or go on with the one of an earlier run."""
-    cfg = replace(SMALL.gen, given=given, steps=steps)
+    cfg = replace(SMALL.gen, given=given, steps=steps, size=size)
     return train_gen.train(real, cfg, OUT / f"{name}.pt", title=name)
 
 
@@ -310,7 +310,35 @@ def real_guidance():
     sheet("real-guidance", {name: images[::16] for name, images in rows.items()})
 
 
-SYSTEMS = super_resolution, painting, crs_diff_edges, crs_diff_mask, metadata, satsynth, real_guidance
+def two_stages():
+    """Make images of 48 px from those of 24 (which tell 12), or at once: what are they worth in training?"""
+    root = data.draw_tree(OUT / "scenes", 160)
+    real = data.read_folder(root, 48, cache=OUT / "cache")
+    parts = data.split(real)
+    train, test = real[data.choose(real, parts["train"], 10, 0)], real[parts["test"]]
+    small = replace(train, images=F.avg_pool2d(train.images.float(), 2).round().to(torch.uint8))
+    y = torch.arange(8).repeat_interleave(60)
+    kind = dict(images=generate(trained("first-24", small), y, 0), labels=y, classes=real.classes,
+                names=[str(k) for k in range(len(y))], groups=torch.arange(len(y)))
+    first = data.Scenes(**kind)
+    like = replace(first, images=F.interpolate(first.images, scale_factor=2))
+    second = generate(trained("second-48", train, "lowres", size=48), y, 0, like=like)
+    at_once = generate(trained("at-once-48", train, steps=1200, size=48), y, 0)
+    cls = replace(SMALL.cls, size=48, patch=8, steps=600, augment=experiment.OVERHEAD)
+    sets = {"nothing": None, "bilinear": data.to_uint8(lowres(data.to_float(like.images))),
+            "two stages": second, "at once": at_once}
+    for name, images in sets.items():
+        pool = images if images is None else replace(first, images=images)
+        for share in (0.5, 1.0) if pool else (0.0,):
+            models = [train_cls.fit(train, pool, replace(cls, seed=k, share=share))[0] for k in range(3)]
+            right = [train_cls.predict(model, test.images) == test.labels for model in models]
+            tell(f"{name}, share {share}", **{f"seed_{k}": r.float().mean() for k, r in enumerate(right)})
+    rows = {"real": train.images[::5], "first": like.images[::30], "two stages": second[::30]}
+    sheet("two-stages", rows | {"at once": at_once[::30]})
+
+
+SYSTEMS = (super_resolution, two_stages, painting, crs_diff_edges, crs_diff_mask, metadata, satsynth,
+           real_guidance)
 
 
 def main(words):

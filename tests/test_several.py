@@ -135,6 +135,7 @@ def test_a_pool_computes_in_other_processes_of_one_thread_each_and_says_if_one_d
         pool.submit(os._exit, 1).result()
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_one_job_is_this_process_which_computes_in_one_thread_until_it_is_done():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -91,6 +91,7 @@ def test_synthetic_images_of_rare_classes_leave_the_others_alone(monkeypatch):
     assert abs((mixed[ones] >= 200).float().mean() - 0.5) < 0.06 and seen["synthetic"] == (mixed >= 200).sum()
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_soft_targets_are_taught_instead_of_the_class_of_synthetic_images(monkeypatch):
     taught, real, synthetic = [], numbered(10), numbered(10, start=200)
     monkeypatch.setattr(train_cls, "compose", lambda _: lambda x, y, g: (taught.append((x, y)) or x, y))
@@ -111,6 +112,7 @@ def coloured(labels, classes, seed=0):
                   torch.arange(len(labels)))
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_training_is_this_loop_written_out(adamw_by_hand, in_float64):
     """Draw, augment, cross-entropy with smoothed labels, clip, learning rate, AdamW."""
     real, synthetic = coloured([0, 0, 2, 0, 1, 0, 0], list("abc")), coloured([2, 0, 0, 1], list("abc"), 1)
@@ -389,6 +391,7 @@ def linear(real, synthetic=None, soft=None, **kw):
     return fit(real, synthetic, replace(TINY, model="linear", **kw), soft=soft)
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_the_linear_one_is_solved_its_gradient_is_0():
     """Of what it says it minimises: the chances times the cross-entropies, plus .01 / 2 |W|^2."""
     real, synthetic = coloured([0, 0, 2, 0, 1], list("abc")), coloured([2, 0, 0, 1], list("abc"), 1)
@@ -407,6 +410,7 @@ def test_the_linear_one_is_solved_its_gradient_is_0():
     assert ((spread - 1).abs() < 1e-4)[spread > 1e-6].all() and (spread > 0.9).sum() > 100        # variance 1
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_chances_count_like_images_that_are_there_more_than_once():
     """Half of the places to four synthetic images is what two real ones twice each beside them would be."""
     real, synthetic = coloured([0, 0, 1, 1], list("ab")), coloured([0, 1, 0, 1, 0, 1, 0, 1], list("ab"), 1)
@@ -420,6 +424,7 @@ def test_chances_count_like_images_that_are_there_more_than_once():
     assert a(x).abs().max() > 0.5
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_the_linear_one_knows_no_augmentation_and_no_seed_and_is_taught_soft_labels(monkeypatch):
     real, synthetic = coloured([0, 0, 1, 1], list("ab")), coloured([0, 1, 0, 1], list("ab"), 1)
     weights = [linear(real, synthetic, share=0.5, **kw)[0].head.weight.detach()

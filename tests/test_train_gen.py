@@ -56,6 +56,7 @@ def test_folded_pixels_leave_a_checkerboard_unless_x0_is_predicted_as_the_small_
 
 
 @pytest.mark.parametrize("given", ["", "edges"])
+@pytest.mark.usefixtures("on_cpu")
 def test_training_is_this_loop_written_out(adamw_by_hand, in_float64, given):
     """Draw, augment, hide each part if there are several, loss, clip, learning rate, AdamW, average."""
     real = halves(12, noise=0.5)
