@@ -284,7 +284,7 @@ def find_pictures(root, least):
     if (root / "images").is_dir() and ((root / "labels").is_dir() or (root / "targets").is_dir()):
         raise Problem(f"{root} looks like a split of xBD: give the folder that holds it, where it is called "
                       f"one of {', '.join(FOLDERS)}")
-    there = [p for p in root.rglob("*") if not (p.is_dir() or "/." in f"/{p.relative_to(root).as_posix()}")]
+    there = [p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root).as_posix()}"]
     files = sorted(p for p in there if p.parent.parent == root and p.suffix.lower() in SUFFIXES)
     folders = {p.parent for p in files}
     if own := [folder for folder in sorted(folders) if any((folder / name).exists() for name in OUTPUT)]:
@@ -294,7 +294,7 @@ def find_pictures(root, least):
         inside = sorted(p.parent for p in root.glob("[!.]*/*") if p.is_dir())
         hint = f"; did you mean {inside[0]}?" if inside else ""
         raise Problem(f"{root}: {wrong}; a folder per class, at least {least}, is needed{hint}")
-    if rest := sorted({*there} - {*files} - {root / name for name in BESIDE}):
+    if rest := sorted(p for p in {*there} - {*files} - {root / name for name in BESIDE} if not p.is_dir()):
         warn(f"{root}: {len(rest)} files are not read, as they are no pictures or not in a class's folder: "
              f"{some_of(p.relative_to(root) for p in rest)}")
     return files
@@ -1266,8 +1266,8 @@ def progress(items, title, *args, **how):
     quiet = rank() or parent_process()                   # other processes, ours or torchrun's, do not talk
     if not sys.stderr.isatty():                          # in a log a line per minute
         how |= dict(bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed}, {remaining} to go\n", delay=60,
-                    mininterval=60, maxinterval=600)
-    return tqdm(items, title, *args, disable=bool(quiet), leave=False, **how)
+                    mininterval=60, maxinterval=600, leave=True)
+    return tqdm(items, title, *args, disable=bool(quiet), **{"leave": False} | how)
 
 
 # ---- shared by all scripts: several tasks at a time

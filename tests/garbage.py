@@ -251,7 +251,7 @@ def checkpoints(table, root):
     for file, uses in commands.items():
         good = (root / file).read_bytes()
         for use, command in uses.items():
-            for name, write in bad.checkpoints(good, edits=12):
+            for name, write in bad.checkpoints(good, edits=6):
                 shutil.rmtree(root / "made", ignore_errors=True)
                 try_file(table, "checkpoints", f"{use}: {name}", write, command, root / file, root)
                 outside = [p for p in (root / "x", root.parent / "x", Path("/x")) if p.exists()]
