@@ -1372,7 +1372,7 @@ def without_effect(settings, names, when):
             raise ValueError(f"{spelled(f)} has no effect {when}: leave it out")
 
 
-def numbers(text):
+def integers(text):
     """Parse "10,40" -> (10, 40)."""
     return tuple(int(part) for part in text.split(","))
 
@@ -1400,7 +1400,7 @@ def parser_of(config, title):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(config):
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
-                dict(type=numbers, metavar="N,N") if isinstance(f.default, tuple) else
+                dict(type=integers, metavar="N,N") if isinstance(f.default, tuple) else
                 dict(type=get_args(f.type)[0]) if f.default is None else                       # float | None
                 dict(type=type(f.default)))
         if f.metadata["bare"]:

@@ -135,6 +135,7 @@ class Diffusion(nn.Module):
         ts, rows, sigmas = ts.to(x.device), rows.to(x.dtype).to(x.device), sigmas.to(x.dtype).to(x.device)
         if start:
             x = rows[0, 0] * start[0] + rows[0, 1] * x                                              # Eq. 4
+        levels = torch.cat([rows[:, :2], rows.new_tensor([[1.0, 0.0]])])        # the last: the image itself
         if graph or (graph is None and x.is_cuda):
             step = Replay(step)
         for k, (t, row, sigma) in enumerate(zip(ts, rows, sigmas, strict=True)):
@@ -143,19 +144,11 @@ class Diffusion(nn.Module):
                 if eta:
                     x = x + sigma * noise()
                 if known:
-                    x = self.keep(x, *known, rows, k, noise, back=left > 0)
+                    (x0, mask), (signal, grain) = known, levels[k + 1]
+                    x = torch.where(mask > 0, signal * x0 + grain * noise(), x)
+                if left:
+                    x = renoised(x, levels[k], levels[k + 1], noise)
         return x
-
-    def keep(self, x, x0, mask, rows, k, noise, back):
-        """Put the known pixels at the noise that follows step k into x; with `back` return to that of step k.
-
-        Back is q(x_t | x_s), t > s: with r = signal_t / signal_s it is r x_s + sqrt(1 - abar_t / abar_s) eps.
-        """
-        here, last = rows[k, :2], k + 1 == len(rows)
-        signal, grain = (torch.ones_like(here[0]), torch.zeros_like(here[1])) if last else rows[k + 1, :2]
-        x = torch.where(mask > 0, signal * x0 + grain * noise(), x)
-        ratio = here[0] / signal
-        return ratio * x + (1 - ratio**2).sqrt() * noise() if back else x
 
     def plan(self, steps, eta=0.0, order=2, start=None):
         """Tabulate the steps of the loop, the noisiest first: t (steps,), rows (steps, 6) and sigma (steps,).
@@ -203,6 +196,12 @@ def posterior(abar, abar_prev, eta=1.0):
     a = ((1 - abar_prev - sigma**2).clamp(min=0) / (1 - abar)).sqrt()
     b = abar_prev.sqrt() - a * abar.sqrt()
     return a, b, sigma
+
+
+def renoised(x, level, last, noise):
+    """Take x from its last level (signal, noise) back to a noisier one: q(x_t | x_s), t > s."""
+    ratio = level[0] / last[0]
+    return ratio * x + (1 - ratio**2).sqrt() * noise()
 
 
 def unipc2(signal, noise):

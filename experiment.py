@@ -21,6 +21,7 @@ import functools
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import shlex
@@ -86,6 +87,7 @@ class Leg:
 AUGMENTED, BALANCED = Arm(augment=OVERHEAD), Arm(augment=OVERHEAD, balance=True)
 ALONE = dict(source="", share=0.0)                       # no image of a source
 LINEAR, RESNET = "linear: ", "resnet: "                  # how names of arms with these recognisers begin
+CONTROLS = {"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True)}
 LEGS = {
     "scenes": Leg(
         arms={
@@ -105,8 +107,7 @@ LEGS = {
                 ("real + synthetic", "real", "synthetic images"),
                 ("real + fresh real", "real + augmentation", "fresh real images"),
                 ("real + copies", "real + augmentation", "copies of the real images")),
-        controls={"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True)},
-        scores=("accuracy",), per="real images per class"),
+        controls=CONTROLS, scores=("accuracy",), per="real images per class"),
     "buildings": Leg(
         arms={
             "real":                            AUGMENTED,
@@ -126,9 +127,8 @@ LEGS = {
                 ("balanced + simulated damage", "balanced", "simulated damage"),
                 ("balanced + fresh real", "balanced", "fresh real images"),
                 ("balanced + copies", "balanced", "copies of the real images")),
-        controls={"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True),
-                  "surroundings greyed": dict(grey=True),
-                  "surroundings greyed, real": dict(grey=True, **ALONE)},
+        controls=CONTROLS | {"surroundings greyed": dict(grey=True),
+                             "surroundings greyed, real": dict(grey=True, **ALONE)},
         scores=("macro_f1", "harmonic_f1"), per="training tiles", rare=True),
 }
 
@@ -202,9 +202,6 @@ SCALES = {
 }
 
 
-LABELS = "damage", "type"
-
-
 def listed(text):
     """"a, b" -> ["a", "b"]; "" -> []."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -240,7 +237,8 @@ class Config(data.Settings):
         for what, asked, allowed in (("arm", listed(self.arms), known),
                                      ("study", listed(self.study), STUDIES),
                                      ("scale", [self.scale], ["", *SCALES["scenes"]]),
-                                     ("leg", [self.leg], ["", *LEGS]), ("label", [self.label], LABELS)):
+                                     ("leg", [self.leg], ["", *LEGS]),
+                                     ("label", [self.label], ["damage", "type"])):
             if unknown := set(asked) - set(allowed):
                 unknown, allowed = (", ".join(filter(None, some)) for some in (sorted(unknown), allowed))
                 raise ValueError(f"unknown {what} {unknown}; known: {allowed}")
@@ -271,7 +269,7 @@ class Config(data.Settings):
         given = {k: getattr(self, k) for k in ("seeds", "subsets", "made") if getattr(self, k)}
         if self.w is not None:
             given["w"] = self.w
-        counts = data.numbers(self.counts) if self.counts else s.counts
+        counts = data.integers(self.counts) if self.counts else s.counts
         if "counts" in listed(self.study):
             counts += s.curve
         given["counts"] = tuple(sorted(set(counts), key=lambda n: n or math.inf))       # 0, all, is the most
@@ -308,7 +306,6 @@ class Case:
     title: str                                # of the data
     scenes: Scenes
     parts: dict
-    test: Scenes
     out: Path
     runs: list = field(default_factory=list)                             # Tasks, done or not
     rows: list = field(default_factory=list)                             # of these runs, with their answers
@@ -318,9 +315,13 @@ class Case:
 
     def collect(self, stored):
         """Take the rows of the runs from all that are stored; a run may serve arms of several names."""
-        done = [run for run in self.runs if run.name in stored]
         self.rows = [stored[run.name] | dict(arm=run.title, count=run.cell[1], seed=run.cell[2])
-                     for run in done]
+                     for run in self.runs if run.name in stored]
+
+    @property
+    def metric(self):
+        """The name of the score that claims are about."""
+        return self.leg.scores[0]
 
     def cell(self, count, seed):
         """Return the Cell of a count and a seed. The last one is kept: its images may be large."""
@@ -334,23 +335,18 @@ class Case:
         scenes = self.scenes[index]
         return replace(scenes, images=scenes.images[:, [0, 1, 2, 6]]) if self.leg.rare else scenes
 
-    def before(self, scenes):
-        """Return the same buildings with nothing but the picture from before, and the mask: (N, 7, H, W).
+    def before(self, index):
+        """Return the buildings at these indices as they look before the disaster, and the mask: (N, 7, H, W).
 
-        Grey stands in the place of the picture from after the disaster, -1 in that of the damage.
+        Grey stands in the place of the picture from after it, -1 in that of the damage.
         """
-        pairs = self.pairs(scenes)
-        images = pairs.images.clone()
+        scenes = self.scenes[index]
+        images = scenes.images.clone()
         images[:, :3] = 128
-        return replace(pairs, images=images, labels=torch.full_like(pairs.labels, -1))
-
-    def pairs(self, scenes):
-        """Return the same buildings with both pictures, (N, 7, H, W): after, before and mask."""
-        place = {name: i for i, name in enumerate(self.scenes.names)}
-        return self.scenes[torch.tensor([place[name] for name in scenes.names])]
+        return replace(scenes, images=images, labels=torch.full_like(scenes.labels, -1))
 
     def choose(self, count, subset):
-        """Return the real training images and, in random order, those of the training split that are left.
+        """Choose the real training images: their indices, they, and in random order what training leaves.
 
         Doubles of the former are not among the latter: they would be no fresh images.
         """
@@ -358,7 +354,17 @@ class Case:
         index = data.choose(self.scenes, train, count, subset)
         others = train[~torch.isin(self.scenes.groups[train], self.scenes.groups[index])]
         others = others[torch.randperm(len(others), generator=data.rng(subset))]
-        return self.at(index), self.at(others)
+        return index, self.at(index), self.at(others)
+
+    @functools.cached_property
+    def groups(self):
+        """How many groups of test images there are."""
+        return len(self.test.groups.unique())
+
+    @functools.cached_property
+    def test(self):
+        """The images that all arms are scored on."""
+        return self.at(self.parts["test"])
 
     @functools.cached_property
     def val(self):
@@ -379,6 +385,7 @@ class Cell:
     count: int
     seed: int
     subset: int                               # which choice of the training images
+    index: torch.Tensor                       # where these are in case.scenes
     real: Scenes                              # that choice
     fresh: Scenes                             # what it left of the training split
 
@@ -415,8 +422,8 @@ class Cell:
             return None
         some, index = self.real, torch.zeros_like(classes)
         if arm.source == "simulated":
-            held_out = self.case.cfg.hold_out
-            some = self.case.before(self.case.test if held_out else self.real[self.real.labels == 0])
+            intact = self.index[self.real.labels == 0]
+            some = self.case.before(self.case.parts["test"] if self.case.cfg.hold_out else intact)
         for c in classes.unique():
             mine = torch.arange(len(some))
             if arm.start:
@@ -457,7 +464,8 @@ def main(cfg):
         budgets = {(row["steps"], row["images"]) for row in case.rows if row["steps"]}
         assert len(budgets) <= 1, f"arms of unequal budget: {budgets}"
     save_table(out, stored)
-    tell(cases, cfg, out)
+    report(cases, cfg, out)
+    tell(cases, out)
     return cases
 
 
@@ -479,8 +487,7 @@ def prepare(cfg, name, out):
     parts = data.split(scenes, hold_out=cfg.hold_out)
     title = "/".join(root.resolve().parts[-2:]) if cfg.data else f"drawn {name}"
     title += f" with {cfg.hold_out} held out" if cfg.hold_out else ""
-    case = Case(name, leg, cfg.wanted(leg), s, cfg, title, scenes, parts, scenes, out)
-    case.test = case.at(parts["test"])
+    case = Case(name, leg, cfg.wanted(leg), s, cfg, title, scenes, parts, out)
     if not case.arms:
         raise Problem(f"--arms {cfg.arms}: no arm for {name} among them; these are: {', '.join(leg.arms)}")
     if not cfg.counts and not leg.rare:                  # a scale's own counts give way to smaller data sets
@@ -492,14 +499,12 @@ def prepare(cfg, name, out):
 def runs(case, arms, counts):
     """List the runs of arms {name: Arm}, seed by seed. -> [Task]."""
     found = []
-    for seed in range(case.s.seeds):
-        for count in counts:
-            cell = case.cell(count, seed)
-            for name, arm in arms.items():
-                if cell.possible(arm):
-                    after = generator_id(cell, arm) if is_made(arm) else ""
-                    found.append(Task((case.name, count, seed), "run", name, (arm,), run_id(cell, arm),
-                                      after))
+    for seed, count in itertools.product(range(case.s.seeds), counts):
+        cell = case.cell(count, seed)
+        for name, arm in arms.items():
+            if cell.possible(arm):
+                after = generator_id(cell, arm) if is_made(arm) else ""
+                found.append(Task((case.name, count, seed), "run", name, (arm,), run_id(cell, arm), after))
     return found
 
 
@@ -571,7 +576,7 @@ def work(task):
     for arm in task.arms:
         synthetic = synthesize(cell, arm)
     if task.kind == "judge":
-        return judge(cell.case, cell.real, synthetic, cell.fresh, cell.title)
+        return judge(cell, synthetic)
 
 
 def look(cell, arm, found):
@@ -663,9 +668,9 @@ def synthesize(cell, arm):
     y = torch.tensor(how["classes"]).repeat_interleave(how["made"])
 
     def make():
-        real, like = cell.real[torch.isin(cell.real.labels, torch.tensor(how["classes"]))], cell.like(arm, y)
-        if arm.source == "simulated":
-            real = cell.case.pairs(real)
+        like = cell.like(arm, y)
+        real = cell.case.scenes[cell.index] if arm.source == "simulated" else cell.real
+        real = real[torch.isin(real.labels, torch.tensor(how["classes"]))]
         generator = train_gen.train(real, how["gen"], out / "generators" / f"{generator_id(cell, arm)}.pt",
                                     title=f"generator, {cell.title}")
         images = train_gen.generate(generator, y, how["gen"].seed, how["calls"], how["w"], like, arm.start,
@@ -721,7 +726,7 @@ def score(cell, arm, title):
     cfg = replace(cls, seed=cell.seed, share=share, augment=arm.augment, balance=arm.balance,
                   pretrain=arm.pretrain, model=arm.model or cls.model, dim=round(cls.dim * arm.wide))
     model, seen = train_cls.fit(real, pool, cfg, soft=soft, title=title)
-    K, first = len(test.classes), SCORES[case.leg.scores[0]]
+    K, first = len(test.classes), SCORES[case.metric]
     logits = {name: train_cls.outputs(model, scenes.images).log_softmax(1)
               for name, scenes in (("train", real), ("val", val), ("test", test))}    # train: the real images
     if arm.balance:
@@ -763,10 +768,9 @@ def plan(case, planned, stored, jobs):
     for run in missing.values():
         if run.after:                                        # arms with the same images are told apart by it
             how = recipe(case.cell(*run.cell[1:]), run.arms[0])
-            made[run.after, repr(how)] = how
+            made[run.after, repr(how)] = how, how["made"] * len(how["classes"])
     networks = sum(run.arms[0].model != "linear" for run in missing.values())
-    images = sum(how["made"] * len(how["classes"]) for how in made.values())
-    generators = len({name for name, _ in made})
+    generators, images = len({name for name, _ in made}), sum(n for _, n in made.values())
     sizes = ", ".join(f"{len(index)} {part}" for part, index in case.parts.items())
     print(f"{case.title}: {len(case.scenes)} images of {len(case.scenes.classes)} classes at {s.cls.size} px "
           f"({sizes})\n  {amount(case, *s.counts)} x {s.seeds} seeds x {len(case.arms)} arms; to be run: "
@@ -774,32 +778,28 @@ def plan(case, planned, stored, jobs):
           f"{images} synthetic images")
     if not networks:
         return
-    gen, cls = step_times(case)                              # a forward pass is a third of a step
-    calls = sum(how["made"] * len(how["classes"]) * how["calls"] * (1 + (how["w"] != 1))
-                for how in made.values())
-    seconds = {"generators": generators * s.gen.steps * gen, "sampling": calls / s.gen.batch * gen / 3,
-               "classifiers": (networks + len(s.counts)) * s.cls.steps * cls}         # one for the features
-    each = ", ".join(f"{name} {value / 60 / jobs:.1f}" for name, value in seconds.items())
+    gen, cls = step_times(case)
+    calls = sum(n * how["calls"] * (1 + (how["w"] != 1)) for how, n in made.values())
+    seconds = (networks + len(s.counts)) * s.cls.steps * cls               # one for the features that judge
+    seconds += (generators * s.gen.steps + calls / s.gen.batch / 3) * gen        # a call is a third of a step
     _, model = train_gen.networks(s.gen, len(case.scenes.classes), case.test.images.shape[1])
     disk = generators * 16 * sum(p.numel() for p in model.parameters())       # weights, average, two moments
     disk += (images + len(case.scenes)) * case.scenes.images[0].numel()
-    print(f"  minutes on {data.pick_device()}, {jobs} at a time: {each}, in all about "
-          f"{sum(seconds.values()) / 60 / jobs:.1f}; disk: {disk / 1e6:.0f} MB", flush=True)
+    print(f"  about {seconds / 60 / jobs:.1f} minutes on {data.pick_device()}, {jobs} at a time; "
+          f"disk: {disk / 1e6:.0f} MB", flush=True)
 
 
 def step_times(case):
-    """Measure the seconds per step of a generator and of a classifier."""
-    probe = case.at(case.parts["train"][:64])
-
+    """Measure the seconds per step of a generator and of a classifier, by what six steps more take."""
     def seconds(run, config):
-        """Time what a longer run takes more than a shorter one, twice, after one that only warms up."""
         marks = []
-        for steps in (1, 2, 5, 2, 5):
+        for steps in (2, 2, 8):                              # the first warms up
             start = time.perf_counter()
             run(replace(config, steps=steps))
             marks.append(time.perf_counter() - start)
-        return max(0.0, min(marks[2], marks[4]) - min(marks[1], marks[3])) / 3
+        return max(0.0, marks[2] - marks[1]) / 6
 
+    probe = case.at(case.parts["train"][:64])
     return (seconds(lambda cfg: train_gen.train(probe, cfg), case.s.gen),
             seconds(lambda cfg: train_cls.fit(probe, None, cfg), case.s.cls))
 
@@ -939,7 +939,7 @@ FLAT = 2.0           # grey levels: a picture of this deviation over its cells i
 ALARM = 0.01         # p below which there are copies: a false alarm in at most one of a hundred comparisons
 
 
-def judge(case, real, synthetic, fresh, what):
+def judge(cell, synthetic):
     """Compare synthetic images with real ones that their generator never saw. -> {name: number}, or {}.
 
     These, what training leaves over and val, are divided by group. A half trains a classifier for its
@@ -947,7 +947,7 @@ def judge(case, real, synthetic, fresh, what):
     that stands in for them once more, since another real sample is the floor of every number.
     {} if fewer than ten images would be compared.
     """
-    unseen = fresh + case.val
+    case, real, unseen = cell.case, cell.real, cell.fresh + cell.case.val
     unseen = unseen[torch.isin(unseen.labels, synthetic.labels)]
     unseen = unseen[torch.randperm(len(unseen), generator=data.rng(0))]
     heads, group = unseen.groups.unique(return_inverse=True)
@@ -961,7 +961,7 @@ def judge(case, real, synthetic, fresh, what):
 
     def make():
         cfg = replace(case.s.cls, augment=OVERHEAD, balance=case.leg.rare)
-        model, _ = train_cls.fit(teach, None, cfg, title=f"features, {what}")
+        model, _ = train_cls.fit(teach, None, cfg, title=f"features, {cell.title}")
         right = train_cls.predict(model, held.images) == held.labels
         found = dict(tested=len(held), right=right.sum().item())
         found["commonest"] = held.labels.bincount().max().item()
@@ -970,11 +970,6 @@ def judge(case, real, synthetic, fresh, what):
     if not data.decodes(sheet):
         path.unlink(missing_ok=True)                         # both are made at once
     return data.kept(path, name, make) | dict(sheet=str(sheet))
-
-
-def likeness(case):
-    """List (count, what judge() found) wherever it had enough images."""
-    return [(count, case.judged[count]) for count in case.s.counts if case.judged.get(count)]
 
 
 def alike(*several, most=4000):
@@ -1092,9 +1087,8 @@ def copies(real, synthetic, held, sheet):
         turned.append(images)
         closest.append(known[which])
     worst = torch.cat(near).argsort(descending=True)[:16]
-    strips = [data.grid(torch.cat(images)[worst], 16) for images in (turned, closest)]
-    zoom = max(1, 64 // real.images.shape[-1])
-    data.save_picture(labelled(strips, ["synthetic", "nearest real"], zoom), sheet)
+    rows = {"synthetic": torch.cat(turned)[worst], "nearest real": torch.cat(closest)[worst]}
+    data.save_picture(album(rows, 16), sheet)
     tail = null[::-1].cumsum()[::-1]                          # tail[k]: probability of at least k
     return dict(trained_on=torch.isin(real.labels, synthetic.labels).sum().item(), looked_at=len(synthetic),
                 copies=over, by_chance=float(null @ np.arange(len(null))), copies_p=float(tail[over]),
@@ -1200,24 +1194,20 @@ def sampled(case, arm, count, statistic):
     return case.memory.get(key)
 
 
-def difference(case, arm, base, count, statistic):
-    """Estimate what arm gains over base: a Gain, or if the statistic is of classes, a list of one for each.
+def difference(case, arm, base, count, statistic=None):
+    """Estimate what arm gains over base in a statistic, the leg's first score if none is given: a Gain.
 
-    None unless both ran the same seeds, at least two, and there are two groups of test images.
+    If it is of classes, a list of one for each. None unless both ran the same seeds, at least two, and there
+    are two groups of test images.
     """
+    statistic, groups = statistic or SCORES[case.metric], case.groups
     a, b = (sampled(case, name, count, statistic) for name in (arm, base))
     seeds, others = ([r["seed"] for r in runs_of(case, name, count)] for name in (arm, base))
-    groups = len(case.test.groups.unique())
     if arm == base or seeds != others or len(seeds) < 2 or groups < 2:
         return None
     a, b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
     gains = [gain(a[..., k], b[..., k], groups) for k in range(a.shape[2])]
     return gains if statistic is f1 else gains[0]
-
-
-def first_gain(case, arm, base, count):
-    """Estimate what arm gains over base in the leg's first score: a Gain or None."""
-    return difference(case, arm, base, count, SCORES[case.leg.scores[0]])
 
 
 # What a recogniser can be believed about: one that is worse than a linear classifier on colours and edges, or
@@ -1230,7 +1220,7 @@ def standing(case, count, prefix, part="test"):
     """
     names = [prefix + name if prefix == RESNET else name for name, arm in case.leg.arms.items()
              if arm.source != "fresh" and (arm.model == "linear") == (prefix == LINEAR)]
-    column = "val" if part == "val" else case.leg.scores[0]
+    column = "val" if part == "val" else case.metric
     means = {name: float(np.mean(found)) for name in names if (found := values(case, name, count, column))}
     best = max(means, key=means.get, default="")
     return best, means.get(best, 0.0)
@@ -1272,10 +1262,6 @@ class Claim:
     family: int = 1                           # how many these are
     word: str = ""                            # the verdict
 
-    def where(self, case):
-        """Say which comparison it is."""
-        return f"{self.arm} against {self.base} with {amount(case, self.count)}"
-
 
 VERDICTS = {"help": "{}: help.", "hurt": "{}: hurt.",
             "no difference": "No difference detected with this many runs: {}.",
@@ -1289,7 +1275,7 @@ def claims(case, given=None):
     for count in case.s.counts:
         prefix = recogniser(case, count) if given is None else given
         for arm, base, what in case.leg.claims:
-            if g := first_gain(case, prefix + arm, prefix + base, count):
+            if g := difference(case, prefix + arm, prefix + base, count):
                 asks = is_made(case.leg.arms[arm])
                 found.append(Claim(count, prefix + arm, prefix + base, what, g, asks))
     for family in (True, False):               # the question; and the controls, which only try the instrument
@@ -1306,7 +1292,7 @@ def verdict(case, claim):
 
     That is where both arms are, or the best of the recogniser's arms but the ceiling is.
     """
-    scores = [values(case, name, claim.count, case.leg.scores[0]) for name in (claim.arm, claim.base)]
+    scores = [values(case, name, claim.count, case.metric) for name in (claim.arm, claim.base)]
     if len(scores[0]) < 3:
         return "too few seeds"
     prefix = RESNET if claim.arm.startswith(RESNET) else ""
@@ -1322,7 +1308,7 @@ def footing(case, count):
             for arm, score in [standing(case, count, prefix)] if arm}
     parts = [f"{title} {score:.1f} % ({arm})" for title, (arm, score) in best.items()]
     common, (score, *_) = trivial(case)
-    summary = (f"With {amount(case, count)}, {TITLES[case.leg.scores[0]]} at best: "
+    summary = (f"With {amount(case, count)}, {TITLES[case.metric]} at best: "
                f"{', '.join([*parts, f'always {common} {score:.1f} %'])}.")
     chosen, warning = recogniser(case, count), ""
     if not able(case, count, chosen, "test"):
@@ -1333,9 +1319,8 @@ def footing(case, count):
     return warning, summary
 
 
-def answer(case):
+def answer(case, found):
     """The answer: what can be believed, then what helps, what hurts, and what cannot be told."""
-    found = claims(case)
     if not found:
         return "No answer yet: it takes two seeds, and arms to compare."
     sentences = []
@@ -1343,7 +1328,8 @@ def answer(case):
         wheres = {}
         for claim in found:
             if claim.word == word:
-                wheres.setdefault(claim.what, []).append(claim.where(case))
+                where = f"{claim.arm} against {claim.base} with {amount(case, claim.count)}"
+                wheres.setdefault(claim.what, []).append(where)
         listing = "; ".join(what if len(where) == sum(claim.what == what for claim in found) else
                             f"{what} ({', '.join(where)})" for what, where in wheres.items())
         if listing:
@@ -1351,26 +1337,13 @@ def answer(case):
             sentences.append(sentence[0].upper() + sentence[1:])
     done = len({r["seed"] for r in case.rows})
     so_far = [f"So far, with {done} of {case.s.seeds} seeds:"] * (done < case.s.seeds)
-    footings = {}                                                        # {warning: [summary]}
+    footings = {}                                                        # {warning: its summaries}
     for count in dict.fromkeys(claim.count for claim in found):
         warning, summary = footing(case, count)
         footings.setdefault(warning, []).append(summary)
     assurances = footings.pop("", [])
-    warnings = [" ".join([warning, *summaries]) for warning, summaries in footings.items()]
+    warnings = [part for warning, summaries in footings.items() for part in (warning, *summaries)]
     return " ".join(so_far + warnings + sentences + assurances)
-
-
-def instead(case):
-    """Say what else the synthetic images could have been, in points, for each count: [str]."""
-    found, lines = claims(case), []
-    for count in case.s.counts:
-        mine = [claim for claim in found if claim.count == count and claim.word != "too few seeds"]
-        for base in dict.fromkeys(claim.base for claim in mine):
-            gains = [f"{claim.what} {points(claim.gain)}" for claim in mine if claim.base == base]
-            if len(gains) > 1:
-                lines.append(f"In the place of real images with {amount(case, count)}, gains over {base} in "
-                             f"points: {'; '.join(gains)}.")
-    return lines
 
 
 def worth(case, count):
@@ -1381,7 +1354,7 @@ def worth(case, count):
     of a gain. It ends where the curve ends. None unless both ran at two counts or more, with three seeds.
     """
     arm, base = next((arm, base) for arm, base, _ in case.leg.claims if arm == case.leg.mix)
-    counts, statistic = [n for n in case.s.counts if n], SCORES[case.leg.scores[0]]
+    counts, statistic = [n for n in case.s.counts if n], SCORES[case.metric]
     curve = [sampled(case, base, n, statistic) for n in counts]
     mix = sampled(case, arm, count, statistic)
     if len(counts) < 2 or any(c is None or len(c) < 3 or c.shape != curve[0].shape for c in [mix, *curve]):
@@ -1390,7 +1363,7 @@ def worth(case, count):
     logs = np.log(counts[::-1])        # backwards, since interp takes the last of equal scores, not the first
     found = [[np.interp(-score, -base[::-1], logs) for score, base in zip(*rows, strict=True)]
              for rows in zip(mix, curve, strict=True)]
-    g = gain(np.array(found), 0, len(case.test.groups.unique()))
+    g = gain(np.array(found), 0, case.groups)
     return tuple(float(np.exp(g.mean + side * g.half).clip(counts[0], counts[-1])) for side in (-1, 0, 1))
 
 
@@ -1410,7 +1383,7 @@ def conditions(case):
     """Say what the answer holds for."""
     s, test, n = case.s, case.test, case.s.subsets
     unit = "tiles" if case.leg.rare else "images"
-    tiles = f" of {len(test.groups.unique())} tiles" * case.leg.rare
+    tiles = f" of {case.groups} tiles" * case.leg.rare
     summary = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, "
                f"{amount(case, *s.counts)}, {len(test)} test images{tiles}; seeds: {s.seeds}; draws of "
                f"training images: {n}, each with a generator of {s.gen.steps} steps and {s.made} synthetic "
@@ -1473,15 +1446,14 @@ def main_rows(case):
             found = values(case, arm, count, column)
             spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 and column != "train" else ""
             cells.append(f"{np.mean(found):.1f}{spread}")
-        gains = [first_gain(case, arm, base, count) for base in bases]
+        gains = [difference(case, arm, base, count) for base in bases]
         rows.append([named(case, arm, count), *cells, *(points(g) if g else "" for g in gains)])
     return ["arm", *(f"{TITLES[score]}, %" for score in leg.scores), "on its real training images",
             *(f"{TITLES[leg.scores[0]]} against {base}" for base in bases)], rows
 
 
-def claim_rows(case):
+def claim_rows(case, found):
     """Tabulate the claims, those of the recogniser that is not believed last."""
-    found = claims(case)
     others = [claim for prefix in ("", RESNET) for claim in claims(case, prefix)
               if claim.arm not in [mine.arm for mine in found if mine.count == claim.count]]
     header = ["claim", "verdict", "gain", "p after Holm", "detectable gain"]
@@ -1520,14 +1492,15 @@ def class_rows(case):
 def blocks(case):
     """Yield all there is to say of a leg: "# heading" or paragraph; (header, rows); (picture, caption)."""
     arm, base, _ = case.leg.claims[0]
-    ran, score = dict.fromkeys(name for _, name in present(case)), TITLES[case.leg.scores[0]]
+    ran, score = dict.fromkeys(name for _, name in present(case)), TITLES[case.metric]
     yield f"# {case.title}"
-    yield answer(case)
-    if found := claims(case):
+    found = claims(case)
+    yield answer(case, found)
+    if found:
         yield forest(case, found), (f"Gains in {score}, points: a dot per seed, a bar at the mean, a line "
                                     "for the 95 % interval. Fresh real images are the ceiling.")
-    yield from instead(case) + worths(case)
-    yield claim_rows(case)
+    yield from worths(case)
+    yield claim_rows(case, found)
     yield ("Gains in percentage points; detectable: what would have been found in 4 of 5 such comparisons. "
            + conditions(case))
     yield "## All arms"
@@ -1546,6 +1519,11 @@ def blocks(case):
     if picture := confusions(case):
         yield picture, (f"What was taken for what: {base} left, {arm} right. A row is the truth, a column "
                         "the answer; black is always.")
+    yield from likeness(case)
+
+
+def likeness(case):
+    """Yield what the synthetic images are like: pictures, and numbers where enough real ones are left."""
     if case.shown:
         yield "## What the synthetic images are like"
         yield side_by_side(*case.shown), (
@@ -1555,7 +1533,8 @@ def blocks(case):
         whose = "of the event held out" if case.cfg.hold_out else "that stay intact"
         yield picture, (f"Simulated damage: buildings {whose}, as they look before, and what the generator, "
                         "told this picture and the mask, makes of each.")
-    for count, found in likeness(case):
+    for count in filter(case.judged.get, case.s.counts):
+        found = case.judged[count]
         yield f"### With {amount(case, count)}"
         yield judged_rows(found)
         yield judging(found)
@@ -1564,9 +1543,8 @@ def blocks(case):
                                      "training image of their class, turned as it is, above that image.")
 
 
-def tell(cases, cfg, out):
-    """Print all blocks, the answers last, where a reader of the terminal looks first; renew the page."""
-    report(cases, cfg, out)
+def tell(cases, out):
+    """Print all blocks, the answers last, where a reader of the terminal looks first."""
     heads = []
     for case in cases:
         title, summary, *rest = blocks(case)
@@ -1580,7 +1558,7 @@ def scores_of(cell):
     """Say what the arms of a cell that is done scored."""
     case = cell.case
     mine = [row for row in case.rows if (row["count"], row["seed"]) == (cell.count, cell.seed)]
-    return f"{cell.title}: " + ", ".join(f"{row['arm']} {100 * row[case.leg.scores[0]]:.1f}" for row in mine)
+    return f"{cell.title}: " + ", ".join(f"{row['arm']} {100 * row[case.metric]:.1f}" for row in mine)
 
 
 def as_text(block):
@@ -1646,66 +1624,55 @@ def report(cases, cfg, out):
 
 def command(cfg):
     """Write the command line that repeats this comparison."""
-    line = ["python experiment.py"]
+    line = ["python", "experiment.py"]
     for f in fields(Config):
         if (value := getattr(cfg, f.name)) != f.default:
-            line += [f"--{f.name.replace('_', '-')}", *([] if value is True else [shlex.quote(str(value))])]
-    return " ".join(line)
+            line += [f"--{f.name.replace('_', '-')}"] + [str(value)] * (value is not True)
+    return shlex.join(line)
 
 
 def forest(case, found):
     """Plot the gains of the claims, and below them where the linear floor is."""
-    gains = {}                                                           # {row: {count: (Gain, arm, base)}}
-    for claim in found:
-        row = f"{claim.what}, against {claim.base}"
-        gains.setdefault(row, {})[claim.count] = claim.gain, claim.arm, claim.base
+    rows, compared = {}, [(claim.what, claim.count, claim.arm, claim.base, claim.gain) for claim in found]
     for count in case.s.counts:
         floor, base = standing(case, count, LINEAR)[0], recogniser(case, count) + case.leg.claims[0][1]
-        if floor and (g := first_gain(case, floor, base, count)):
-            gains.setdefault(f"the linear floor, against {base}", {})[count] = g, floor, base
-    rows = []
-    for name, mine in gains.items():
-        spans = [None] * len(case.s.counts)
-        for count, (g, arm, base) in mine.items():
-            pairs = zip(*(values(case, who, count, case.leg.scores[0]) for who in (arm, base)), strict=True)
-            spans[case.s.counts.index(count)] = span_of(g, [a - b for a, b in pairs], -100)
-        rows.append((name, spans))
-    return plot(rows, [amount(case, count) for count in case.s.counts], {"": 0})
+        if floor and (g := difference(case, floor, base, count)):
+            compared.append(("the linear floor", count, floor, base, g))
+    for what, count, arm, base, g in compared:
+        pairs = zip(*(values(case, who, count, case.metric) for who in (arm, base)), strict=True)
+        rows.setdefault(f"{what}, against {base}", {})[count] = g, [a - b for a, b in pairs]
+    return plot(rows, {count: amount(case, count) for count in case.s.counts}, {"": 0}, -100)
 
 
 def standings(case, names):
     """Plot the first score of arms, with the bars that a recogniser must reach."""
-    groups, rows = len(case.test.groups.unique()), []
-    for name in names:
-        spans = []
-        for count in case.s.counts:
-            found = sampled(case, name, count, SCORES[case.leg.scores[0]])
-            dots = values(case, name, count, case.leg.scores[0])
-            varies = len(dots) > 1 and groups > 1
-            g = gain(found, 0, groups) if varies else Gain(float(np.mean(dots)) / 100, ()) if dots else None
-            spans.append(span_of(g, dots, 0) if g else None)
-        rows.append((name, spans))
+    rows = {name: {} for name in names}
+    for name, count in itertools.product(names, case.s.counts):
+        dots = values(case, name, count, case.metric)
+        if len(dots) > 1 and case.groups > 1:
+            found = sampled(case, name, count, SCORES[case.metric])
+            rows[name][count] = gain(found, 0, case.groups), dots
+        elif dots:
+            rows[name][count] = Gain(float(np.mean(dots)) / 100, ()), dots
     common, (score, *_) = trivial(case)
     marks = {f"always {common}": score}
     if floor := standing(case, case.s.counts[-1], LINEAR)[1]:
         marks[named(case, "linear floor", case.s.counts[-1])] = floor
-    return plot(rows, [amount(case, count) for count in case.s.counts], marks)
+    return plot(rows, {count: amount(case, count) for count in case.s.counts}, marks, 0)
 
 
-def span_of(g, dots, least):
-    """What plot() draws of a Gain, per cent: (mean, low, high, dots); bounds end at `least` and 100."""
-    low, high = (float(np.clip(100 * (g.mean + side * g.half), least, 100)) for side in (-1, 1))
-    return 100 * g.mean, low, high, dots
+def plot(rows, legend, marks, least):
+    """Plot intervals as SVG, in per cent, cut off at `least` and 100; the axis comes from what is shown.
 
-
-def plot(rows, legend, marks):
-    """Plot intervals as SVG; its axis comes from what is shown.
-
-    rows: [(name, [a span or None for each entry of the legend])], a span (mean, low, high, [dot per seed]);
-    marks: vertical lines, {name: place}.
+    rows: {name: {key of the legend: (Gain, [dot per seed])}}; legend: {key: its words}; marks: vertical
+    lines, {name: place}.
     """
-    spans = [span for _, mine in rows for span in mine if span]
-    ends = [value for _, low, high, dots in spans for value in (low, high, *dots)] + [*marks.values()]
+    spans = {}
+    for name, mine in rows.items():
+        for key, (g, dots) in mine.items():
+            bounds = 100 * (g.mean - g.half), 100 * (g.mean + g.half)
+            spans[name, key] = 100 * g.mean, *np.clip(bounds, least, 100).tolist(), *dots
+    ends = [*itertools.chain(*spans.values()), *marks.values()]
     step = next(step for step in (1, 2, 5, 10, 20, 50) if max(ends) - min(ends) <= 6 * step)
     first, last = math.floor(min(ends) / step), math.floor(max(ends) / step) + 1          # in steps
 
@@ -1713,7 +1680,7 @@ def plot(rows, legend, marks):
         return round(20 + 360 * (value / step - first) / (last - first), 1)
 
     top = 8 + 14 * sum(name > "" for name in marks)
-    tall, parts, y = 20 + 10 * len(legend), [], top                      # a row, as high as its spans
+    tall, parts = 20 + 10 * len(legend), []                              # a row is as high as its spans
     foot = top + tall * len(rows) + 4
     for tick in range(first, last + 1):
         parts.append(f'<path d="M{x(tick * step)} {top}V{foot}" stroke-opacity=".15"/>'
@@ -1723,19 +1690,18 @@ def plot(rows, legend, marks):
         parts.append(f'<path d="M{x(place)} {14 * k + 4}V{foot}" stroke-dasharray="{3 * k + 2} 3"/>'
                      f'<text x="{x(place)}" y="{14 * k + 12}" dx="{4 if side == "start" else -4}" '
                      f'text-anchor="{side}">{html.escape(name)}</text>')
-    colours = [f'style="color: hsl({210 + 360 * k // len(legend)} 70% 50%)"' for k in range(len(legend))]
-    for name, mine in rows:
-        parts.append(f'<text x="4" y="{y + 12}">{html.escape(name)}</text>')
-        for k, (span, colour) in enumerate(zip(mine, colours, strict=True)):
-            if span:
-                (mean, low, high, dots), at = span, y + 20 + 10 * k
+    for k, name in enumerate(rows):
+        parts.append(f'<text x="4" y="{top + tall * k + 12}">{html.escape(name)}</text>')
+    for n, (key, words) in enumerate(legend.items()):
+        colour = f'style="color: hsl({210 + 360 * n // len(legend)} 70% 50%)"'
+        parts.append(f'<text x="4" y="{foot + 32 + 15 * n}"><tspan {colour} fill="currentColor">●</tspan> '
+                     f'{html.escape(words)}</text>')
+        for k, name in enumerate(rows):
+            if (name, key) in spans:
+                (mean, low, high, *dots), at = spans[name, key], top + tall * k + 20 + 10 * n
                 circles = [f'<circle cx="{x(dot)}" cy="{at}" r="2.5" opacity=".6"/>' for dot in dots]
                 parts.append(f'<g {colour}><path d="M{x(low)} {at}H{x(high)}" stroke-width="2"/>'
                              f'<path d="M{x(mean)} {at - 4}v8" stroke-width="3"/>{"".join(circles)}</g>')
-        y += tall
-    for k, (name, colour) in enumerate(zip(legend, colours, strict=True)):
-        parts.append(f'<text x="4" y="{foot + 32 + 15 * k}"><tspan {colour} fill="currentColor">●</tspan> '
-                     f'{html.escape(name)}</text>')
     return f'<svg viewBox="0 0 400 {foot + 24 + 15 * len(legend)}" role="img">{"".join(parts)}</svg>'
 
 
@@ -1756,14 +1722,19 @@ def labelled(strips, names, zoom, heads=()):
     return page
 
 
+def album(rows, columns):
+    """Draw a row of pictures, (N, C, H, W), for each name: {name: pictures}."""
+    zoom = max(1, 64 // next(iter(rows.values())).shape[-1])
+    return labelled([data.grid(images, columns) for images in rows.values()], [*rows], zoom)
+
+
 def side_by_side(real, synthetic, columns=8):
     """Draw a row per class that has synthetic images: real ones left, synthetic ones right."""
-    strips, blank = [], real.images.new_full((columns, *real.images.shape[1:]), 255)
-    shown = synthetic.labels.unique().tolist()
-    for c in shown:
+    rows, blank = {}, real.images.new_full((columns, *real.images.shape[1:]), 255)
+    for c in synthetic.labels.unique():
         left, right = (torch.cat([s.images[s.labels == c], blank])[:columns] for s in (real, synthetic))
-        strips.append(data.grid(torch.cat([left, blank[:1], right]), 2 * columns + 1))
-    return labelled(strips, [real.classes[c] for c in shown], zoom=max(1, 64 // real.images.shape[-1]))
+        rows[real.classes[c]] = torch.cat([left, blank[:1], right])
+    return album(rows, 2 * columns + 1)
 
 
 def simulated(case, columns=16):
@@ -1774,12 +1745,9 @@ def simulated(case, columns=16):
         return None
     cell = case.cell(*run.cell[1:])
     made = synthesize(cell, run.arms[0])
-    like = cell.like(run.arms[0], made.labels)
-    strips, names = [like.images[:columns, 3:6]], ["before"]
-    for c in made.labels.unique():
-        strips.append(made.images[made.labels == c][:columns])
-        names.append(made.classes[c])
-    return labelled([data.grid(strip, columns) for strip in strips], names, max(1, 64 // strips[0].shape[-1]))
+    rows = {"before": cell.like(run.arms[0], made.labels).images[:columns, 3:6]}
+    rows |= {made.classes[c]: made.images[made.labels == c][:columns] for c in made.labels.unique()}
+    return album(rows, columns)
 
 
 def confusions(case):

@@ -167,6 +167,19 @@ def networks(cfg, classes, channels, numbers=0):
     return Diffusion(cfg.timesteps, cfg.schedule, cfg.predict, cfg.gamma), model
 
 
+def untrained(real, cfg):
+    """Make a Generator for these Scenes on the device, and the network whose average it will hold."""
+    check(cfg, real)
+    measures = list(real.measures) if "numbers" in cfg.told else []
+    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1], len(measures))
+    if measures:
+        model.numbers.fit(real.numbers)
+    device = data.pick_device()
+    diffusion, model = diffusion.to(device), model.to(device)
+    ema = copy.deepcopy(model).eval()
+    return Generator(diffusion, ema, real.classes, cfg, real.images.shape[1], measures), model
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """Move the averaged weights a step towards the model's; copy what is not learned.
@@ -186,14 +199,8 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     goes on at its last checkpoint and ends with the numbers of one that was not (on a CPU to the bit). Raises
     Problem if the checkpoint is of other settings or images, or if the loss is not finite.
     """
-    check(cfg, real)
-    device, measures = data.pick_device(), list(real.measures) if "numbers" in cfg.told else []
-    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1], len(measures))
-    if measures:
-        model.numbers.fit(real.numbers)
-    diffusion, model = diffusion.to(device), model.to(device)
-    ema = copy.deepcopy(model).eval()
-    generator = Generator(diffusion, ema, real.classes, cfg, real.images.shape[1], measures)
+    device, (generator, model) = data.pick_device(), untrained(real, cfg)
+    diffusion, ema, measures = generator.diffusion, generator.model, generator.measures
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     parts = dict(model=model, ema=ema, optimizer=optimizer)

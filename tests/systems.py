@@ -12,8 +12,8 @@ One generator of each kind, so no intervals: small differences say nothing. The 
       train_gen.lowres,           (other real images .24); the right class in .84, .80, .62 (real .95).
       unet.UNet: hint             Samples are grainier than real scenes.
     in-painting (RePaint)         0 known pixels changed. Mean step over the seam, and within the holes: real
-      ddpm.sample: known,         9.9, 10.1; DDIM 14.4, 9.0; DDPM 11.8, 8.1; of 10 rounds DDIM 15.8, 14.3,
-      Diffusion.keep              DDPM 17.1, 15.5; a pasted sample 35.6 over the seam. More rounds make it
+      Diffusion.sample: known     9.9, 10.1; DDIM 14.4, 9.0; DDPM 11.8, 8.1; of 10 rounds DDIM 15.8, 14.3,
+                                  DDPM 17.1, 15.5; a pasted sample 35.6 over the seam. More rounds make it
                                   worse: they leave bright and dark spots (for a perfect network they help,
                                   tests/test_ddpm.py). w 1.
     CRS-Diff, edges               F1 within 1 px .83, .88, .93 at w 1, 1.5, 3 (exactly there .58, .64, .69);

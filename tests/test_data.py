@@ -1,5 +1,5 @@
 """data.py: every picture read right, splits that do not leak, files whole or not at all, mistakes told."""
-import subprocess
+import runpy
 import sys
 from dataclasses import dataclass, fields, replace
 
@@ -373,12 +373,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, capsys):
 
 # ---- the script
 
-def test_data_py_draws_a_tree_and_says_what_is_in_it(tmp_path):
-    command = [sys.executable, "data.py", str(tmp_path / "t"), "--size", "16",
-               "--out", str(tmp_path / "x.png")]
-    absent = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["data", "train_gen", "train_cls", "experiment"])
+def test_a_script_runs_on_its_own(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(f"{script}.py", run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"usage: {script}.py")
+
+
+def test_data_py_draws_a_tree_and_says_what_is_in_it(tmp_path, launch):
+    command = data, tmp_path / "t", "--size", 16, "--out", tmp_path / "x.png"
+    absent = launch(*command)
     assert absent.returncode == 2 and absent.stderr.count("\n") == 1
     assert "75206b2e16446591afa88e2628744886" in absent.stdout
-    drawn = subprocess.run([*command, "--draw", "5"], capture_output=True, text=True, check=True)
+    drawn = launch(*command, "--draw", 5)
     assert "40 pictures of 8 classes, 40 of them without exact doubles; 24 train, 8 val" in drawn.stdout
     assert Image.open(tmp_path / "x.png").width == 10 * 18

@@ -305,26 +305,33 @@ class Wide(nn.Module):
         return (signal * x - (w[..., None] * x0).sum(0).view_as(x)) / noise
 
 
-def test_10_calls_on_a_wide_mixture_are_nearer_to_the_truth_than_20_of_diffusers_unipc():
+@pytest.fixture(scope="module")
+def wide():
+    """What 1,000 calls of the perfect network make of noise, and a function that makes it in fewer."""
+    diffusion, x = Diffusion(), gaussian(200, 1, 1, 48)
+
+    def made(steps, order=2):
+        return diffusion.sample(Wide(diffusion), None, lambda: x, steps, order=order, clip=False)
+
+    return made(1000), made
+
+
+def test_10_calls_on_a_wide_mixture_are_nearer_to_the_truth_than_20_of_diffusers_unipc(wide):
     """Theirs: .767 (rms; std of the data 3.1), diffusers 0.42.1, for the same network, x_T and truth.
 
     UniPCMultistepScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"), else its
     defaults, set_timesteps(20); its 500 steps differ by .0007 from our 1,000. Ours was .047. With the linear
     schedule theirs has no gap at high noise: .039, where our 10 calls are off by .090 and 20 by .008.
     """
-    diffusion, x = Diffusion(), gaussian(200, 1, 1, 48)
-    exact = Wide(diffusion)
-    truth, ours = (diffusion.sample(exact, None, lambda: x, n, clip=False) for n in (1000, 10))
-    assert (ours - truth).square().mean().sqrt() < 0.06 < 0.767
+    truth, made = wide
+    assert (made(10) - truth).square().mean().sqrt() < 0.06 < 0.767
 
 
-def test_8_calls_of_order_2_are_better_than_100_of_ddim_on_a_wide_mixture():
-    diffusion, x = Diffusion(), gaussian(200, 1, 1, 48)
-    exact = Wide(diffusion)
-    truth = diffusion.sample(exact, None, lambda: x, 1000, clip=False)
+def test_8_calls_of_order_2_are_better_than_100_of_ddim_on_a_wide_mixture(wide):
+    truth, made = wide
 
     def off(steps, order):
-        return (diffusion.sample(exact, None, lambda: x, steps, order=order, clip=False) - truth).std()
+        return (made(steps, order) - truth).std()
 
     assert off(8, 2) < off(100, 1) < off(20, 1)
 
@@ -333,7 +340,7 @@ def test_8_calls_of_order_2_are_better_than_100_of_ddim_on_a_wide_mixture():
 def test_ancestral_sampling_returns_the_gaussian_that_the_data_are(predict):
     diffusion = Diffusion(predict=predict)
     exact = Exact(diffusion, torch.tensor([[0.3]], dtype=torch.float64), 0.2)
-    x = diffusion.sample(exact, None, source(20_000, 1, 1, 1), steps=1000, eta=1, order=1)
+    x = diffusion.sample(exact, None, source(5000, 1, 1, 1), steps=1000, eta=1, order=1)
     assert abs(x.mean() - 0.3) < 0.01 and abs(x.std() - 0.2) < 0.01
 
 
@@ -528,7 +535,8 @@ def test_however_few_the_steps_a_plan_begins_at_its_start_and_goes_on_at_levels_
     diffusion = Diffusion(1000)
     for order, steps in ((2, 12), (1, 5)):
         levels = diffusion.levels(steps)
-        for start in range(1000):
+        near = torch.cat([levels - 1, levels, levels + 1, torch.arange(0, 1000, 7)]).clamp(0, 999)
+        for start in near.unique().tolist():
             ts, rows, _ = diffusion.plan(steps, order=order, start=start)
             assert ts[0] == start and ts[1:].tolist() == levels[levels <= start][1:].tolist()
             assert_close(rows[0, 0].square(), diffusion.abar[start])
@@ -570,11 +578,11 @@ def test_a_painted_pixel_agrees_with_a_known_one_the_more_rounds_the_more():
 def test_between_rounds_x_goes_back_to_the_noise_that_it_had():
     diffusion = Diffusion(1000)
     _, rows, _ = diffusion.plan(10, order=1)
-    x, mask = torch.full((20_000, 1, 1, 1), 0.5).double(), torch.zeros(20_000, 1, 1, 1)
+    x = torch.full((20_000, 1, 1, 1), 0.5).double()
     for k in (3, 9):
         signal, noise = rows[k, :2]
         after = rows[k + 1, :2] if k < 9 else torch.tensor([1.0, 0.0])
         start = after[0] * x + after[1] * gaussian(20_000, 1, 1, 1, seed=5)  # q(x_s | x0 = .5)
-        back = diffusion.keep(start, x, mask, rows, k, source(20_000, 1, 1, 1), back=True)
+        back = ddpm.renoised(start, rows[k], after, source(20_000, 1, 1, 1))
         assert back.mean() == pytest.approx(0.5 * signal.item(), abs=0.02)
         assert back.std() == pytest.approx(noise.item(), abs=0.02)           # is q(x_t | x0 = .5)

@@ -132,6 +132,8 @@ def test_a_pool_computes_in_other_processes_of_one_thread_each_and_says_if_one_d
     with pytest.raises(Problem, match="one of 2 processes died.*--jobs"), data.pool(2, abs, 1) as pool:
         assert pool.submit(os.getpid).result() != os.getpid()
         assert pool.submit(torch.get_num_threads).result() == 1
+        with pytest.raises(Problem, match="no checkpoint at nowhere"):   # a Problem of theirs comes here
+            pool.submit(data.load_checkpoint, "nowhere", "generator").result()
         pool.submit(os._exit, 1).result()
 
 

@@ -1,8 +1,6 @@
 """train_cls.py: fair mixtures, honest scores."""
 import csv
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -473,10 +471,6 @@ def test_buildings_of_xbd_are_classified_by_damage(tmp_path, launch):
     assert done.returncode == 0 and "of 4 classes" in done.stdout and "macro-F1" in done.stdout
 
 
-def run(*argv):
-    return subprocess.run([sys.executable, "train_cls.py", *map(str, argv)], capture_output=True, text=True)
-
-
 def test_the_command_trains_on_a_mixture_and_reads_test_only_if_asked(tmp_path, launch):
     root = data.draw_tree(tmp_path / "t", 5, size=16)
     synthetic = data.draw_tree(tmp_path / "s", 2, seed=1, size=16)
@@ -484,7 +478,7 @@ def test_the_command_trains_on_a_mixture_and_reads_test_only_if_asked(tmp_path, 
         (synthetic / "runway" / f"runway_00{k}.jpg").unlink()
     flags = "--size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
     flags += ["--data", root]
-    plain = run(*flags, "--out", tmp_path / "a")
+    plain = launch(train_cls, *flags, "--out", tmp_path / "a")
     assert plain.returncode == 0 and "val: accuracy" in plain.stdout and "test:" not in plain.stdout
     half = ("--synthetic", synthetic, "--share", 0.5)
     mixed = launch(train_cls, *flags, "--out", tmp_path / "b", *half, "--test")
