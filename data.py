@@ -151,23 +151,22 @@ Any tree with a folder per class will do."""
 
 
 def download(name, folder):
-    """Fetch the files of a data set into a folder, from where an attempt was cut off, and unpack a zip."""
+    """Fetch the files of a data set into a folder, and unpack a zip."""
     address, files = DOWNLOADS[name]
     for file, md5 in files.items():
-        path = Path(folder) / file
-        target = path.with_suffix("") if path.suffix == ".zip" else path
+        target = Path(folder) / file.removesuffix(".zip")
         if target.exists():
             continue
-        part = fetch(f"{address}/{path.name}", Path(folder) / f"{path.name}.part", md5)
-        if path.suffix == ".zip":
+        part = fetch(f"{address}/{Path(file).name}", Path(folder) / f"{Path(file).name}.part", md5)
+        new = part
+        if file.endswith(".zip"):
+            new = part.with_suffix(".new") / target.name
             with refusing(part, "does not unpack", "remove it"), zipfile.ZipFile(part) as archive:
-                new = part.with_suffix(".new")
-                archive.extractall(new)                                  # of "/x" and "../x" it makes x
-                os.replace(new / target.name, target)
-            shutil.rmtree(new)
+                archive.extractall(new.parent)                           # of "/x" and "../x" it makes x
+        os.replace(new, target)
+        if new != part:
+            shutil.rmtree(new.parent)
             part.unlink()
-        else:
-            os.replace(part, target)
     print(f"{name}, with the right checksums, is in {folder}")
 
 
@@ -177,27 +176,26 @@ def fetch(address, part, md5):
     part.touch()
     size = math.inf
     for _ in range(6):
-        with open(part, "rb") as file:
+        with open(part, "rb+") as file:
             if hashlib.file_digest(file, "md5").hexdigest() == md5:
                 return part
             have = file.tell()
-        if have >= size:
-            part.unlink()
-            raise Problem(f"{address} is not the file of md5 {md5}: fetch it elsewhere, by hand")
-        try:
-            request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                have *= answer.status == 206                             # else it comes from its beginning
-                size, why = have + int(answer.headers["Content-Length"]), "cut off"
-                with open(part, "rb+") as file:
+            if have >= size:
+                part.unlink()
+                raise Problem(f"{address} is not the file of md5 {md5}: fetch it elsewhere, by hand")
+            try:
+                request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    have *= answer.status == 206                         # else it comes from its beginning
+                    size, why = have + int(answer.headers["Content-Length"]), "cut off"
                     file.truncate(have)
                     file.seek(have)
                     for _ in progress(range(have, size, 2**18), f"fetching {part.stem}, 256 kB each"):
                         file.write(answer.read(2**18))
-        except (HTTPException, OSError, TypeError, ValueError) as error:     # refused, cut off, too slow ...
-            why = reason(error)
-            if getattr(error, "code", 0) == 416:                         # there is no more, and it is wrong
-                part.write_bytes(b"")
+            except (HTTPException, OSError, TypeError, ValueError) as error:     # refused, cut off, too slow
+                why = reason(error)
+                if getattr(error, "code", 0) == 416:                     # there is no more, and it is wrong
+                    file.truncate(0)
     raise Problem(f"{address} does not come whole ({why}): the same command goes on where it was")
 
 
@@ -227,8 +225,8 @@ def read_lists(root, names):
                 raise ValueError("it names no picture here")
             if several := sorted(name for name in {*listed} if known[name] > 1):
                 raise ValueError(f"it may mean several pictures by {some_of(several)}")
-    if absent := part_of.keys() - known.keys() - {""}:
-        warn(f"{root}: its lists name {len(absent)} pictures that are not there: {some_of(sorted(absent))}")
+    if absent := sorted(part_of.keys() - known.keys() - {""}):
+        warn(f"{root}: its lists name {len(absent)} pictures that are not there: {some_of(absent)}")
     return torch.tensor([part_of.get(Path(name).name, UNSAID) for name in names])
 
 
@@ -969,31 +967,22 @@ def descend(model, optimizer, loss, step, cfg):
 
 
 def forecast(run, cfg, small):
-    """Say where run(cfg) trains, and on a CPU, from steps of 1 and 4 images, what time and memory it takes.
+    """Say where run(cfg) trains, and on a CPU, from a few steps of 4 images, what time and memory it takes.
 
     small: flags for a CPU, which are named where that is more than an hour.
     """
-    def measure(batch):
-        """Return the seconds of a step, and the bytes that it keeps for the way back."""
-        kept, marks = {}, [perf_counter()]
-
-        def note(x):
-            kept[x.data_ptr()] = x.nbytes
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            run(replace(cfg, batch=batch, steps=1))                      # this one only warms up
+    said, kept, marks = f"{cfg.steps} steps of {cfg.batch} images on {pick_device()}", {}, []
+    if pick_device().type == "cpu" and cfg.steps > 50 and not dist.is_initialized():
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.setdefault(x.data_ptr(), [x.nbytes]) and x, lambda x: x):
+            run(replace(cfg, batch=4, steps=1))              # what a step keeps for its way back; and warm up
         for steps in (1, 6):
-            marks.append(perf_counter())
-            run(replace(cfg, batch=batch, steps=steps))
-        return max(0, perf_counter() + marks[1] - 2 * marks[2]) / 5, sum(kept.values())
-
-    device = pick_device()
-    said = f"{cfg.steps} steps of {cfg.batch} images on {device}"
-    if device.type == "cpu" and cfg.steps > 50 and not dist.is_initialized():
-        (second, byte), (seconds, bytes) = measure(1), measure(4)
-        minutes = cfg.steps / 60 * (second + max(0, seconds - second) / 3 * (cfg.batch - 1))
-        said += f": about {minutes:.0f} minutes and {(bytes - byte) / 3 * cfg.batch / 1e9:.1f} GB of memory"
+            start = perf_counter()
+            run(replace(cfg, batch=4, steps=steps))
+            marks.append(perf_counter() - start)
+        minutes = max(0, marks[1] - marks[0]) / 5 * cfg.steps * cfg.batch / 4 / 60
+        memory = sum(n for n, in kept.values()) * cfg.batch / 4
+        said += f": at most some {minutes:.0f} minutes and {memory / 1e9:.1f} GB"
         said += f". For a CPU: {small}" if minutes > 60 else ""
     print(said, flush=True)
 
@@ -1187,18 +1176,10 @@ def resume(path, kind, identity, parts, fresh):
                 raise TypeError(f"{name} is {saved[name]!r}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-            check_moments(part, saved["step"])
+            for p in [p for group in getattr(part, "param_groups", ()) for p in group["params"]]:
+                if any(moment.shape not in (p.shape, ()) for moment in part.state[p].values()):
+                    raise ValueError(f"the {name}'s moments are not those of the weights")
     return saved
-
-
-def check_moments(optimizer, step):
-    """Raise ValueError unless an optimizer that took so many steps has moments for all weights.
-
-    A network is no optimizer: it looks at its weights itself.
-    """
-    for p in [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"] if step]:
-        if not optimizer.state[p] or any(v.shape not in (p.shape, ()) for v in optimizer.state[p].values()):
-            raise ValueError("the optimizer's moments are not those of the weights")
 
 
 # ---- shared by all scripts: several processes, by torchrun --nproc-per-node N SCRIPT.py ...

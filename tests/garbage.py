@@ -422,11 +422,11 @@ def kills(table, root):
     """Kill at random moments until it is done: equal results, and nothing half-written stays."""
     dice, before, k = random.Random(0), results(root), 0
     while k < 70:
-        out = f"killed{k}"
+        out, first = f"killed{k}", k
         while True:
             how = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             code, said, memory = run("experiment", [*EXPERIMENT, "--out", out], root,
-                                     kill=(dice.uniform(0.3, 8), how))
+                                     kill=(dice.uniform(0.3, 6 + k - first), how), limit=400)
             k += code != 0
             wrong = "" if code in (0, -9, 128 + how) else f"exit {code} after signal {how}"
             table.add("kills", f"signal {how}", (code, said, memory), wrong)
