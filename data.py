@@ -28,7 +28,7 @@ from http.client import HTTPException
 from itertools import product
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 from time import perf_counter, sleep
 from typing import get_args
 
@@ -44,6 +44,7 @@ try:
 except ImportError:                                      # on Windows
     fcntl = None
 
+tqdm.set_lock(RLock())                                   # its own outlives a process that is killed
 PARTS = "train", "val", "test"
 OPACITY = "opacity is a mask"                            # what our own PNGs say of theirs
 HOST = platform.node()                                   # in names of temporary files
