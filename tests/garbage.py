@@ -304,7 +304,7 @@ def own(table, root):
                     "drawn-scenes-30/river/river_001.jpg"):
         path = sorted((root / "exp").glob(pattern))[0]
         others = sorted((root / "exp").glob(pattern))
-        bads = [*bad.damaged(path.read_bytes(), 6, dice.random()), ("missing", lambda path: path.unlink()),
+        bads = [*bad.damaged(path.read_bytes(), 3, dice.random()), ("missing", lambda path: path.unlink()),
                 ("a neighbour", bad.written(others[-1].read_bytes()))]
         if path.suffix == ".json":
             some = json.loads(path.read_bytes())
@@ -325,7 +325,7 @@ def results(root, out="exp"):
     """The answers of all runs of a comparison."""
     files = sorted((root / out / "runs").glob("*.json"))
     rows = [json.loads(path.read_bytes()) for path in files]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "check")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "check", "commit")} for row in rows]
 
 
 def disks(table, root):

@@ -307,7 +307,7 @@ def test_a_run_that_was_edited_is_refused_and_named(tmp_path):
     data.write(tmp_path / "runs/r.json", json.dumps(row | dict(check=experiment.digest(row))))
     assert experiment.read_runs(tmp_path) == {"r": row}
     whole = (tmp_path / "runs/r.json").read_text()
-    for wrong in (whole.replace("0.5", "0.9"), whole[:20], "", "[]", json.dumps(row), whole[:-9]):
+    for wrong in (whole.replace("0.5", "0.9"), whole[:20], "", "[]", whole.replace("1", "3"), whole[:-9]):
         (tmp_path / "runs/r.json").write_text(wrong)
         with pytest.raises(Problem, match="r.json is not as it was written .*remove it"):
             experiment.read_runs(tmp_path)
