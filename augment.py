@@ -15,17 +15,16 @@ Everything works on whole batches, on their device, with parameters drawn per im
 Geometry moves all channels together; colour, noise and Cutout change the pictures alike and leave the mask.
 """
 
-import argparse
 import functools
 import math
-import sys
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
+
+from data import Settings, decode, flag, launch, refusing, save_picture, to_float
 
 
 def per_image(values, like):
@@ -402,24 +401,23 @@ def contact_sheet(x):
     return sheet
 
 
-def main(argv=None):
+@dataclass
+class Script(Settings):
+    """The flags of this script."""
+    picture: str = flag("", "a picture; its middle is the object", bare=True)
+    out: str = flag("runs/augment.png", "where the sheet goes")
+
+
+def main(cfg):
     """Draw a contact sheet of all augmentations."""
-    parser = argparse.ArgumentParser(description="Contact sheet of the augmentations.", allow_abbrev=False)
-    parser.add_argument("picture", nargs="?", help="a picture; its middle is the object")
-    parser.add_argument("--out", default="runs/augment.png", help="where the sheet goes (%(default)s)")
-    args, one = parser.parse_args(argv), settlement(96)
+    one = settlement(96)
     other = adjust_hue(one.flip(-1), torch.tensor([0.5]))           # so that mixing two images shows
-    try:
-        if args.picture:
-            picture = ImageOps.fit(Image.open(args.picture).convert("RGB"), (96, 96))
-            other[0, :3] = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(torch.cat((other, one)).repeat(4, 1, 1, 1)).save(args.out)
-    except (OSError, ValueError) as error:                          # ValueError: no such picture format
-        print(f"augment.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{args.out}: a row each for {', '.join(AUGMENTATIONS)}")
+    if cfg.picture:
+        with refusing(cfg.picture, "does not decode", "give another picture"):
+            other[0, :3] = to_float(torch.from_numpy(decode(cfg.picture, 96)))
+    save_picture(contact_sheet(torch.cat((other, one)).repeat(4, 1, 1, 1)), cfg.out)
+    print(f"{cfg.out}: a row each for {', '.join(AUGMENTATIONS)}")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, Script)

@@ -6,32 +6,48 @@ lives on the device as it is: a batch is an index draw, and there are no workers
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import os
+import platform
 import re
+import shutil
+import signal
 import sys
+import urllib.request
+import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, lru_cache
+from http.client import HTTPException
 from itertools import product
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from time import sleep
+from threading import Lock, RLock
+from time import perf_counter, sleep
 from typing import get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                                      # on Windows
+    fcntl = None
+
+tqdm.set_lock(RLock())                                   # its own outlives a process that is killed
 PARTS = "train", "val", "test"
+OPACITY = "opacity is a mask"                            # what our own PNGs say of theirs
+HOST = platform.node()                                   # in names of temporary files
 TRAIN, TEST, UNSAID = 0, 2, -1                           # places in PARTS; -1: the data set does not say
 
 
@@ -62,6 +78,8 @@ class Scenes:
             self.given = torch.full_like(self.labels, UNSAID)
         if self.numbers is None:
             self.numbers = torch.zeros(len(self.labels), 0)
+        if odd := [name for name in self.classes if not is_name(name)]:  # it is printed, and a folder
+            raise Problem(f"a class is named {odd[0]!r}: give it a name of letters")
 
     def __len__(self):
         return len(self.labels)
@@ -93,31 +111,26 @@ class Scenes:
         return hashed.hexdigest()[:12]
 
 
-def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache"):
+def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache", least=2):
     """Read the Scenes of a tree: xBD's buildings by damage, captions, a folder per class; both RGB alone."""
     if is_xbd(root):
         return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
     if find_captions(root):
         return read_captions(root, size, skip_broken, cache)
-    return read_folder(root, size, skip_broken, cache)
+    return read_folder(root, size, skip_broken, cache, least)
 
 
 def cached(make, root, cache, how, files):
     """Return make(), a dict; a copy is kept in the folder `cache` until `how` or the tree's files change."""
-    place = hashlib.sha256(f"{root.resolve()} {how}".encode()).hexdigest()[:12]
-    stats = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    tree = hashlib.sha256(repr(stats).encode()).hexdigest()
+    place = hashlib.sha256(os.fsencode(f"{root.resolve()} {how}")).hexdigest()[:12]
+    stats = [(p.relative_to(root).as_posix(), about.st_size, about.st_mtime_ns)
+             for p in files for about in [p.stat() if p.exists() else p.lstat()]]        # a link to nothing
+    tree = hashlib.sha256(repr((how, stats)).encode()).hexdigest()
     store = Path(cache) / f"{root.resolve().name}-{how['size']}-{place}.pt"
     waits = dist.is_initialized() and int(os.environ["LOCAL_RANK"]) > 0  # for the machine's first process
     if waits:
         dist.barrier()
-    content = torch.load(store, mmap=True, weights_only=True) if store.exists() else {"tree": None}
-    if (kept := content.pop("tree")) != tree:
-        if kept:
-            print(f"{root} has changed since it was cached: reading it again", file=sys.stderr)
-        content = make()
-        with replacing(store) as temporary:
-            torch.save({**content, "tree": tree}, temporary)
+    content = kept(store, tree, make, f"{root} has changed")
     if dist.is_initialized() and not waits:
         dist.barrier()
     return content
@@ -125,31 +138,104 @@ def cached(make, root, cache, how, files):
 
 # ---- a folder per class
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"}
-HOW_TO_GET = """RESISC45 (Cheng et al. 2017), 45 classes of 700 images of 256 x 256 pixels, zip of 427 MB:
-https://hf.co/datasets/isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e/NWPU-RESISC45.zip
-md5 75206b2e16446591afa88e2628744886
-Unpack it to data/NWPU-RESISC45, one folder per class, and if you like put resisc45-train.txt, -val.txt and
--test.txt (the official 60/20/20 lists, same address) into it. Any tree with a folder per class will do."""
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
+BESIDE = "numbers.csv", "grid.png", *(f"resisc45-{part}.txt" for part in PARTS)    # the folders of classes
+OUTPUT = "generator.pt", "classifier.pt", "report.html", "grid.png"                # of a run in its --out
+FORMATS = "JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF"    # no format that starts a program, as EPS does
+MOST_PIXELS, LARGE = 50_000_000, 4_000_000               # in a picture; in those read side by side
+ONE_LARGE = Lock()
+DOWNLOADS = {"resisc45": (
+    "https://hf.co/datasets/isaaccorley/resisc45/resolve/883edc0eee77b2c84225472f10f126e3ed83fa6e",
+    {"NWPU-RESISC45.zip": "75206b2e16446591afa88e2628744886",                              # file: its md5
+     "NWPU-RESISC45/resisc45-train.txt": "b5a4c05a37de15e4ca886696a85c403e",
+     "NWPU-RESISC45/resisc45-val.txt": "a0770cee4c5ca20b8c32bbd61e114805",
+     "NWPU-RESISC45/resisc45-test.txt": "3dda9e4988b47eb1de9f07993653eb08"})}
+HOW_TO_GET = f"""RESISC45 (Cheng et al. 2017), 45 classes of 700 images of 256 x 256 pixels, zip of 427 MB:
+python data.py --download resisc45 data
+fetches it and the official 60/20/20 lists, and unpacks it to data/NWPU-RESISC45, a folder per class; it is
+{DOWNLOADS["resisc45"][0]}/NWPU-RESISC45.zip
+md5 {DOWNLOADS["resisc45"][1]["NWPU-RESISC45.zip"]}
+Any tree with a folder per class will do."""
 
 
-def read_folder(root, size, skip_broken=False, cache="runs/cache"):
-    """Read a tree with a folder per class, images (N, 3, size, size): decoded once, then cached.
+def download(name, folder):
+    """Fetch the files of a data set into a folder, and unpack a zip."""
+    address, files = DOWNLOADS[name]
+    for file, md5 in files.items():
+        target = Path(folder) / file.removesuffix(".zip")
+        if target.exists():
+            continue
+        part = fetch(f"{address}/{Path(file).name}", Path(folder) / f"{Path(file).name}.part", md5)
+        new = part
+        if file.endswith(".zip"):
+            new = part.with_suffix(".new") / target.name
+            with refusing(part, "does not unpack", "remove it"), zipfile.ZipFile(part) as archive:
+                archive.extractall(new.parent)                           # of "/x" and "../x" it makes x
+        os.replace(new, target)
+        if new != part:
+            shutil.rmtree(new.parent)
+            part.unlink()
+    print(f"{name}, with the right checksums, is in {folder}")
+
+
+def fetch(address, part, md5):
+    """Fetch a file of this md5 to part: in five attempts, each from where the last was cut off. -> part"""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    size = math.inf
+    for _ in range(6):
+        with open(part, "rb+") as file:
+            if hashlib.file_digest(file, "md5").hexdigest() == md5:
+                return part
+            have = file.tell()
+            if have >= size:
+                part.unlink()
+                raise Problem(f"{address} is not the file of md5 {md5}: fetch it elsewhere, by hand")
+            try:
+                request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    have *= answer.status == 206                         # else it comes from its beginning
+                    size, why = have + int(answer.headers["Content-Length"]), "cut off"
+                    file.truncate(have)
+                    file.seek(have)
+                    for _ in progress(range(have, size, 2**18), f"fetching {part.stem}, 256 kB each"):
+                        file.write(answer.read(2**18))
+            except (HTTPException, OSError, TypeError, ValueError) as error:     # refused, cut off, too slow
+                why = reason(error)
+                if getattr(error, "code", 0) == 416:                     # there is no more, and it is wrong
+                    file.truncate(0)
+    raise Problem(f"{address} does not come whole ({why}): the same command goes on where it was")
+
+
+def read_folder(root, size, skip_broken=False, cache="runs/cache", least=2):
+    """Read a tree with a folder for each of at least `least` classes, images (N, 3, size, size), cached.
 
     Exact doubles are a group. Parts are given by the official lists (Neumann et al. 2019), if they are there.
     """
     root = Path(root)
-    files = find_pictures(root)
-    how = dict(size=size, skip_broken=skip_broken)
-    scenes = Scenes(**cached(lambda: decode_tree(root, files, **how), root, cache, how, files))
-    lists = [root / f"resisc45-{part}.txt" for part in PARTS]
-    if all(path.is_file() for path in lists):
-        part_of = {Path(line).name: k for k, path in enumerate(lists) for line in path.read_text().split()}
-        scenes.given = torch.tensor([part_of.get(Path(name).name, UNSAID) for name in scenes.names])
-        if absent := [path.name for k, path in enumerate(lists) if k not in scenes.given]:
-            raise Problem(f"{root / absent[0]} names no picture of {root}: "
-                          "remove the list or give the data set that it belongs to")
+    files, how = find_pictures(root, least), dict(size=size, skip_broken=skip_broken)
+    scenes = Scenes(**cached(lambda: decode_tree(root, files, least, **how), root, cache, how, files))
+    scenes.given = read_lists(root, scenes.names)
     return with_numbers(scenes, root)
+
+
+def read_lists(root, names):
+    """Return the official part of each of these pictures, (N,) int64. Problem if the lists are of others."""
+    lists = [root / f"resisc45-{part}.txt" for part in PARTS]
+    if not any(path.exists() for path in lists):
+        return torch.full((len(names),), UNSAID)
+    part_of, known = {}, Counter(Path(name).name for name in names)
+    for k, path in enumerate(lists):
+        with refusing(path, "does not do", "give the three official lists of this data set, or none"):
+            listed = [Path(line.strip()).name for line in path.read_text("utf-8-sig").splitlines()]
+            part_of |= {name: k for name in listed}
+            if not known.keys() & {*listed}:
+                raise ValueError("it names no picture here")
+            if several := sorted(name for name in {*listed} if known[name] > 1):
+                raise ValueError(f"it may mean several pictures by {some_of(several)}")
+    if absent := sorted(part_of.keys() - known.keys() - {""}):
+        warn(f"{root}: its lists name {len(absent)} pictures that are not there: {some_of(absent)}")
+    return torch.tensor([part_of.get(Path(name).name, UNSAID) for name in names])
 
 
 def read_pictures(path, size, skip_broken=False, pre=False, mask=False, cache="runs/cache"):
@@ -184,28 +270,39 @@ def with_numbers(scenes, root):
 
 def read_numbers(path):
     """Read a table of metadata -> the names of its columns but the first, {first cell: [float]}."""
-    try:
-        with open(path, newline="") as file:
-            header, *rows = csv.reader(file)
+    with (refusing(path, "is no table of numbers", "give a header, and in each row a picture and numbers"),
+          open(path, newline="", encoding="utf-8-sig") as file):
+        header, *rows = csv.reader(file)
         found = {row[0]: [float(cell or "nan") for cell in row[1:]] for row in rows if row}
         if any(len(values) != len(header) - 1 for values in found.values()):
             raise ValueError("rows of several lengths")
-    except (ValueError, csv.Error) as error:
-        raise Problem(f"{path}: {error}; give a header, and in each row a picture and numbers") from None
     return tuple(header[1:]), found
 
 
-def find_pictures(root):
-    """List the pictures in the class folders of root, by class, then by name. Problem if there are none."""
+def find_pictures(root, least):
+    """List the pictures in the class folders of root, by class, then by name. Problem if there are too few.
+
+    Whatever else lies in root is counted on stderr.
+    """
     if not root.is_dir():
         raise Problem(f"no folder {root}: give one with a folder of pictures per class "
                       "(python data.py tells how to get RESISC45)")
-    files = sorted(p for p in root.glob("[!.]*/[!.]*") if p.suffix.lower() in SUFFIXES)
-    if len({p.parent for p in files}) < 2:
+    if (root / "images").is_dir() and ((root / "labels").is_dir() or (root / "targets").is_dir()):
+        raise Problem(f"{root} looks like a split of xBD: give the folder that holds it, where it is called "
+                      f"one of {', '.join(FOLDERS)}")
+    there = [p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root).as_posix()}"]
+    files = sorted(p for p in there if p.parent.parent == root and p.suffix.lower() in SUFFIXES)
+    folders = {p.parent for p in files}
+    if own := [folder for folder in sorted(folders) if any((folder / name).exists() for name in OUTPUT)]:
+        raise Problem(f"{own[0]} is the output of a run, no class: move it elsewhere, or give another folder")
+    if len(folders) < least:
         wrong = f"only one class with pictures, {files[0].parent.name}" if files else "no pictures in folders"
         inside = sorted(p.parent for p in root.glob("[!.]*/*") if p.is_dir())
         hint = f"; did you mean {inside[0]}?" if inside else ""
-        raise Problem(f"{root}: {wrong}; a folder per class, at least two, is needed{hint}")
+        raise Problem(f"{root}: {wrong}; a folder per class, at least {least}, is needed{hint}")
+    if rest := sorted(p for p in {*there} - {*files} - {root / name for name in BESIDE} if not p.is_dir()):
+        warn(f"{root}: {len(rest)} files are not read, as they are no pictures or not in a class's folder: "
+             f"{some_of(p.relative_to(root) for p in rest)}")
     return files
 
 
@@ -225,20 +322,21 @@ def decode_all(files, size, title, skip_broken=False):
     in_threads(fill, range(len(files)), title)
     if broken and not skip_broken:
         raise Problem(f"{len(broken)} of {len(files)} pictures do not decode "
-                      f"({some_of(files[i] for i in sorted(broken))}): mend them, or give --skip-broken")
+                      f"({some_of(files[i] for i in sorted(broken))}; the first: "
+                      f"{reason(broken[min(broken)])}): mend or remove them, or give --skip-broken")
     for i, error in sorted(broken.items()):
-        print(f"skipped {files[i]}: {error}", file=sys.stderr)
+        warn(f"skipped {files[i]}: {reason(error)}")
     keep = [i for i in range(len(files)) if i not in broken]
     return (images[keep] if broken else images), [files[i] for i in keep]
 
 
-def decode_tree(root, files, size, skip_broken):
+def decode_tree(root, files, least, size, skip_broken):
     """Decode the pictures of a tree with a folder per class into the fields of Scenes."""
     images, files = decode_all(files, size, f"reading {root.name}", skip_broken)
     names = [path.relative_to(root).as_posix() for path in files]
     classes = sorted({name.split("/")[0] for name in names})
-    if len(classes) < 2:
-        raise Problem(f"{root}: fewer than two classes have pictures that decode: mend or replace them")
+    if len(classes) < least:
+        raise Problem(f"{root}: fewer than {least} classes have pictures that decode: mend or replace them")
     labels = torch.tensor([classes.index(name.split("/")[0]) for name in names])
     return dict(images=images, labels=labels, classes=classes, names=names, groups=doubles(images))
 
@@ -261,16 +359,8 @@ def pictures_in(path):
 
 def decode(path, size):
     """Decode the central square of a picture, reduced with antialiasing, as RGB: (3, size, size) uint8."""
-    with Image.open(path) as pil:
-        if pil.mode == "F":
-            raise ValueError("pixels are fractions, of which nobody says where white is: save 8 or 16 bits")
-        if pil.mode.startswith("I"):                                     # 16 bits: 65535 = 257 * 255
-            grey = np.asarray(pil, dtype=np.float32) / 257
-            pil = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))    # as the PNG standard, 13.12
-        pil.draft("RGB", (2 * size, 2 * size))                           # a JPEG decoder can halve for free
-        if pil.mode == "P":
-            pil = pil.convert("RGBA")                                    # a palette may be transparent
-        square = ImageOps.fit(pil.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    with opened(path, draft=2 * size) as pil:
+        square = ImageOps.fit(pil, (size, size), Image.Resampling.BICUBIC)
         return rearrange(np.array(square), "h w c -> c h w")
 
 
@@ -338,7 +428,7 @@ def caption_rows(path):
             rows = [(a["filename"], UNSAID, NO_CLASS, [a["text_output"]]) for a in content["annotations"]]
         elif "images" in content:                                        # Karpathy
             kind_of = {name: file.stem for file in path.parent.glob("txtclasses*/*.txt")
-                       for name in file.read_text().split()}
+                       for name in file.read_text("utf-8-sig").split()}
             if {i["filename"] for i in content["images"]} == {f"{n}.tif" for n in range(1, 2101)}:
                 kind_of = {f"{n + 1}.tif": UC_MERCED[n // 100].replace(" ", "") for n in range(2100)}
             rows = [(i["filename"], place[i["split"]], kind_of.get(i["filename"], NO_CLASS),
@@ -355,6 +445,47 @@ def caption_rows(path):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Problem(f"{path} is no caption set in a known layout ({error!r}): unpack it again, or move it "
                       "away to read the tree by its folders") from None
+
+
+def decodes(path):
+    """Is there a whole picture at path?"""
+    with suppress(Exception):
+        return decode(path, 8) is not None
+
+
+@contextmanager
+def opened(path, draft=0):
+    """Yield the first picture of a file, as PIL RGB: upright as its EXIF says, black where it is transparent.
+
+    draft: a JPEG decoder may reduce it, but not below so many pixels a side. Raises ValueError if nobody can
+    say where its white is, or many kinds of errors if it is broken. One large picture is decoded at a time.
+    """
+    if not Path(path).is_file():
+        raise ValueError("no file" if not Path(path).exists() else "no regular file")
+    with Image.open(path, formats=FORMATS) as pil:
+        if pil.width * pil.height > MOST_PIXELS:
+            raise ValueError(f"{pil.width} x {pil.height} pixels are more than {MOST_PIXELS:,}: cut it up")
+        deep = re.search(";(12|16)", str([tile.args for tile in pil.tile]))                # bits in the file
+        with ONE_LARGE if pil.width * pil.height > LARGE else nullcontext():
+            if draft:
+                pil.draft("RGB", (draft, draft))
+            ImageOps.exif_transpose(pil, in_place=True)
+            rgb = as_rgb(pil, 4095 if deep and deep[1] == "12" else 65535)
+            if deep and 0 < np.asarray(rgb).max() < 16:
+                raise ValueError("of its 16 bits the highest 4 are never used: scale it up, or save 8 bits")
+            yield rgb
+
+
+def as_rgb(pil, white):
+    """Convert a PIL picture to RGB; white is the highest value of one of 16 bits."""
+    if pil.mode in ("F", "I"):
+        raise ValueError("nobody says which of its values is white: save 8 or 16 bits")
+    if pil.mode.startswith("I;16"):                                      # 65535 = 257 * 255
+        grey = np.asarray(pil, dtype=np.float32) / (white / 255)         # as the PNG standard, 13.12
+        pil = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if pil.has_transparency_data and OPACITY not in pil.info:
+        pil = Image.alpha_composite(Image.new("RGBA", pil.size, "black"), pil.convert("RGBA"))
+    return pil.convert("RGB")
 
 
 # ---- xBD: buildings before and after a disaster (Gupta et al. 2019, arXiv 1911.09296)
@@ -390,12 +521,18 @@ def is_xbd(root):
 
 def find_tiles(root):
     """List the files of each tile: {"train/joplin-tornado_00000050": {"post.png": path, ...}}."""
-    tiles = {}
-    for folder, part in product(FOLDERS, ("images", "labels")):
-        for path in (Path(root) / folder / part).glob("*"):
-            if found := re.fullmatch(r"([^.].*_\d+)_(pre|post)_disaster\.(png|json)", path.name):
-                tile, time, kind = found.groups()
-                tiles.setdefault(f"{folder}/{tile}", {})[f"{time}.{kind}"] = path
+    tiles, rest = {}, []
+    for path in Path(root).glob("[!.]*/*/[!.]*"):
+        folder, part = path.parts[-3:-1]
+        found = re.fullmatch(r"([\w.-]+_\d+)_(pre|post)_disaster\.(png|json)", path.name)
+        if found and folder in FOLDERS and part in ("images", "labels"):
+            tile, time, kind = found.groups()
+            tiles.setdefault(f"{folder}/{tile}", {})[f"{time}.{kind}"] = path
+        elif part != "targets":
+            rest.append(path.relative_to(root))
+    if rest:
+        warn(f"{root}: {len(rest)} files are not read, as their names, or those of their folders, are not "
+             f"xBD's: {some_of(sorted(rest))}; splits are named {', '.join(FOLDERS)}")
     return dict(sorted(tiles.items()))
 
 
@@ -441,7 +578,7 @@ def read_label(path):
     Lengths are in pixels (metadata.gsd is that of another band than the pictures'); points off the tile are
     moved to its edge. Raises Problem if the file is broken.
     """
-    try:
+    with refusing(path, "is not an xBD label", "unpack it again, or remove it"):
         content = json.loads(path.read_bytes())
         about, polygons = content["metadata"], []
         extent = about["width"], about["height"]
@@ -451,8 +588,6 @@ def read_label(path):
                 raise ValueError(f"no subtype {subtype!r} is known")
             polygons.append((uid, subtype, [ring.clip(0, extent) for ring in wkt_polygon(p["wkt"])]))
         return polygons, about["disaster_type"], extent, measure(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise Problem(f"{path} is not an xBD label ({error!r}): unpack it again") from None
 
 
 def measure(content):
@@ -491,11 +626,8 @@ def cut_tile(images, files, buildings, extent, pre, mask):
     margin = 1 + math.ceil(max(0, -boxes.min(), (boxes[:, 2:] - extent).max()))
     layers = []
     for path in [files[name] for name in ("post.png", "pre.png")[:1 + pre]]:
-        try:
-            with Image.open(path) as pil:
-                pixels = np.asarray(pil.convert("RGB"))
-        except Exception as error:                                       # Pillow raises a dozen kinds
-            raise Problem(f"{path} does not decode ({error}): unpack it again, or remove the tile") from None
+        with refusing(path, "does not decode", "unpack it again, or remove the tile"), opened(path) as pil:
+            pixels = np.asarray(pil)
         if pixels.shape[1::-1] != extent:
             raise Problem(f"{path} has {pixels.shape[1::-1]} pixels, its label says {extent}: "
                           "give the original picture")
@@ -603,9 +735,15 @@ def grid(images, columns, zoom=1):
 
 
 def save_picture(pil, path, **how):
-    """Save a PIL picture atomically."""
-    with replacing(path) as temporary:
-        pil.save(temporary, **how)
+    """Save a PIL picture atomically. The opacity of RGBA is noted to be a mask, which hides nothing."""
+    kind, file, path = Image.registered_extensions().get(Path(path).suffix.lower()), io.BytesIO(), Path(path)
+    if kind not in FORMATS:
+        raise Problem(f"{path}: no format of pictures is known by this name; end it in .png or .jpg")
+    if pil.mode == "RGBA":
+        how["pnginfo"] = PngImagePlugin.PngInfo()
+        how["pnginfo"].add_text(OPACITY, "a building")
+    pil.save(file, kind, **how)
+    write(path, file.getvalue())
 
 
 # ---- drawn pictures: a stand-in for RESISC45 and xBD where there are no data
@@ -874,8 +1012,7 @@ def draw_xbd(root, tiles=24, seed=0, side=256):
             before, after, content = draw_tile(event, np.random.default_rng([seed, k]), side)
             save_picture(before, pre, compress_level=1)
             save_picture(after, post, compress_level=1)
-            with replacing(label) as temporary:
-                temporary.write_text(json.dumps(content))
+            write(label, json.dumps(content))
     return Path(root)
 
 
@@ -908,15 +1045,41 @@ def descend(model, optimizer, loss, step, cfg):
     """Take one optimizer step; cfg has steps, lr and warmup.
 
     loss is a sum over this process's images, divided by the images of all processes. Gradients are clipped to
-    norm 1, so that one odd batch cannot throw the weights far.
+    norm 1, so that one odd batch cannot throw the weights far. Problem if the loss is not finite: looked at
+    in one step of 50.
     """
+    rate = lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
+    if step % 50 == 49 and not loss.isfinite():              # to look at every step is to wait for the GPU
+        raise Problem(f"the loss is {loss.item()} at step {step + 1}, at a rate of {rate:.1e}: lower --lr; "
+                      "the last checkpoint is kept")
     loss.backward()
     sum_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
-        group["lr"] = lr_at(step, cfg.steps, cfg.lr, cfg.warmup) * group.get("pace", 1)
+        group["lr"] = rate * group.get("pace", 1)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def forecast(run, cfg, small):
+    """Say where run(cfg) trains, and on a CPU, from a few steps of 4 images, what time and memory it takes.
+
+    small: flags for a CPU, which are named where that is more than an hour.
+    """
+    said, kept, marks = f"{cfg.steps} steps of {cfg.batch} images on {pick_device()}", {}, []
+    if pick_device().type == "cpu" and cfg.steps > 50 and not dist.is_initialized():
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.setdefault(x.data_ptr(), [x.nbytes]) and x, lambda x: x):
+            run(replace(cfg, batch=4, steps=1))              # what a step keeps for its way back; and warm up
+        for steps in (1, 6):
+            start = perf_counter()
+            run(replace(cfg, batch=4, steps=steps))
+            marks.append(perf_counter() - start)
+        minutes = max(0, marks[1] - marks[0]) / 5 * cfg.steps * cfg.batch / 4 / 60
+        memory = sum(n for n, in kept.values()) * cfg.batch / 4
+        said += f": at most some {minutes:.0f} minutes and {memory / 1e9:.1f} GB"
+        said += f". For a CPU: {small}" if minutes > 60 else ""
+    print(said, flush=True)
 
 
 def pick_device():
@@ -932,28 +1095,131 @@ def autocast(device):
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary name beside path: its file takes path's place at the end, but not after an error."""
+    """Yield a temporary name beside path: its file takes path's place at the end, but not after an error.
+
+    What processes that died left in this folder is removed. Raises OSError, which names path.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{HOST}-{os.getpid()}.{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__       # torch.save says little
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@lru_cache(None)
+def sweep(folder):
+    """Remove, once, what processes of this machine that are dead left half-written in a folder."""
+    for path in folder.glob(f".{HOST}-*.*"):
+        pid = path.name.removeprefix(f".{HOST}-").partition(".")[0]
+        if Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists():
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder):
+    """Hold a folder until this process ends, however it does. Problem if another process holds it."""
+    os.makedirs(folder, exist_ok=True)
+    if fcntl:                                                            # Windows has no such locks
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"another run writes to {folder}: let it end, or give another --out") from None
+        except OSError:                                                  # nor have some network folders
+            pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.rmdir(folder)                                             # if a mistake left it empty
+        if fcntl:
+            os.close(held)
+
+
+def write(path, content):
+    """Write bytes, or text as UTF-8, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else
+                              content.encode(errors="backslashreplace"))
 
 
 def save_csv(path, header, rows):
     """Write a CSV atomically."""
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    write(path, text.getvalue())
+
+
+def save(path, content):
+    """Write what torch.save() takes, atomically."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+
+
+def load(path, mmap=False):
+    """Read what save() wrote. Nothing in the file is executed, nor unpacked: its size is what it takes.
+
+    Raises any kind of error if it is broken.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(m.compress_type for m in members) or sum(m.file_size for m in members) > os.stat(path).st_size:
+            raise ValueError("it is compressed")
+        if broken := archive.testzip():
+            raise ValueError(f"{broken} is not what was written")
+    return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+
+
+def kept(path, stamp, make, old="it is of something else"):
+    """Return what make() does: from the file path, if that is whole and has this stamp, or else anew."""
+    try:
+        found = load(path, mmap=True)
+        if found["stamp"] != stamp:
+            raise ValueError(old)
+        return found["content"]
+    except FileNotFoundError:
+        pass
+    except Exception as error:                                           # files break in dozens of ways
+        warn(f"{path} is made again: {reason(error)}")
+    found = dict(stamp=stamp, content=make())
+    save(path, found)
+    return found["content"]
+
+
+@contextmanager
+def refusing(path, wrong, advice):
+    """Turn an error in this block into a Problem of the file path: for what cannot be made again."""
+    try:
+        yield
+    except Problem:
+        raise
+    except Exception as error:                                           # files break in dozens of ways
+        raise Problem(f"{path} {wrong} ({reason(error)}): {advice}") from None
+
+
+def reason(error):
+    """Return the first line of what an error says, or else its kind."""
+    said = next(iter(str(error).strip().splitlines()), "")[:160]
+    clear = said and isinstance(error, (OSError, ValueError))
+    return said if clear else f"{type(error).__name__} {said}".strip()
 
 
 def save_checkpoint(path, kind, identity, step, parts, **more):
     """Save all of a run: what it is (kind, identity), how far it is (step), the state of its parts."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    with replacing(path) as temporary:
-        torch.save({"kind": kind, **identity, "step": step, **states, **more}, temporary)
+    save(path, {"kind": kind, **identity, "step": step, **states, **more})
 
 
 def load_checkpoint(path, *kinds):
@@ -961,19 +1227,29 @@ def load_checkpoint(path, *kinds):
     if not Path(path).is_file():
         raise Problem(f"no checkpoint at {path}: train one first, or give another path")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        found = content["kind"]
-    except Exception:
-        found = "no checkpoint of ours"
+        content = load(path)
+        found = str(content["kind"])
+        unsafe = [name for name in content.get("classes", ()) if not is_name(name)]
+    except Exception as error:                                           # files break in dozens of ways
+        found = f"no checkpoint of ours ({reason(error)})"
     if found not in kinds:
         raise Problem(f"{path} is {found}, a {' or '.join(kinds)} is needed: give another path")
+    if unsafe:                                                           # they become folders
+        raise Problem(f"{path} has a class {unsafe[0]!r}, which is no name of a folder: give another path")
     return content
 
 
-def resume(path, kind, identity, parts):
-    """Give the parts {name: module or optimizer} the state they had in the checkpoint. -> it, or None.
+def is_name(text):
+    """Is text the name of a folder, and no path to another one?"""
+    return (isinstance(text, str) and text.isprintable() and not {"/", "\\"} & {*text}
+            and text.strip(". ") > "")
 
-    Raises Problem if it is of a run with another identity, {name: value}.
+
+def resume(path, kind, identity, parts, fresh):
+    """Give the parts {name: module or optimizer} the state they had in the checkpoint. -> it, or fresh.
+
+    fresh: of a run that begins, {name: what else is in a checkpoint}. Raises Problem if the checkpoint is of
+    a run with another identity, {name: value}, or if something in it is missing or of another kind.
     """
     saved = load_checkpoint(path, kind) if path and Path(path).exists() else None
     if dist.is_initialized():                                            # have all processes read the same?
@@ -983,13 +1259,21 @@ def resume(path, kind, identity, parts):
             raise Problem(f"the processes do not see the same images, or the same {path}: "
                           "--data and --out must be folders that all machines share")
     if saved is None:
-        return None
-    if differ := [name for name in identity if saved.get(name) != identity[name]]:
-        old, new = saved.get("config", {}), identity["config"]
-        other = ", ".join(k for k in new if old.get(k) != new[k]) if differ[0] == "config" else differ[0]
-        raise Problem(f"{path} is of a run with another {other}: give another --out, or remove it")
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
+        return fresh
+    advice = "give another --out, or remove it"
+    with refusing(path, "is broken", advice):
+        if differ := [name for name in identity if saved.get(name) != identity[name]]:
+            old, new = saved.get("config", {}), identity["config"]
+            other = ", ".join(k for k in new if old.get(k) != new[k]) if differ[0] == "config" else differ[0]
+            raise Problem(f"{path} is of a run with another {other}: {advice}")
+        for name, value in fresh.items():
+            if type(saved[name]) is not type(value):
+                raise TypeError(f"{name} is {saved[name]!r}")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+            for p in [p for group in getattr(part, "param_groups", ()) for p in group["params"]]:
+                if any(moment.shape not in (p.shape, ()) for moment in part.state[p].values()):
+                    raise ValueError(f"the {name}'s moments are not those of the weights")
     return saved
 
 
@@ -1054,9 +1338,12 @@ def sum_gradients(model):
 
 
 def progress(items, title, *args, **how):
-    """Iterate with a progress bar on a terminal."""
+    """Iterate with a progress bar on a terminal, or where it takes long with a line per minute in a log."""
     quiet = rank() or parent_process()                   # other processes, ours or torchrun's, do not talk
-    return tqdm(items, title, *args, disable=True if quiet else None, leave=False, **how)
+    if not sys.stderr.isatty():                          # in a log a line per minute
+        how |= dict(bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed}, {remaining} to go\n", delay=60,
+                    mininterval=60, maxinterval=600, leave=True)
+    return tqdm(items, title, *args, disable=bool(quiet), **{"leave": False} | how)
 
 
 # ---- shared by all scripts: several tasks at a time
@@ -1084,7 +1371,8 @@ class Inline:
 
 
 def _enter(enter, *args):
-    """Prepare a process of a pool: it computes in one thread, and is silent."""
+    """Prepare a process of a pool: it computes in one thread, is silent, and leaves Ctrl-C to the first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")
     enter(*args)
@@ -1105,7 +1393,12 @@ def pool(jobs, enter, *args):
             yield Inline()
         else:
             with ProcessPoolExecutor(jobs, get_context("spawn"), _enter, (enter, *args)) as workers:
-                yield workers
+                try:
+                    yield workers
+                except BaseException:                                    # do not wait for what they do
+                    for child in active_children():
+                        child.terminate()
+                    raise
     except BrokenExecutor:
         raise Problem(f"one of {jobs} processes died, perhaps for want of memory: start again with fewer "
                       "--jobs; what is done is kept") from None
@@ -1115,9 +1408,44 @@ def pool(jobs, enter, *args):
 
 # ---- shared by all scripts: the command line
 
-def flag(default, help, bare=False):
-    """Declare a field of a script's Config, which is also its --flag, or if bare an unnamed argument."""
-    return field(default=default, metadata={"help": help, "bare": bare})
+def flag(default, help, least=-math.inf, most=math.inf, bare=False, alone=False):
+    """Declare a field of a script's Config, which is also its --flag, or if bare an unnamed argument.
+
+    Numbers are from least to most. alone: it names a folder to which no other run may write at the time.
+    """
+    bounds = (f"; {least:g} to {most:g}" if most < math.inf else
+              f"; at least {least:g}" if least > -math.inf else "")
+    return field(default=default, metadata=dict(help=help + bounds, least=least, most=most, bare=bare,
+                                                alone=alone))
+
+
+def spelled(f):
+    """Return a field's flag."""
+    return f.name if f.metadata["bare"] else "--" + f.name.replace("_", "-")
+
+
+@dataclass
+class Settings:
+    """What a script's Config has in common with others."""
+
+    def __post_init__(self):
+        """Raise ValueError if a number is out of its flag's range, or a value not of its type."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            kind = get_args(f.type)[0] if f.default is None else type(f.default)         # float | None
+            kinds = (int, float) if kind is float else (kind,)
+            if type(value) not in kinds and (value is not None or f.default is not None):
+                raise ValueError(f"{spelled(f)} {value!r} is not of type {kind.__name__}")
+            for v in value if kind is tuple else () if value is None or kind is str else (value,):
+                if not f.metadata["least"] <= v <= f.metadata["most"]:                   # nan is not, either
+                    raise ValueError(f"{spelled(f)} {v:g}: {f.metadata['help'].rpartition('; ')[2]}")
+
+
+def without_effect(settings, names, when):
+    """Raise ValueError if one of these flags is given, which changes nothing then."""
+    for f in fields(settings):
+        if f.name in names and getattr(settings, f.name) != f.default:
+            raise ValueError(f"{spelled(f)} has no effect {when}: leave it out")
 
 
 def integers(text):
@@ -1127,57 +1455,108 @@ def integers(text):
 
 def some_of(things):
     """List the first three, for a message."""
-    listed = [str(thing) for thing in things]
+    listed = [plain(thing) for thing in things]
     return ", ".join(listed[:3]) + " ..." * (len(listed) > 3)
 
 
-def launch(main, config, argv=None, several=False):
-    """Run main(config of these flags), if `several` by torchrun too. A mistake is one line, exit code 2."""
-    def refuse(message):
-        if int(os.environ.get("RANK", 0)):
-            sleep(2)                 # process 0 most likely says the same, and torchrun then ends this one
-        parser.exit(2, f"{parser.prog}: {message}\n")
+def plain(text):
+    """Return text as one line that a terminal shows as it is."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
-    title = sys.modules[main.__module__].__doc__.split("\n\n")[0]
+
+def warn(text):
+    """Say something on stderr, once: not by each process."""
+    if not (rank() or parent_process()):
+        print(plain(text), file=sys.stderr)
+
+
+def parser_of(config, title):
+    """Make the parser of a Config's flags."""
     parser = argparse.ArgumentParser(description=title, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: refuse(f"{message} (--help lists the flags)")
     for f in fields(config):
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
                 dict(type=integers, metavar="N,N") if isinstance(f.default, tuple) else
                 dict(type=get_args(f.type)[0]) if f.default is None else                       # float | None
                 dict(type=type(f.default)))
-        name = "--" + f.name.replace("_", "-")
         if f.metadata["bare"]:
-            name, kind["nargs"] = f.name, "?"
-        parser.add_argument(name, default=f.default, help=f.metadata["help"], **kind)
+            kind["nargs"] = "?"
+        parser.add_argument(spelled(f), default=f.default, help=f.metadata["help"], **kind)
+    return parser
+
+
+def stop(number, _):
+    """End by a signal as by Ctrl-C."""
+    raise KeyboardInterrupt(number)
+
+
+def launch(main, config, argv=None, several=False):
+    """Run main(config of these flags), if `several` by torchrun too.
+
+    Whatever ends it early is one line: a mistake or a disk that is full with exit code 2, Ctrl-C with 130, a
+    SIGTERM with 143.
+    """
+    def refuse(message, code=2):
+        if int(os.environ.get("RANK", 0)):
+            sleep(2)                 # process 0 most likely says the same, and torchrun then ends this one
+        parser.exit(code, f"{parser.prog}: {plain(message)}\n")
+
+    parser = parser_of(config, sys.modules[main.__module__].__doc__.split("\n\n")[0])
+    parser.error = lambda message: refuse(f"{message} (--help lists the flags)")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")                # a terminal may lack letters
     arguments = vars(parser.parse_args(argv))
     try:
         settings = config(**arguments)                                 # its __post_init__ looks at the values
     except ValueError as error:
         parser.error(error)
+    again = "the same command goes on where it was"
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        with processes(several):
+        held = [getattr(settings, f.name) for f in fields(config) if f.metadata["alone"]]
+        first = int(os.environ.get("RANK", 0)) == 0
+        with alone(held[0]) if held and first else nullcontext(), processes(several):
             return main(settings)
     except Problem as problem:
         refuse(problem)
+    except KeyboardInterrupt as stopped:
+        refuse(f"stopped; {again}", 128 + (stopped.args or (signal.SIGINT,))[0])
+    except OSError as error:
+        refuse(f"{error.filename or 'files'}: {error.strerror or error}; when that is mended, {again}")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)):
+            raise
+        lower = [spelled(f) for f in fields(config) if f.name in ("batch", "jobs", "size")]
+        refuse(f"out of memory: lower {' or '.join(lower)}; {again}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ---- python data.py DIR: what is there
 
 @dataclass
-class Script:
+class Script(Settings):
     """The flags of this script."""
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, caption set or xBD tree", bare=True)
-    size: int = flag(64, "side to which the pictures are reduced")
-    draw: int = flag(0, "first draw so many scenes per class, or with --xbd tiles, into it")
+    size: int = flag(64, "side to which the pictures are reduced", 1, 1024)
+    draw: int = flag(0, "first draw so many scenes per class, or with --xbd tiles, into it", 0, 100_000)
     xbd: bool = flag(False, "with --draw: an xBD-shaped tree")
     out: str = flag("runs/data.png", "where a sheet of examples goes")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
+    download: str = flag("", f"first fetch one into it, of {', '.join(DOWNLOADS)}")
+
+    def __post_init__(self):
+        super().__post_init__()
+        without_effect(self, [] if self.draw else ["xbd"], "without --draw")
+        if self.download not in ("", *DOWNLOADS):
+            raise ValueError(f"--download {self.download}: known are {', '.join(DOWNLOADS)}")
 
 
 def main(cfg):
     """Count what there is in a tree, and show it."""
+    if cfg.download:
+        return download(cfg.download, cfg.data)
     if cfg.draw:
         (draw_xbd if cfg.xbd else draw_tree)(cfg.data, cfg.draw)
     if not Path(cfg.data).is_dir():

@@ -222,10 +222,10 @@ def listed(text):
 
 
 @dataclass
-class Config:
+class Config(data.Settings):
     """What may be asked for on the command line. 0, empty or None: as --scale has it; --w 0 is a scale."""
     data: str = flag("", "tree with a folder per class, or xBD tree (empty: both are drawn)")
-    out: str = flag("runs/experiment", "folder for results.csv, report.html, pictures and generators")
+    out: str = flag("runs/experiment", "folder for results.csv, report.html, images, generators", alone=True)
     scale: str = flag("", "smoke, small, medium or full (empty: medium for --data on a GPU, else small)")
     smoke: bool = flag(False, "every stage in under a minute, the same as --scale smoke")
     dry_run: bool = flag(False, "print the plan: runs, steps, time, disk; run nothing")
@@ -233,20 +233,21 @@ class Config:
     arms: str = flag("", "which arms, by comma, or all (empty: those of --scale)")
     study: str = flag("", f"more arms, by comma: {', '.join(STUDIES)}")
     counts: str = flag("", "real images per class, or for buildings training tiles (0: all), by comma")
-    seeds: int = flag(0, "repetitions")
-    subsets: int = flag(0, "different draws of training images, each with its generator (at most --seeds)")
-    size: int = flag(0, "side of the images in pixels, a multiple of 8")
-    made: int = flag(0, "synthetic images per class")
-    w: float | None = flag(None, "guidance scale (1: no guidance, 0: no class)")
-    gen_steps: int = flag(0, "optimizer steps of a generator")
-    cls_steps: int = flag(0, "optimizer steps of a classifier")
+    seeds: int = flag(0, "repetitions", 0, 1000)
+    subsets: int = flag(0, "draws of training images, each with its generator (at most --seeds)", 0, 1000)
+    size: int = flag(0, "side of the images in pixels, a multiple of 8", 0, 1024)
+    made: int = flag(0, "synthetic images per class", 0, 1_000_000)
+    w: float | None = flag(None, "guidance scale (1: no guidance, 0: no class)", 0, 100)
+    gen_steps: int = flag(0, "optimizer steps of a generator", 0)
+    cls_steps: int = flag(0, "optimizer steps of a classifier", 0)
     label: str = flag("damage", "what to tell of a building: damage, or the type of disaster: type")
     init: str = flag("", "weights of --study clip: of train_cls.py --captions, or published ones")
     hold_out: str = flag("", "xBD event to test on, of which nothing is trained on")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
-    jobs: int = flag(0, "runs at the same time, each in a process of one thread (0: a core each; 1 on a GPU)")
+    jobs: int = flag(0, "runs at a time, each a process of one thread (0: a core each; 1 on a GPU)", 0, 256)
 
     def __post_init__(self):
+        super().__post_init__()
         known = list(dict.fromkeys(["all", *(name for leg in LEGS.values() for name in leg.arms)]))
         for what, asked, allowed in (("arm", listed(self.arms), known),
                                      ("study", listed(self.study), STUDIES),
@@ -260,7 +261,8 @@ class Config:
             raise ValueError("--study clip and --init WEIGHTS: both or none of them")
         if self.counts and not (self.data or self.leg):
             raise ValueError(f"--counts {self.counts}: of which --leg, scenes or buildings?")
-        if self.size < 0 or self.size % 8:
+        data.without_effect(self, ["scale"] if self.smoke else [], "with --smoke")
+        if self.size % 8:
             raise ValueError(f"--size {self.size} is not a multiple of 8")
         s = self.resolved("scenes")           # a bad size or count is told before anything is done
         if min(s.counts) < 0:
@@ -275,6 +277,8 @@ class Config:
         named = self.leg or (self.data and ("buildings" if data.is_xbd(self.data) else "scenes"))
         if named == "buildings" and self.init:
             raise Problem("--study clip is for scenes: CLIP knows no masks")
+        if named == "scenes" and self.label != "damage" or named == "buildings" and self.skip_broken:
+            raise Problem(f"--label is for buildings, --skip-broken for scenes, and these are {named}")
         return [named] if named else list(LEGS)
 
     def resolved(self, leg):
@@ -588,8 +592,7 @@ def work(task):
     if task.kind == "run":
         row = dict(run=task.name, leg=name, arm=task.title, count=count, seed=seed, data=cell.case.title)
         row |= score(cell, task.arms[0], f"{task.title}, {cell.title}")
-        with data.replacing(cell.case.out / "runs" / f"{task.name}.json") as temporary:
-            temporary.write_text(json.dumps(row))
+        data.write(cell.case.out / "runs" / f"{task.name}.json", json.dumps(row | dict(check=digest(row))))
         return row
     for arm in task.arms:
         synthetic = synthesize(cell, arm)
@@ -606,8 +609,15 @@ def look(cell, arm, found):
 
 
 def read_runs(out):
-    """Read the runs that were done before, {name: row with its answers}: a file each, whole or not there."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((out / "runs").glob("*.json"))}
+    """Read the runs that were done before, {name: row with its answers}: a file each, as it was written."""
+    stored = {}
+    for path in sorted((out / "runs").glob("*.json")):
+        with data.refusing(path, "is not as it was written", "remove it, and this run is done again"):
+            row = json.loads(path.read_bytes())
+            if row.pop("check", digest(row)) != digest(row) or row["run"] != path.stem:
+                raise ValueError("something in it was changed")
+            stored[path.stem] = row
+    return stored
 
 
 def save_table(out, stored):
@@ -678,7 +688,8 @@ def synthesize(cell, arm):
     how, out = recipe(cell, arm), cell.case.out
     store = out / "synthetic" / f"{digest(how, cell.real.digest)}.pt"
     y = torch.tensor(how["classes"]).repeat_interleave(how["made"])
-    if not store.exists():
+
+    def make():
         like = cell.like(arm, y)
         real = cell.case.scenes[cell.index] if arm.source == "simulated" else cell.real
         real = real[torch.isin(real.labels, torch.tensor(how["classes"]))]
@@ -690,9 +701,9 @@ def synthesize(cell, arm):
             images = torch.cat([images, like.images[:, -1:]], 1)                # the mask is that of before
         if images.shape[1] == 4:                               # a grey mask would tell them from real ones
             images[:, 3] = 255 * (images[:, 3] > 127)
-        with data.replacing(store) as temporary:
-            torch.save(images, temporary)
-    return Scenes(torch.load(store, weights_only=True), y, cell.real.classes,
+        return images
+
+    return Scenes(data.kept(store, store.stem, make), y, cell.real.classes,
                   [f"synthetic {k}" for k in range(len(y))], torch.arange(len(y)))
 
 
@@ -744,11 +755,10 @@ def tune(cell, arm, cfg, soft, title, *several):
         if not scenes:
             found.append(None)
             continue
-        store = cell.case.out / "features" / f"{digest(weights(cell.case.cfg.init), scenes.digest)}.pt"
-        if not store.exists():
-            with data.replacing(store) as temporary:
-                torch.save(train_cls.outputs(model.features, scenes.images), temporary)
-        found.append(replace(scenes, images=torch.load(store, weights_only=True)))
+        stamp = digest(weights(cell.case.cfg.init), scenes.digest)
+        features = data.kept(cell.case.out / "features" / f"{stamp}.pt", stamp,
+                             lambda scenes=scenes: train_cls.outputs(model.features, scenes.images))
+        found.append(replace(scenes, images=features))
     if arm.tune == "none":
         return model.head, dict(steps=0, images=0, synthetic=0), found
     real, pool, *_ = found
@@ -759,6 +769,8 @@ def tune(cell, arm, cfg, soft, title, *several):
 @functools.cache
 def weights(path):
     """Hash the file that --init names."""
+    if not Path(path).is_file():
+        raise Problem(f"--init {path}: no such file; python train_cls.py --captions makes one")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -1014,17 +1026,19 @@ def judge(cell, synthetic):
     if len(a) < 10:
         return {}
     name = digest("likeness", case.s.cls, real.digest, synthetic.digest, unseen.digest)
-    path, sheet = (case.out / "judged" / f"{name}.{kind}" for kind in ("json", "png"))
-    if not (path.exists() and sheet.exists()):
+    path, sheet = (case.out / "judged" / f"{name}.{kind}" for kind in ("pt", "png"))
+
+    def make():
         cfg = replace(case.s.cls, augment=OVERHEAD, balance=case.leg.rare)
         model, _ = train_cls.fit(teach, None, cfg, title=f"features, {cell.title}")
         right = train_cls.predict(model, held.images) == held.labels
         found = dict(tested=len(held), right=right.sum().item())
         found["commonest"] = held.labels.bincount().max().item()
-        found |= compare(model.features, a, b, some) | copies(real, *alike(synthetic, held), sheet)
-        with data.replacing(path) as temporary:
-            temporary.write_text(json.dumps(found))
-    return json.loads(path.read_text()) | dict(sheet=str(sheet))
+        return found | compare(model.features, a, b, some) | copies(real, *alike(synthetic, held), sheet)
+
+    if not data.decodes(sheet):
+        path.unlink(missing_ok=True)                         # both are made at once
+    return data.kept(path, name, make) | dict(sheet=str(sheet))
 
 
 def alike(*several, most=4000):
@@ -1689,11 +1703,10 @@ def report(cases, cfg, out):
     body += ["<h2>Again</h2>", f"<pre>{html.escape(command(cfg))}</pre>", as_html(
         f"Classifiers trained by commit {', '.join(made_by)}; page by commit {commit() or 'unknown'}, torch "
         f"{torch.__version__}. Every run, with all its settings, is a row of results.csv.")]
-    with data.replacing(out / "report.html") as temporary:
-        temporary.write_text('<!doctype html><html lang="en"><meta charset="utf-8">'
-                             '<meta name="viewport" content="width=device-width">'
-                             f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
-                             + "\n".join(body), encoding="utf-8")
+    data.write(out / "report.html", '<!doctype html><html lang="en"><meta charset="utf-8">'
+                                    '<meta name="viewport" content="width=device-width">'
+                                    f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
+                                    + "\n".join(body))
 
 
 def command(cfg):

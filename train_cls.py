@@ -40,38 +40,38 @@ from vit import (
     zero,
 )
 
+SMALL = "--size 32 --patch 4 --dim 64 --depth 1 --heads 2 --steps 1500 --batch 64 --lr 4e-3 --warmup 50"
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
 TUNES = "all", "head", "none"
 PACE = 0.1                                             # of a tower that is tuned: a part of its head's rate
 
 
 @dataclass
-class Config:
+class Config(data.Settings):
     """Everything that makes a classifier but the images."""
     model: str = flag("vit", f"recogniser: {', '.join(MODELS)}")
-    size: int = flag(64, "side of the images in pixels")
-    patch: int = flag(8, "pixels a side of a token")
-    dim: int = flag(192, "width of a token")
-    depth: int = flag(6, "transformer blocks")
-    heads: int = flag(3, "attention heads")
-    steps: int = flag(5000, "optimizer steps")
-    batch: int = flag(128, "images per step, real and synthetic together")
-    lr: float = flag(1e-3, "peak learning rate")
-    warmup: int = flag(200, "steps to reach it")
-    decay: float = flag(0.1, "weight decay, on matrices only")
-    smoothing: float = flag(0.1, "label smoothing")
-    share: float = flag(0.0, "probability that a synthetic image takes the place of a real one of its class")
+    size: int = flag(64, "side of the images in pixels", 1, 1024)
+    patch: int = flag(8, "pixels a side of a token", 1, 1024)
+    dim: int = flag(192, "width of a token", 16, 8192)
+    depth: int = flag(6, "transformer blocks", 0, 100)
+    heads: int = flag(3, "attention heads", 1, 512)
+    steps: int = flag(5000, "optimizer steps", 1)
+    batch: int = flag(128, "images per step, real and synthetic together", 1, 65_536)
+    lr: float = flag(1e-3, "peak learning rate", 1e-9)
+    warmup: int = flag(200, "steps to reach it", 0)
+    decay: float = flag(0.1, "weight decay, on matrices only", 0, 100)
+    smoothing: float = flag(0.1, "label smoothing", 0, 0.99)
+    share: float = flag(0.0, "probability that a synthetic image stands in for a real one of its class", 0, 1)
     pretrain: bool = flag(False, "synthetic images first, for this share of the steps, then real ones only")
     balance: bool = flag(False, "draw all classes equally often, however rare they are")
     augment: str = flag(OVERHEAD, "augmentations by name, in order; none is none")
-    seed: int = flag(0, "fixes the choice of images, weights and batches")
+    seed: int = flag(0, "fixes the choice of images, weights and batches", 0, 2**32 - 1)
     init: str = flag("", "weights to begin from, instead of --model of this --size, --patch, --dim ...")
     tune: str = flag("all", "what to train of --init: all, head (without augmentation) or none")
 
     def __post_init__(self):
+        super().__post_init__()
         compose(self.augment)
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"--share {self.share}: a probability, 0 to 1")
         if self.tune not in TUNES:
             raise ValueError(f"--tune {self.tune}: known are {', '.join(TUNES)}")
         if self.init:                                                    # the weights tell their shapes
@@ -82,7 +82,7 @@ class Config:
             raise ValueError(f"--size {self.size} is not divisible by --patch {self.patch}")
         if self.model == "vit" and self.patch not in (2, 4, 8, 16, 32):
             raise ValueError(f"--patch {self.patch}: convolutions halve, so 2, 4, 8, 16 or 32")
-        if self.dim % self.heads or self.dim % 16:
+        if self.dim % 16 or self.model in ("vit", "patches") and self.dim % self.heads:
             raise ValueError(f"--dim {self.dim} must be divisible by 16 and by --heads {self.heads}")
 
 
@@ -92,8 +92,8 @@ class Script(Config):
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, caption set or xBD tree")
     synthetic: str = flag("", "tree of synthetic images, same class names, as train_gen.py --sample makes")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
-    per_class: int = flag(0, "real training images per class, or tiles of an xBD tree (0: all)")
-    out: str = flag("runs/cls", "folder for classifier.pt, or where it is")
+    per_class: int = flag(0, "real training images per class, or tiles of an xBD tree (0: all)", 0)
+    out: str = flag("runs/cls", "folder for classifier.pt, or where it is", alone=True)
     predict: str = flag("", "classify the pictures of a folder instead of training: predictions.csv in --out")
     test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
     captions: bool = flag(False, "train a CLIP on the sentences of a caption set instead: clip.pt in --out")
@@ -107,6 +107,20 @@ class Script(Config):
             raise ValueError("--captions and --mae take real images alone: leave out --share")
         if self.mae and self.model not in ("vit", "patches"):
             raise ValueError(f"--mae needs the tokens of a ViT, which --model {self.model} has not")
+        trained = {f.name for f in fields(Config)} | {"data", "synthetic", "per_class", "test"}
+        idle = {"linear": ["patch", "dim", "depth", "heads", "steps", "batch", "lr", "warmup", "decay",
+                           "smoothing", "pretrain", "augment"], "resnet": ["patch", "depth", "heads"]}
+        data.without_effect(self, trained if self.predict else [], "with --predict")
+        data.without_effect(self, idle.get(self.model, []), f"with --model {self.model}")
+        data.without_effect(self, ["captions", "mae"] if self.predict else [], "with --predict")
+        data.without_effect(self, ["model"] if self.init else [], "with --init")
+        data.without_effect(self, [] if self.init else ["tune"], "without --init")
+        data.without_effect(self, [] if self.share else ["pretrain"], "without --share")
+        if "copypaste" in self.augment.split(","):
+            raise ValueError("--augment copypaste needs masks, which only experiment.py gives a classifier")
+        if bool(self.synthetic) != (self.share > 0):
+            raise ValueError("--synthetic and --share belong together: "
+                             "give the tree and the probability of its images")
 
 
 # ---- the recognisers beside the ViT
@@ -321,7 +335,7 @@ def train(model, loss, cfg, path, kind, identity, every, title, **tallies):
     """
     device, optimizer = data.pick_device(), adamw(model, cfg.decay)
     parts = dict(model=model, optimizer=optimizer)
-    saved = data.resume(path, kind, identity, parts) or dict(step=0, **tallies)
+    saved = data.resume(path, kind, identity, parts, dict(step=0, **tallies))
     for name, tally in tallies.items():
         tally.copy_(saved[name])
 
@@ -336,8 +350,6 @@ def train(model, loss, cfg, path, kind, identity, every, title, **tallies):
             if not math.isfinite(mean := data.total(value.detach()).item()):
                 raise Problem(f"the loss is {mean} at step {step + 1}: lower --lr")
             keep(step + 1)
-    if cfg.steps == 0:
-        keep(0)
 
 
 def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier", model=None):
@@ -367,8 +379,10 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
         return each / cfg.batch
 
     if isinstance(model, Linear):                             # solved, without steps, seed and augmentation
-        cfg = replace(cfg, steps=0)
         model.solve(mixture)
+        if path and data.rank() == 0:
+            data.save_checkpoint(path, "classifier", identity, 0, dict(model=model))
+        return model.eval(), dict(steps=0, images=0, synthetic=0)
     train(model, loss, cfg, path, "classifier", identity, every, title, synthetic_seen=synthetic_seen)
     return model.eval(), dict(steps=cfg.steps, images=cfg.steps * cfg.batch, synthetic=int(synthetic_seen))
 
@@ -394,10 +408,11 @@ def predict(model, images, batch=512):
 def load(path, *kinds):
     """Read a checkpoint of one of these kinds. Returns its model in eval mode, Config, and all it says."""
     saved = data.load_checkpoint(path, *kinds)
-    cfg = Config(**saved["config"])
-    model = (clip(cfg, saved["words"]) if saved["kind"] == "clip" else
-             MAE(cfg) if saved["kind"] == "mae" else network(cfg, saved["classes"], saved["channels"]))
-    model.load_state_dict(saved["model"])
+    with data.refusing(path, "is broken", "train it again, or give another path"):
+        cfg = Config(**saved["config"])
+        model = (clip(cfg, saved["words"]) if saved["kind"] == "clip" else
+                 MAE(cfg) if saved["kind"] == "mae" else network(cfg, saved["classes"], saved["channels"]))
+        model.load_state_dict(saved["model"])
     return model.to(data.pick_device()).eval(), cfg, saved
 
 
@@ -740,12 +755,9 @@ def predict_folder(cfg):
 
 def read_synthetic(cfg, classes):
     """Read the tree --synthetic, if any: Scenes, with classes numbered as in `classes`, or None."""
-    if bool(cfg.synthetic) != (cfg.share > 0):
-        raise Problem("--synthetic and --share belong together: "
-                      "give the tree and the probability of its images")
     if not cfg.synthetic:
         return None
-    synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken)
+    synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken, least=1)
     if unknown := sorted(set(synthetic.classes) - set(classes)):
         raise Problem(f"{cfg.synthetic} has classes that {cfg.data} has not: {', '.join(unknown)}")
     if without := len(classes) - len(synthetic.classes):
@@ -805,12 +817,11 @@ def main(cfg):
     if len(scenes.classes) < 2:
         raise Problem(f"{cfg.data} tells no classes: train on its sentences with --captions")
     synthetic = read_synthetic(cfg, scenes.classes)
-    print(f"{len(index)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes, "
-          f"on {data.pick_device()}")
-    if cfg.init:
-        model = begin_and_tune(scenes[index], synthetic, cfg, path)
-    else:
-        model, _ = fit(scenes[index], synthetic, cfg, path)
+    real = scenes[index]
+    print(f"{len(real)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes")
+    if cfg.model != "linear" and cfg.tune == "all":           # the others take a second
+        data.forecast(lambda cfg: fit(real, synthetic, cfg), cfg, SMALL)
+    model = begin_and_tune(real, synthetic, cfg, path) if cfg.init else fit(real, synthetic, cfg, path)[0]
     score(model, scenes, parts, cfg.test)
 
 

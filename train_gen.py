@@ -28,35 +28,40 @@ from unet import Condition, UNet
 from vit import LENGTH, Text, word_tokens, words_of
 
 GIVEN = "pre", "mask", "lowres", "edges", "numbers", "text", "class"
+SMALL = ("--size 32 --width 32 --mults 1,2,4 --blocks 1 --patch 2 --predict x0 --steps 2400 --batch 32 "
+         "--lr 2e-3 --warmup 50 --ema 0.99")
 
 
 @dataclass
-class Config:
+class Config(data.Settings):
     """Everything that makes a generator: equal Config and images, equal generator."""
-    size: int = flag(64, "side of the images in pixels")
-    width: int = flag(64, "channels at the finest resolution")
-    mults: tuple = flag((1, 2, 3, 4), "width of each resolution in units of --width")
-    blocks: int = flag(2, "blocks per resolution, down and up")
-    patch: int = flag(1, "fold squares of so many pixels a side into channels (CPU: 2, --predict x0)")
+    size: int = flag(64, "side of the images in pixels", 1, 1024)
+    width: int = flag(64, "channels at the finest resolution", 8, 4096)
+    mults: tuple = flag((1, 2, 3, 4), "width of each resolution in units of --width", 1, 64)
+    blocks: int = flag(2, "blocks per resolution, down and up", 1, 64)
+    patch: int = flag(1, "fold squares of so many pixels a side into channels (CPU: 2, --predict x0)", 1, 64)
     schedule: str = flag("cosine", "noise schedule: cosine, linear, flow")
     predict: str = flag("v", "what the network predicts: v, eps, x0")
-    gamma: float = flag(5.0, "cap of the min-SNR weight of the loss (inf: L_simple, all t alike)")
-    timesteps: int = flag(1000, "length T of the chain")
-    steps: int = flag(20_000, "optimizer steps")
-    batch: int = flag(128, "images per step")
-    lr: float = flag(2e-4, "peak learning rate")
-    warmup: int = flag(500, "steps to reach it")
-    ema: float = flag(0.999, "decay of the averaged weights, with which images are made")
-    drop: float = flag(0.1, "share of the images told nothing, for guidance; with --given each part as often")
+    gamma: float = flag(5.0, "cap of the min-SNR weight of the loss (inf: L_simple, all t alike)", 1e-3)
+    timesteps: int = flag(1000, "length T of the chain", 2, 100_000)
+    steps: int = flag(20_000, "optimizer steps", 1)
+    batch: int = flag(128, "images per step", 1, 65_536)
+    lr: float = flag(2e-4, "peak learning rate", 1e-9)
+    warmup: int = flag(500, "steps to reach it", 0)
+    ema: float = flag(0.999, "decay of the averaged weights, with which images are made", 0, 0.999999)
+    drop: float = flag(0.1, "share of images told nothing, for guidance; with --given each part so", 0, 0.9)
     given: str = flag("", "what it is told beside the class, by comma: pre, mask, lowres, edges, numbers; "
                       "text instead of the class; text,class")
     tower: str = flag("", "with --given text: checkpoint of a CLIP whose text tower reads it, frozen (empty: "
                       "one of its own learns along)")
     augment: str = flag("hflip,rot90", "augmentations that keep images likely: the generator learns them")
-    seed: int = flag(0, "fixes the choice of images, weights and noise")
+    seed: int = flag(0, "fixes the choice of images, weights and noise", 0, 2**32 - 1)
 
     def __post_init__(self):
+        super().__post_init__()
         compose(self.augment)
+        if mixing := {"cutmix", "copypaste"} & set(self.augment.split(",")):
+            raise ValueError(f"--augment {mixing.pop()}: it mixes classes, which a generator keeps apart")
         if unknown := set(self.told) - set(GIVEN):
             raise ValueError(f"--given {', '.join(sorted(unknown))}: known are {', '.join(GIVEN)}")
         if self.tower and "text" not in self.told:
@@ -96,26 +101,29 @@ class Script(Config):
     """Config, and the settings that only the command line needs."""
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, caption set or xBD tree")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
-    per_class: int = flag(0, "training images per class, or tiles of an xBD tree (0: all)")
-    out: str = flag("runs/gen", "folder for generator.pt, its log and sample grids, or for the images made")
-    every: int = flag(1000, "steps between checkpoints, log lines and sample grids")
+    per_class: int = flag(0, "training images per class, or tiles of an xBD tree (0: all)", 0)
+    out: str = flag("runs/gen", "folder for generator.pt, its log and sample grids, or for the images made",
+                     alone=True)
+    every: int = flag(1000, "steps between checkpoints, log lines and sample grids", 1)
     sample: str = flag("", "make images with this checkpoint instead of training one")
     classes: str = flag("", "with --sample: which classes, by comma (empty: all)")
     prompts: str = flag("an aerial photo of a {}", "with --sample of one that is told text: sentences, by "
                         "semicolon, or a file with one per line; {} stands for each class in turn")
-    count: int = flag(16, "with --sample: images per class and sentence")
+    count: int = flag(16, "with --sample: images per class and sentence", 1, 1_000_000)
     like: str = flag("", "with --sample: picture, folder or xBD tree that tells the rest, or where to start")
-    start: float = flag(0.0, "with --like: share of the chain at which to start from it (0: from noise)")
+    start: float = flag(0.0, "with --like: share of the chain at which to start from it (0: noise)", 0, 1)
     paint: str = flag("", "with --like: picture that is white where to paint anew")
-    rounds: int = flag(1, "with --paint: rounds of each step (RePaint: 10; small generators do best with 1)")
-    calls: int = flag(12, "network calls per image")
-    w: float = flag(1.5, "guidance scale (1: no guidance, 0: no class)")
+    rounds: int = flag(1, "with --paint: rounds of each step (RePaint: 10; for small ones 1)", 1, 1000)
+    calls: int = flag(12, "with --sample: network calls per image", 1)
+    w: float = flag(1.5, "with --sample: guidance scale (1: no guidance, 0: no class)", 0, 100)
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.start <= 1 or self.rounds < 1:
-            raise ValueError(f"--start {self.start} --rounds {self.rounds}: a share of the chain, 0 to 1; "
-                             "at least 1")
+        kept = {f.name for f in fields(Config)} - {"seed"} | {"data", "per_class", "every"}
+        made = ["classes", "prompts", "count", "like", "start", "paint", "rounds", "calls", "w"]
+        data.without_effect(self, kept if self.sample else [], "with --sample")
+        data.without_effect(self, [] if self.sample else made, "without --sample")
+        data.without_effect(self, [] if self.paint else ["rounds"], "without --paint")
 
 
 # ---- hints: what a generator is told in pixels, made from the batch that is on the device
@@ -256,7 +264,7 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     identity = dict(config=settings, classes=real.classes, names=real.names, images=real.digest,
                     channels=real.images.shape[1], measures=measures, words=words, tower=generator.tower,
                     numbers=repr(real.numbers.tolist()) if measures else "")
-    saved = data.resume(path, "generator", identity, parts) or dict(step=0, log=[])
+    saved = data.resume(path, "generator", identity, parts, dict(step=0, log=[]))
     start, log = saved["step"], saved["log"]
 
     images, labels, numbers = (part.to(device) for part in (real.images, real.labels, real.numbers))
@@ -292,18 +300,19 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
 def save(generator, path, identity, parts, log, real, look):
     """Write the checkpoint, the log as a table, and with look > 0 a grid with a row of images per class."""
     step, cfg = log[-1][0], generator.config
-    if data.rank() == 0:
-        data.save_checkpoint(path, "generator", identity, step, parts, log=log)
-        data.save_csv(path.with_suffix(".csv"), ["step", "loss", "t_1", "t_2", "t_3", "t_4"], log)
     if look:
         y = torch.arange(len(generator.classes)).repeat_interleave(look)
         mine = [(real.labels == c).nonzero().flatten() for c in range(len(generator.classes))]
         some = [m if len(m) else torch.arange(len(real)) for m in mine]
         like = real[torch.cat([m[torch.arange(look) % len(m)] for m in some])] if cfg.told else None
-        images = generate(generator, y, 0, min(12, cfg.timesteps), like=like)           # by all processes
+        calls, w = min(12, cfg.timesteps), 1.5 if cfg.drop else 1.0
+        images = generate(generator, y, 0, calls, w, like=like)                         # by all processes
         if data.rank() == 0:
             grid = data.grid(images, look, zoom=max(1, 64 // cfg.size))
             data.save_picture(grid, path.with_name(f"samples-{step:06d}.png"))
+    if data.rank() == 0:                                     # the checkpoint last: with it, all is there
+        data.save_csv(path.with_suffix(".csv"), ["step", "loss", "t_1", "t_2", "t_3", "t_4"], log)
+        data.save_checkpoint(path, "generator", identity, step, parts, log=log)
 
 
 def log_row(step, quarters):
@@ -319,14 +328,14 @@ def log_row(step, quarters):
 
 def load_generator(path):
     """Read the Generator of a checkpoint. Raises Problem if the file is none."""
-    saved = data.load_checkpoint(path, "generator")
-    cfg = Config(**saved["config"])
-    diffusion, model = networks(cfg, len(saved["classes"]), saved["channels"], len(saved.get("measures", ())),
-                                saved.get("tower", ()))
-    model.load_state_dict(saved["ema"])
-    device = data.pick_device()
-    return Generator(diffusion.to(device), model.to(device).eval(), saved["classes"], cfg, saved["channels"],
-                     saved.get("measures", []), saved.get("words", []), saved.get("tower", ()))
+    saved, device = data.load_checkpoint(path, "generator"), data.pick_device()
+    with data.refusing(path, "is broken", "train it again, or give another path"):
+        cfg = Config(**saved["config"])
+        classes, C, measures = (saved[name] for name in ("classes", "channels", "measures"))
+        words, tower = (saved[name] for name in ("words", "tower"))
+        diffusion, model = networks(cfg, len(classes), C, len(measures), tower)
+        model.load_state_dict(saved["ema"])
+    return Generator(diffusion.to(device), model.to(device).eval(), classes, cfg, C, measures, words, tower)
 
 
 def noise_of(seeds, shape, device="cpu"):
@@ -400,7 +409,7 @@ def read_like(cfg, generator):
 def asked(cfg, generator):
     """List what to make by --classes and --prompts: [(folder, class, text)]."""
     known = dict(zip([*generator.classes, "any"], [*range(len(generator.classes)), -1], strict=True))
-    names = cfg.classes.split(",") if cfg.classes else generator.classes
+    names = [name.strip() for name in cfg.classes.split(",")] if cfg.classes else generator.classes
     if unknown := set(names) - set(known):
         raise Problem(f"{cfg.sample} knows no class {', '.join(sorted(unknown))}; "
                       f"it knows {', '.join(generator.classes)}, and any")
@@ -409,7 +418,7 @@ def asked(cfg, generator):
             raise Problem(f"--prompts {cfg.prompts}: {cfg.sample} is told no text")
         return [(name, known[name], "") for name in names]
     file, rows = Path(cfg.prompts), []
-    for text in file.read_text().splitlines() if file.is_file() else cfg.prompts.split(";"):
+    for text in file.read_text("utf-8-sig").splitlines() if file.is_file() else cfg.prompts.split(";"):
         for name in names if cfg.classes or "{}" in text else ["any"]:
             said = text.replace("{}", data.in_words(name)).strip()
             rows.append((name if "{}" in text else re.sub(r"\W+", "_", said)[:60], known[name], said))
@@ -428,6 +437,8 @@ def sample(cfg):
     names, classes, texts = zip(*asked(cfg, generator), strict=True)
     if not 1 <= cfg.calls <= generator.config.timesteps:
         raise Problem(f"--calls {cfg.calls}: {cfg.sample} has a chain of {generator.config.timesteps} steps")
+    if not generator.config.drop and (cfg.w != 1 or "any" in names):
+        raise Problem(f"{cfg.sample} was trained with --drop 0, always told a class: give --w 1, and no any")
     if full := [name for name in names if any((Path(cfg.out) / name).glob("*.png"))]:
         raise Problem(f"{cfg.out} holds pictures of {full[0]} already: give another --out, or remove them")
     like, paint = read_like(cfg, generator), None
@@ -458,9 +469,10 @@ def main(cfg):
     if cfg.per_class:
         index = data.choose(scenes, index, cfg.per_class, cfg.seed)
     path = Path(cfg.out) / "generator.pt"
-    print(f"{len(index)} images of {len(scenes.classes)} classes, on {data.pick_device()}; "
-          f"look at {cfg.out}/samples-*.png")
-    train(scenes[index], cfg, path, cfg.every, look=8)
+    print(f"{len(index)} images of {len(scenes.classes)} classes; look at {cfg.out}/samples-*.png")
+    real = scenes[index]
+    data.forecast(lambda cfg: train(real, cfg), cfg, SMALL)
+    train(real, cfg, path, cfg.every, look=8)
     print(f"done: python train_gen.py --sample {path} makes images with it")
 
 

@@ -137,7 +137,7 @@ def test_a_broken_picture_is_counted_and_named_and_skipped_only_if_asked(tmp_pat
     assert len(s) == 11 and "river/river_2.png" not in s.names and "river_2" in capsys.readouterr().err
     for path in (root / "river").iterdir():
         path.write_bytes(b"no picture")
-    with pytest.raises(Problem, match="fewer than two classes"):
+    with pytest.raises(Problem, match="fewer than 2 classes"):
         data.read_folder(root, 8, skip_broken=True, cache=tmp_path / "cache")
 
 
@@ -259,7 +259,7 @@ def test_the_official_lists_are_used_and_training_gives_up_what_test_holds(tmp_p
     with pytest.raises(Problem, match="--hold-out flood: no such event; only an xBD tree has events"):
         data.split(s, hold_out="flood")
     (root / "resisc45-val.txt").write_text("beach_1.png")
-    with pytest.raises(Problem, match="resisc45-val.txt names no picture of"):
+    with pytest.raises(Problem, match="resisc45-val.txt .*names no picture"):
         data.read_folder(root, 20, cache=tmp_path / "cache")
 
 

@@ -494,15 +494,17 @@ SMALL = "--size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 30 --batch 16 
 def test_pictures_of_a_folder_are_classified_as_the_trained_model_does(tmp_path, launch, model, monkeypatch):
     root, out = data.draw_tree(tmp_path / "t", 5, size=16), ["--out", tmp_path / "c"]
     made, fit = [], train_cls.fit
-    monkeypatch.setattr(train_cls, "fit", lambda *args: made.append(fit(*args)) or made[0])
-    assert launch(train_cls, "--data", root, *out, *SMALL, "--model", model).returncode == 0
+    monkeypatch.setattr(train_cls, "fit", lambda *args: made.append(fit(*args)) or made[-1])
+    flags = SMALL[:2] if model == "linear" else SMALL
+    flags = [*SMALL[:2], *SMALL[4:6], *SMALL[10:]] if model == "resnet" else flags
+    assert launch(train_cls, "--data", root, *out, *flags, "--model", model).returncode == 0
     done = launch(train_cls, "--predict", root, *out)                    # no other flags: they are remembered
     assert done.returncode == 0 and "40 pictures of" in done.stdout
     with open(tmp_path / "c" / "predictions.csv") as file:
         header, *rows = csv.reader(file)
     assert header == ["picture", "predicted", "probability"]
     scenes = data.read_folder(root, 16, cache=tmp_path / "cache")
-    probability, predicted = train_cls.outputs(made[0][0], scenes.images).softmax(1).max(1)
+    probability, predicted = train_cls.outputs(made[-1][0], scenes.images).softmax(1).max(1)
     assert [row[0] for row in rows] == scenes.names
     assert [row[1] for row in rows] == [scenes.classes[k] for k in predicted]
     assert_close(torch.tensor([float(row[2]) for row in rows]), probability, rtol=0, atol=1e-4)

@@ -109,8 +109,14 @@ def test_training_is_this_loop_written_out(adamw_by_hand, in_float64, given):
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch, given):
     cfg, real = replace(TINY, augment="hflip,rot90", given=given), spoken()
     whole = train(real, cfg, tmp_path / "a" / "g.pt", every=3)
+    save = data.save_checkpoint
+
+    def save_and_die(*args, **kw):
+        save(*args, **kw)
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(train_gen.data, "save_csv", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(train_gen.data, "save_checkpoint", save_and_die)
         train(real, cfg, tmp_path / "b" / "g.pt", every=3)
     assert data.load_checkpoint(tmp_path / "b" / "g.pt", "generator")["step"] == 3
     torch.manual_seed(99)
@@ -477,9 +483,9 @@ def checkpoints(tmp_path_factory):
     ("numbers", "", "--like is missing: .* numbers"),
     ("plain", "--start .5", "--like is missing: .* --start"),
     ("plain", "--paint ok/a.png", "--like is missing: .* --paint"),
-    ("plain", "--like ok --start 1.5", "--start 1.5 .* a share of the chain, 0 to 1"),
+    ("plain", "--like ok --start 1.5", "--start 1.5: 0 to 1"),
     ("plain", "--like ok --start -.1", "--start -0.1"),
-    ("plain", "--like ok --paint ok/a.png --rounds 0", "--rounds 0: .*at least 1"),
+    ("plain", "--like ok --paint ok/a.png --rounds 0", "--rounds 0: 1 to 1000"),
     ("plain", "--like nowhere --start .5", "no pictures in nowhere"),
     ("plain", "--like empty --start .5", "no pictures in empty"),
     ("plain", "--like broken --start .5", "do not decode .*b.png"),
