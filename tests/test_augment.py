@@ -371,6 +371,22 @@ def test_moves_and_zooms_stay_in_their_ranges(monkeypatch):
     assert abs(factor.log().mean()) < 0.005                                  # linear would be 0.017
 
 
+@pytest.mark.parametrize("name, change, low, high", [
+    ("rotate", augment.rotate, -180, 180), ("brightness", augment.adjust_brightness, 0.7, 1.3),
+    ("contrast", augment.adjust_contrast, 0.7, 1.3), ("saturation", augment.adjust_saturation, 0.7, 1.3),
+    ("hue", augment.adjust_hue, -0.05, 0.05)])
+def test_a_name_stands_for_its_change_between_its_bounds(name, change, low, high):
+    x = images(5)
+    expected = change(x, augment.uniform(x, low, high, seeded()))
+    assert_close(AUGMENTATIONS[name](x, None, seeded())[0], expected)
+
+
+def test_noise_is_at_most_a_tenth_of_the_way_from_black_to_white(monkeypatch):
+    noise, sigma = parameters_of("noise", monkeypatch, "add_noise", torch.zeros(2000, 3, 2, 2))
+    assert 0 <= sigma.min() < 0.002 and 0.098 < sigma.max() <= 0.1
+    assert noise.shape == (2000, 3, 2, 2) and abs(noise.std() - 1) < 0.02
+
+
 def test_compose_applies_the_names_in_order_from_one_generator():
     x, y, dice = images(5, 4), torch.eye(5), seeded(3)
     by_hand = x, y

@@ -107,6 +107,13 @@ def test_training_starts_from_chance_and_reaches_every_parameter(sigmoid, loss, 
     assert not [name for name, p in clip.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
+def test_scores_begin_as_sharp_as_their_papers_say():
+    clip = CLIP(tower(), Text(20, 7, 16, 1, 2))                          # Radford et al., section 2.5
+    siglip = CLIP(tower(token=False, classes=0), Text(20, 7, 16, 1, 2, causal=False), sigmoid=True)
+    assert clip.log_scale.exp().item() == pytest.approx(1 / 0.07) and clip.bias == 0.0
+    assert (siglip.log_scale.exp().item(), siglip.bias.item()) == pytest.approx((10, -10))       # Zhai, 3.2
+
+
 def test_there_are_18_ways_to_ask_for_a_scene():
     assert len(set(vit.TEMPLATES)) == 18
     assert {"satellite imagery of {}.", "aerial view of the {}.", "aerial photo of a {}."} < {*vit.TEMPLATES}

@@ -83,6 +83,12 @@ def test_cosine_is_nichol_and_dhariwal_eq_17_where_beta_is_below_its_limit():
     assert_close(cosine_abar(1000)[:990], torch.tensor(f[1:991], dtype=torch.float64) / f[0])
 
 
+@pytest.mark.parametrize("T", [50, 1000])
+def test_the_last_step_of_cosine_keeps_a_thousandth_of_the_variance(T):
+    kept = cosine_abar(T)[1:] / cosine_abar(T)[:-1]                      # 1 - beta
+    assert kept.min() == kept[-1] == pytest.approx(0.001)
+
+
 def test_flow_is_a_straight_line_from_the_image_to_the_noise():
     signal, noise = flow_abar(1000).sqrt(), (1 - flow_abar(1000)).sqrt()
     s = torch.arange(1, 1001, dtype=torch.float64) / 1001

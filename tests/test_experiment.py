@@ -320,8 +320,9 @@ def test_a_run_is_another_if_anything_that_decides_it_is():
     runs += [(cell, replace(arm, **{name: value})) for name, value in changes.items()]
     assert len({experiment.run_id(*run) for run in runs}) == len(runs)
     before = experiment.run_id(cell, arm)
-    fewer = replace(case, parts=case.parts | dict(val=case.parts["val"][1:]))
-    assert experiment.run_id(fewer.cell(4, 0), arm) != before           # the threshold is chosen on val
+    for part in ("val", "test"):                # the threshold is chosen on val, answers are those on test
+        fewer = replace(case, parts=case.parts | {part: case.parts[part][1:]})
+        assert experiment.run_id(fewer.cell(4, 0), arm) != before
     assert experiment.run_id(cell, Arm(w=3.0)) == experiment.run_id(cell, Arm())       # nothing is generated
     assert set(changes) | {"source"} == {f.name for f in fields(Arm)}
 
@@ -401,6 +402,16 @@ def test_a_greyed_arm_is_trained_and_tested_on_greyed_images(smoke, monkeypatch,
         for images in seen:
             outside = images[:, :3][(images[:, 3:] == 0).expand(-1, 3, -1, -1)]
             assert (outside == 128).all().item() is grey
+
+
+def test_the_shift_of_a_balanced_arm_is_chosen_on_val_and_not_on_test(smoke, monkeypatch):
+    cell = case_of(smoke[0], "buildings").cell(12, 0)
+    seen, put_back = [], experiment.train_cls.put_back
+    monkeypatch.setattr(experiment.train_cls, "put_back", lambda logits, labels, counts: (
+        seen.append(labels) or put_back(logits, labels, counts)))
+    experiment.score(cell, Arm(balance=True, model="linear"), "")
+    val, test = cell.case.val.labels, cell.case.test.labels
+    assert len(seen) == 1 and torch.equal(seen[0], val) and not torch.equal(val, test)
 
 
 def test_a_teacher_filters_and_teaches(scenes_case):
@@ -531,6 +542,19 @@ def test_a_generator_that_memorised_is_caught_and_one_that_did_not_is_not(scenes
         found = experiment.judge(replace(cell, fresh=fresh[odd]), synthetic)
         assert experiment.copying(found).startswith(answer) and Image.open(found["sheet"]).width > 16 * 16
         assert json.loads(json.dumps(found)) == found
+
+
+def test_who_judges_and_what_is_compared_have_no_tile_in_common(smoke, monkeypatch, tmp_path):
+    cell = replace(case_of(smoke[0], "buildings"), out=tmp_path).cell(12, 0)
+    seen, alike, fit = [], experiment.alike, experiment.train_cls.fit
+    monkeypatch.setattr(experiment, "alike", lambda *several: seen.append(several) or alike(*several))
+    monkeypatch.setattr(experiment.train_cls, "fit", lambda teach, *args, **kw: (
+        seen.append(teach) or fit(teach, *args, **kw)))
+    assert experiment.judge(cell, cell.real)
+    (a, b, _), teach, (_, held) = seen
+    tiles = [{*some.groups.tolist()} for some in (teach, a, b)]
+    assert len(set.union(*tiles)) == sum(map(len, tiles)) and min(map(len, tiles)) > 1
+    assert {*held.groups.tolist()} == tiles[1] | tiles[2]
 
 
 def test_the_floor_of_every_distance_is_measured_on_as_many_images_of_the_same_classes(scenes_case):

@@ -212,6 +212,15 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkey
     assert not finished.training and data.load_checkpoint(tmp_path / "b.pt", "classifier")["step"] == 6
 
 
+def test_a_checkpoint_of_other_images_or_settings_is_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    fit(numbered(20), None, TINY, path)
+    with pytest.raises(Problem, match="another images"):
+        fit(numbered(20, start=1), None, TINY, path)
+    with pytest.raises(Problem, match="another lr"):
+        fit(numbered(20), None, replace(TINY, lr=0.1), path)
+
+
 def test_no_step_waits_for_the_device(hasty_steps):
     every = ",".join(set(AUGMENTATIONS) - {"copypaste"})                 # which needs a mask
     fit(numbered(20), numbered(20, 100), replace(TINY, share=0.5, augment=every))
@@ -449,6 +458,14 @@ def test_frequencies_are_put_back_as_far_as_the_held_out_images_say():
         wrong = torch.tensor([0, margin, -9.0]).repeat(10, 1)
         wrong[8:, 1] += 9
         assert_close(train_cls.put_back(wrong, labels, counts), tau * frequency)
+
+
+def test_frequencies_are_put_back_for_the_sake_of_macro_f1_and_not_of_accuracy():
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    logits = torch.tensor([0.0, -9]).repeat(100, 1)
+    logits[75:, 1] = 1                       # all of the rare class are found, with 15 of the common one
+    assert_close(train_cls.put_back(logits, labels, torch.tensor([90, 10])), torch.zeros(2))
+    assert (labels == 0).double().mean() > (labels == logits.argmax(1)).double().mean()      # more accurate
 
 
 def test_the_first_command_shown_augments_as_the_default_does():

@@ -186,6 +186,12 @@ def test_image_k_follows_from_seed_and_k_whatever_the_batch():
     assert (whole[0] != whole[2]).any() and (whole != generate(generator, y, seed=4, calls=3)).any()
 
 
+def test_neighbouring_seeds_have_no_image_in_common():
+    generator, y = train(halves(), TINY), torch.zeros(4, dtype=torch.long)
+    first, second = (generate(generator, y, seed, calls=3) for seed in (0, 1))
+    assert not any(torch.equal(a, b) for a in first for b in second)
+
+
 def test_a_loaded_generator_makes_the_same_images(tmp_path):
     made = train(halves(), TINY, tmp_path / "g.pt")
     loaded = load_generator(tmp_path / "g.pt")

@@ -88,6 +88,11 @@ def unet_by_hand(model, x, t, y):
     return F.pixel_shuffle(conv(model.head[2], silu(norm(model.head[0], h))), model.patch)
 
 
+@pytest.mark.parametrize("channels, heads", [(32, 1), (64, 1), (128, 2), (256, 4)])
+def test_a_head_of_attention_is_64_channels_wide(channels, heads):
+    assert Block(16, channels, 8, attention=True).attention.heads == heads
+
+
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("c_in", [16, 24])
 def test_a_block_is_two_convolutions_the_embedding_between_and_attention_after(c_in, attention, in_float64):
@@ -300,6 +305,12 @@ def test_numbers_are_scaled_to_the_range_of_the_training_images():
     numbers(torch.tensor([[2.5, float("nan")]]))
     assert_close(seen[0][0, :8], timestep_embedding(torch.tensor([500.0]), 8)[0])
     assert_close(seen[0][0, 8:], numbers.untold[1].detach())
+
+
+def test_a_number_that_no_training_image_tells_keeps_the_range_from_0_to_1():
+    numbers = unet.Numbers(2, 8, 16)
+    numbers.fit(torch.tensor([[float("nan"), 4], [float("nan"), 2]]))
+    assert numbers.least.tolist() == [0, 2] and numbers.most.tolist() == [1, 4]
 
 
 def test_every_part_is_sliced_hidden_and_followed_by_nothing_alike():
