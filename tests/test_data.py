@@ -88,12 +88,13 @@ def test_the_central_square_is_kept_and_reduced_without_aliasing(tmp_path):
     assert abs(data.decode(tmp_path / "wide.png", 8).astype(int)[:, 2:-2, 2:-2] - 127).max() < 6
 
 
-def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_to_speak_of(tmp_path):
+@pytest.mark.parametrize("size", [32, 64, 100])                                  # of 256
+def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_to_speak_of(tmp_path, size):
     scene = data.draw_scene("dense_residential", np.random.default_rng(0), 256)[0]
     data.save_picture(scene, tmp_path / "x.jpg", quality=95)
     with Image.open(tmp_path / "x.jpg") as whole:
-        slow = np.asarray(whole.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)).astype(float)
-    fast = data.decode(tmp_path / "x.jpg", 32).transpose(1, 2, 0)
+        slow = np.asarray(whole.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)).astype(float)
+    fast = data.decode(tmp_path / "x.jpg", size).transpose(1, 2, 0)
     assert np.sqrt(((fast - slow) ** 2).mean()) < 2.5                    # grey levels
 
 
