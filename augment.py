@@ -78,17 +78,17 @@ def crop(x, top, left, height, width):
 
 
 def hflip(x):
-    """Left becomes right."""
+    """Flip left and right."""
     return x.flip(-1)
 
 
 def vflip(x):
-    """Top becomes bottom."""
+    """Flip top and bottom."""
     return x.flip(-2)
 
 
 def rot90(x, turns):
-    """Quarter turns counter-clockwise, integers (B,). Raises ValueError unless the images are square."""
+    """Turn by quarters counter-clockwise, integers (B,). Raises ValueError unless the images are square."""
     if x.shape[-2] != x.shape[-1]:
         raise ValueError(f"rot90 needs square images, not {x.shape[-2]} x {x.shape[-1]}")
     pixel = torch.arange(x.shape[-1] ** 2, device=x.device).view(x.shape[-2:])
@@ -107,7 +107,7 @@ GREY = 0.299, 0.587, 0.114      # red, green and blue in the brightness that the
 
 
 def split(x):
-    """(B, C, H, W) -> its P pictures, (B, P, 3, H, W), and its mask, (B, 0 or 1, H, W).
+    """Take (B, C, H, W) apart: its P pictures, (B, P, 3, H, W), and its mask, (B, 0 or 1, H, W).
 
     Raises ValueError if the channels are not as the top of this file says.
     """
@@ -118,7 +118,7 @@ def split(x):
 
 
 def join(rgb, mask):
-    """The way back from `split`."""
+    """Undo `split`."""
     x = rearrange(rgb, "b p c h w -> b (p c) h w")
     return torch.cat((x, mask), dim=1) if mask.shape[1] else x
 
@@ -246,23 +246,23 @@ def copy_paste(x, y, partner):
 # ---- the dice: nothing here waits for the device ----
 
 def uniform(x, low, high, generator):
-    """One number per image, (B,)."""
+    """Draw one number per image, (B,)."""
     return low + (high - low) * torch.rand(len(x), generator=generator, device=x.device)
 
 
 def anywhere(x, generator):
-    """The row and the column of a pixel per image, each (B,)."""
+    """Draw the row and the column of a pixel per image, each (B,)."""
     return (torch.randint(n, (len(x),), generator=generator, device=x.device) for n in x.shape[-2:])
 
 
 def partners(x, generator):
-    """The number of another image for each, (B,): its neighbour in a random circle. Alone, it has itself."""
+    """Draw another image for each, (B,): its neighbour in a random circle. One alone is its own."""
     circle = uniform(x, 0, 1, generator).argsort()
     return circle.roll(1)[circle.argsort()]
 
 
 def sometimes(flip):
-    """The draw that flips half of the images."""
+    """Make the draw that flips half of the images."""
     def draw(x, y, generator):
         flipped = flip(x)           # the result goes there too: on a CPU new memory costs more than the work
         return torch.where(per_image(uniform(x, 0, 1, generator) < 0.5, x), flipped, x, out=flipped), y
@@ -270,7 +270,7 @@ def sometimes(flip):
 
 
 def strength(change, low, high):
-    """The draw that gives `change` a parameter between low and high."""
+    """Make the draw that gives `change` a parameter between low and high."""
     def draw(x, y, generator):
         return change(x, uniform(x, low, high, generator)), y
     return draw

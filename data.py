@@ -103,7 +103,7 @@ class Scenes:
 
     @cached_property
     def digest(self):
-        """Hash of names, labels, classes, captions and pixels, in this order: 12 hexadecimal digits."""
+        """Hash names, labels, classes, captions and pixels: 12 hexadecimal digits."""
         about = repr((self.names, self.labels.tolist(), self.classes, self.images.shape,
                       *filter(None, self.captions)))
         hashed = hashlib.sha256(about.encode())
@@ -112,7 +112,7 @@ class Scenes:
 
 
 def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache", least=2):
-    """Read the Scenes of a tree: xBD's buildings by damage, captions, a folder per class; both RGB alone."""
+    """Read Scenes: the buildings of an xBD tree by damage; of captions or a folder per class RGB alone."""
     if is_xbd(root):
         return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
     if find_captions(root):
@@ -1426,7 +1426,7 @@ def spelled(f):
 
 @dataclass
 class Settings:
-    """What a script's Config has in common with others."""
+    """Check the numbers of a script's flags: what all Configs have in common."""
 
     def __post_init__(self):
         """Raise ValueError if a number is out of its flag's range, or a value not of its type."""

@@ -9,7 +9,8 @@ The network is an argument; a tiny one is trained at the end. The letters are th
 
 DDPM: Ho et al. 2020 (2006.11239). DDIM: Song et al. 2021 (2010.02502). Cosine schedule: Nichol & Dhariwal
 2021 (2102.09672). v: Salimans & Ho 2022 (2202.00512). Guidance: Ho & Salimans 2022 (2207.12598).
-Rectified flow: Liu et al. 2023 (2209.03003). UniPC: Zhao et al. 2023 (2302.04867).
+Flow matching: Lipman et al. 2023 (2210.02747); rectified flow: Liu et al. 2023 (2209.03003). UniPC: Zhao
+et al. 2023 (2302.04867).
 """
 import math
 from pathlib import Path
@@ -38,21 +39,27 @@ def cosine_abar(T):
 
 
 def flow_abar(T):
-    """Rectified flow: x is (1 - s) x0 + s eps, scaled to variance 1, s = (t + 1) / (T + 1).
+    """Flow matching, rectified flow: x is (1 - s) x0 + s eps, scaled to variance 1, s = (t + 1) / (T + 1).
 
     So its straight line from the image to the noise is one more schedule, with SNR = ((1 - s) / s)^2. Its
-    velocity eps - x0 is a sum of v and x, and its Euler step that of DDIM (a test shows both).
+    velocity eps - x0 is a weighted sum of v and x, and its Euler step that of DDIM (a test shows both).
     """
     s = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
     return (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
 
 
 SCHEDULES = {"cosine": cosine_abar, "linear": linear_abar, "flow": flow_abar}
+
+# In today's words: from x and t, each of eps, v, x0 and the velocity of flow matching gives the others by a
+# linear equation. So the lecture's DDPM and flow matching train the same denoiser, with another schedule and
+# another weight of the errors (Kingma & Gao 2023, 2303.00848); and sampling takes fresh noise or none (eta).
+# What the network itself answers still matters: images lie near a surface of few dimensions, eps and v fill
+# the whole space. x0 asks least of a small network whose tokens hold many pixels (Li & He 2025, 2511.13720).
 PREDICTS = ("v", "eps", "x0")
 
 
 class Diffusion(nn.Module):
-    """The chain: T noise levels, and what the network predicts from x_t: "v", as Ho et al. "eps", or "x0"."""
+    """The chain: T noise levels, and what the network predicts from x_t: "v", "eps" (Ho et al.) or "x0"."""
 
     def __init__(self, T=1000, schedule="cosine", predict="v", gamma=5.0):
         super().__init__()
@@ -122,8 +129,8 @@ class Diffusion(nn.Module):
         assert order == 1 or not known, "what is put into x breaks the line through the last x0: order = 1"
 
         def step(x, x0s, t, row):
-            signal, noise, a, b0, b1, b2 = row
-            x0 = self.x0_of(x, guided(model, x, t.expand(len(x)), cond, w), signal, noise)
+            signal, grain, a, b0, b1, b2 = row                  # grain: sqrt(1 - abar), as noise() is taken
+            x0 = self.x0_of(x, guided(model, x, t.expand(len(x)), cond, w), signal, grain)
             # Ho's code clips, Algorithm 2 does not: where abar is tiny, small errors of eps are huge in x0.
             x0s = torch.stack([x0.clamp(-1, 1) if clip else x0, x0s[0], x0s[1]])
             # With b1 = b2 = 0 this is Eq. 7 of DDPM and of DDIM; UniPC-2 knows better from the last three x0.
@@ -154,9 +161,9 @@ class Diffusion(nn.Module):
         """Tabulate the steps of the loop, the noisiest first: t (steps,), rows (steps, 6) and sigma (steps,).
 
         Columns of rows: signal, noise = sqrt(abar), sqrt(1 - abar) at t, and a, b0, b1, b2, the weights of x
-        and of the last three x0 in the next x. To this sigma times fresh noise is added. All are float64 but
-        t. The last step leads to abar = 1, the image itself: there b0 = 1, and the other weights are 0. With
-        start, a t, it takes the place of the first level that is not above it: those above are not visited.
+        and of the last three x0 in the next x, to which sigma times fresh noise is added. All but t are
+        float64. The last step leads to abar = 1, the image itself: there b0 = 1, and the other weights are 0.
+        With start, a t, it takes the place of the first level not above it; those above are not visited.
         """
         assert order == 1 or (order == 2 and eta == 0), "order 2 is for sampling without fresh noise: eta = 0"
         ts = self.levels(steps)
@@ -173,17 +180,17 @@ class Diffusion(nn.Module):
         """Choose the t to visit, (steps,) falling: T - 1, then levels of noise / signal in equal ratios.
 
         The brightness of an image is decided at high noise, as its N numbers average out noise by sqrt(N).
-        With t ~ k^2 noise / signal fell from 20,000 to 4 in one of 12 steps: half of its variation was lost.
+        With t ~ k^2, noise / signal fell from 20,000 to 4 in one of 12 steps: half of its variation was lost.
         So the second level is 40. The last is .015, two grey levels. If steps = T all t are visited.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
-        grain = ((1 - self.abar) / self.abar).log() / 2                        # log(noise / signal), rising
+        level = ((1 - self.abar) / self.abar).log() / 2                        # log(noise / signal), rising
         first, last = math.log(40), math.log(0.015)
         ideal = torch.linspace(last, first, max(steps - 1, 1), dtype=torch.float64)
-        ideal = torch.cat([ideal, grain[-1:]])[-steps:]
+        ideal = torch.cat([ideal, level[-1:]])[-steps:]
         k = torch.arange(steps)
-        near = (grain - ideal[:, None]).abs().argmin(1)
+        near = (level - ideal[:, None]).abs().argmin(1)
         return ((near - k).cummax(0).values.clamp(0, self.T - steps) + k).flip(0)           # each t only once
 
 

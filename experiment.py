@@ -271,7 +271,7 @@ class Config(data.Settings):
             raise ValueError(f"--subsets {s.subsets}: 1, or one for each of the {s.seeds} seeds")
 
     def legs(self):
-        """The names of the legs to run."""
+        """List the names of the legs to run."""
         if self.data and self.leg:
             raise Problem(f"--leg {self.leg}: --data decides which leg it is; give one of them")
         named = self.leg or (self.data and ("buildings" if data.is_xbd(self.data) else "scenes"))
@@ -282,7 +282,7 @@ class Config(data.Settings):
         return [named] if named else list(LEGS)
 
     def resolved(self, leg):
-        """The Scale of a leg that these flags stand for."""
+        """Find the Scale of a leg that these flags stand for."""
         usual = "medium" if self.data and torch.cuda.is_available() else "small"
         s = SCALES[leg]["smoke" if self.smoke else self.scale or usual]
         given = {k: getattr(self, k) for k in ("seeds", "subsets", "made") if getattr(self, k)}
@@ -302,7 +302,7 @@ class Config(data.Settings):
                        cls=replace(s.cls, size=size, patch=patch, steps=self.cls_steps or s.cls.steps))
 
     def wanted(self, leg):
-        """The arms of a leg that are asked for, {name: Arm}, those of the studies last."""
+        """List the arms of a leg that are asked for, {name: Arm}, those of the studies last."""
         asked = listed(self.arms) or self.resolved("buildings" if leg.rare else "scenes").arms or ["all"]
         arms = {name: arm for name, arm in leg.arms.items() if name in asked or "all" in asked}
         for study in listed(self.study):
@@ -340,7 +340,7 @@ class Case:
 
     @property
     def metric(self):
-        """The name of the score that claims are about."""
+        """Name the score that claims are about."""
         return self.leg.scores[0]
 
     def cell(self, count, seed):
@@ -378,17 +378,17 @@ class Case:
 
     @functools.cached_property
     def groups(self):
-        """How many groups of test images there are."""
+        """Count the groups of test images."""
         return len(self.test.groups.unique())
 
     @functools.cached_property
     def test(self):
-        """The images that all arms are scored on."""
+        """Return the images that all arms are scored on."""
         return self.at(self.parts["test"])
 
     @functools.cached_property
     def val(self):
-        """The images on which the recogniser and its threshold are chosen."""
+        """Return the images on which the recogniser and its threshold are chosen."""
         return self.at(self.parts["val"])
 
     @functools.cached_property
@@ -467,7 +467,7 @@ CASES = {}                                               # of this process, by n
 
 
 def main(cfg):
-    """The script: run what is missing, renew the page on the way, print tables and answers. -> [Case]."""
+    """Run what is missing, renew the page on the way, print tables and answers. -> [Case]."""
     out, jobs = Path(cfg.out), data.jobs(cfg.jobs)
     CASES.clear()
     enter(cfg)
@@ -538,7 +538,7 @@ def second_opinion(case):
 
 
 def whole(cases, planned, stored):
-    """All that is to be done for the planned runs, {case name: [Task]}, that are not stored, in a good order.
+    """List what the planned runs, {case name: [Task]}, that are not stored take, in a good order. -> [Task]
 
     Of each seed first the generators, then what needs none, at last what does.
     """
@@ -627,7 +627,7 @@ def save_table(out, stored):
 
 
 def check_leaks(cell):
-    """RuntimeError if training and test images have a group in common, or the event that is held out."""
+    """Raise RuntimeError if training and test images share a group, or the event that is held out."""
     test, event = cell.case.test, cell.case.cfg.hold_out
     for scenes in (cell.real, cell.fresh):
         if {*scenes.groups.tolist()} & {*test.groups.tolist()}:
@@ -665,7 +665,7 @@ def digest(*what):
 
 
 def recipe(cell, arm):
-    """How the synthetic images of an arm are made: settings of the generator, then of the images."""
+    """Say how the synthetic images of an arm are made: settings of the generator, then of the images."""
     s, like = cell.case.s, arm.start
     gen = replace(s.gen, seed=cell.subset + 1000 * arm.generator)
     if arm.source == "simulated":
@@ -818,7 +818,7 @@ def score(cell, arm, title):
 
 @functools.cache
 def commit():
-    """The commit of this code, with a + if it has been changed since; empty outside a checkout."""
+    """Find the commit of this code, with a + if it has been changed since; empty outside a checkout."""
     git = ["git", "describe", "--always", "--dirty=+", "--abbrev=7"]
     try:
         return subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
@@ -827,7 +827,7 @@ def commit():
 
 
 def amount(case, *counts):
-    """Numbers of real images in words: "5 and 20 real images per class", "all training tiles"."""
+    """Put numbers of real images into words: "5 and 20 real images per class", "all training tiles"."""
     return f"{' and '.join(str(n or 'all') for n in counts)} {case.leg.per}"
 
 
@@ -876,7 +876,7 @@ def step_times(case):
 # ---- the statistics: counts of answers, resampled; differences of two arms
 
 def replicates(counts, statistic, B=1000, seed=0):
-    """The statistic of counts (S, G, 3, K), and of B test sets that might have been: (S, 1 + B).
+    """Apply a statistic to counts (S, G, 3, K), and to B test sets that might have been: (S, 1 + B).
 
     Column 0 is the test set itself. The others are bootstrap samples (Efron 1979): as many groups, drawn
     with replacement, the same for all rows. They follow from (G, seed): two arms with the same test set
@@ -906,7 +906,7 @@ def student(dof):
 
 
 def t_quantile(p, dof):
-    """The p-quantile of Student's t, p >= .5."""
+    """Return the p-quantile of Student's t, p >= .5."""
     x, tail = student(dof)
     return float(np.interp(p - 1, -tail, x))
 
@@ -989,7 +989,7 @@ def gain(a, b, groups):
 
 
 def holm(ps):
-    """p-values adjusted for being so many, in their order, by Holm 1979.
+    """Adjust p-values for being so many, in their order, by Holm 1979.
 
     The smallest times their number, the next times one less and so on, at most 1, and none below one that
     was smaller. To reject where this is at most 5 % errs in any of the family in at most 5 % of cases.
@@ -1254,7 +1254,7 @@ def values(case, arm, count, column):
 
 
 def sampled(case, arm, count, statistic):
-    """Replicates of a statistic of an arm, (seeds, 1 + B, ...); None if it was not run."""
+    """Take the replicates of a statistic of an arm, (seeds, 1 + B, ...); None if it was not run."""
     rows, test = runs_of(case, arm, count), case.test
     key = statistic, *(r["run"] for r in rows)
     if rows and key not in case.memory:
@@ -1306,7 +1306,7 @@ def trivial(case, part="test"):
 
 
 def bar(case, count, part="test"):
-    """What a recogniser must reach on a split, per cent: the linear floor, and always the commonest class."""
+    """Find what a recogniser must reach on a split, %: the linear floor, and always the commonest class."""
     return max(standing(case, count, LINEAR, part)[1], trivial(case, part)[1][0])
 
 
@@ -1393,7 +1393,7 @@ def footing(case, count):
 
 
 def answer(case, found):
-    """The answer: what can be believed, then what helps, what hurts, and what cannot be told."""
+    """Write the answer: what can be believed, then what helps, what hurts, and what cannot be told."""
     if not found:
         return "No answer yet: it takes two seeds, and arms to compare."
     sentences = []
@@ -1420,7 +1420,7 @@ def answer(case, found):
 
 
 def worth(case, count):
-    """How many real images per class `count` of them with synthetic ones are worth: (low, mean, high).
+    """Find how many real images `count` of them with synthetic ones are worth, per class: (low, mean, high).
 
     The number at which the curve of the base, over the logarithm of the number of real images, first reaches
     the score of the mix; found in every seed and every resampled test set, so that its interval is like that

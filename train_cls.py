@@ -353,7 +353,7 @@ def train(model, loss, cfg, path, kind, identity, every, title, **tallies):
 
 
 def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier", model=None):
-    """Train a recogniser, else a fresh one, on real and synthetic (Scenes; one that is not used may be None).
+    """Train model, or else a fresh recogniser, on real and synthetic (Scenes; what is not used may be None).
 
     soft (N, K): what to teach of each synthetic image instead of its class. A checkpoint is kept at path.
     Returns model.eval() and counts.

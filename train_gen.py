@@ -353,7 +353,7 @@ def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=N
 
     like: Scenes of N real images, for what else the generator is told. start: share of the chain, in 0..1, at
     which to begin, at like with the noise of it. paint (N, 1, H, W) bool: what to paint anew of like, by DDPM
-    steps in so many rounds; DDIM's fitted worse to what is known. texts [N]: None takes sentences of like.
+    steps in so many rounds (those of DDIM fitted worse). texts [N]: None takes sentences of like.
     Image k follows from (seed, k), whatever the batch and the number of processes. Each process makes its
     part, and all get all of them.
     """

@@ -1,6 +1,7 @@
 """The U-Net that predicts v, eps or x0 (Ho et al. 2020, appendix B), and the `Condition` it is given.
 
-Letters: B batch, C image channels, H W image sides, D width of the embedding, K classes.
+Letters: B batch, C image channels, J channels of a hint, H W image sides, D width of the embedding,
+K classes, M numbers, L tokens of a text.
 """
 import math
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ from vit import Attention, zero
 
 @dataclass
 class Condition:
-    """Everything a generator can be told of each image. What is not told is -1 in y and nan elsewhere.
+    """Everything a generator can be told of each image. What is not told is -1 or nan (`nothing`).
 
     y: (B,) int64, class 0 .. K - 1; numbers: (B, M), metadata; hint: (B, J, H, W), pixels beside the image;
     text: (B, L) int64, tokens. A part that the generator does not know is None.
@@ -132,7 +133,7 @@ class Norm(nn.GroupNorm):
 
 
 class Block(nn.Module):
-    """Two convolutions around a residual; between them the embedding scales and shifts (AdaGN).
+    """Two convolutions beside a skip; between them the embedding scales and shifts (AdaGN).
 
     (B, C_in, H, W), (B, D) -> (B, C_out, H, W). With attention, every pixel then looks at every other, and
     with text at its tokens (B, L, D) that count, (B, L). AdaGN: Dhariwal & Nichol 2021. A block starts as

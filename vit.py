@@ -1,4 +1,4 @@
-"""The vision transformer that classifies images.
+"""The vision transformer that classifies images; then its blocks in CLIP, and in models of published weights.
 
 ViT (Dosovitskiy et al. 2021, 2010.11929) in the plain form of Beyer et al. 2022 (2205.01580): fixed sin-cos
 positions instead of learned ones, and the mean of all tokens instead of a class token. Two changes let it
@@ -6,7 +6,8 @@ learn from a few hundred images. Convolutions make the tokens (Xiao et al. 2021,
 would have to learn from the data that neighbouring pixels belong together. And every block starts as the
 identity, so that training begins with these convolutions, and attention joins in as far as it helps.
 
-Letters: B batch, C channels, H W image sides, P patch side, L tokens, D width of a token, K classes.
+Letters: B batch, C channels, H W image sides, L tokens, M more of them, D width of a token, K classes,
+E axes of the space that images and texts share.
 """
 import gzip
 import html
@@ -50,8 +51,8 @@ class Attention(nn.Module):
     """Multi-head attention, (B, L, D) -> (B, L, D).
 
     softmax(q k^T / sqrt(d)) v in every head (Vaswani et al. 2017, Eq. 1). If causal, no token looks at
-    later ones. With more tokens (B, M, D), all look at them too; where count (B, L + M) is given, at what
-    is True there.
+    later ones. With more tokens (B, M, D), all look at them too; with count (B, L + M) bool, only at those
+    that count.
     """
 
     def __init__(self, dim, heads, causal=False):
