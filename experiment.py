@@ -1395,7 +1395,7 @@ def footing(case, count):
 def answer(case, found):
     """Write the answer: what can be believed, then what helps, what hurts, and what cannot be told."""
     if not found:
-        return "No answer yet: it takes two seeds, and arms to compare."
+        return "No answer yet: it takes two seeds, and both arms of a claim."
     sentences = []
     for word, sentence in VERDICTS.items():
         wheres = {}

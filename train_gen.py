@@ -50,7 +50,7 @@ class Config(data.Settings):
     warmup: int = flag(500, "steps to reach it", 0)
     ema: float = flag(0.999, "decay of the averaged weights, with which images are made", 0, 0.999999)
     drop: float = flag(0.1, "share of images told nothing, for guidance; with --given each part so", 0, 0.9)
-    given: str = flag("", "what it is told beside the class, by comma: pre, mask, lowres, edges, numbers; "
+    given: str = flag("", f"what it is told beside the class, by comma: {', '.join(GIVEN[:-2])}; "
                       "text instead of the class; text,class")
     tower: str = flag("", "with --given text: checkpoint of a CLIP whose text tower reads it, frozen (empty: "
                       "one of its own learns along)")

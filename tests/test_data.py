@@ -88,7 +88,7 @@ def test_the_central_square_is_kept_and_reduced_without_aliasing(tmp_path):
     assert abs(data.decode(tmp_path / "wide.png", 8).astype(int)[:, 2:-2, 2:-2] - 127).max() < 6
 
 
-@pytest.mark.parametrize("size", [32, 64, 100])                                  # of 256
+@pytest.mark.parametrize("size", [32, 64, 100])              # of 256
 def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_to_speak_of(tmp_path, size):
     scene = data.draw_scene("dense_residential", np.random.default_rng(0), 256)[0]
     data.save_picture(scene, tmp_path / "x.jpg", quality=95)
@@ -374,12 +374,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, capsys):
 
 # ---- the script
 
-@pytest.mark.parametrize("script", ["data", "train_gen", "train_cls", "experiment"])
+@pytest.mark.parametrize("script", ["augment", "data", "train_gen", "train_cls", "experiment"])
 def test_a_script_runs_on_its_own(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(f"{script}.py", run_name="__main__")
     assert capsys.readouterr().out.startswith(f"usage: {script}.py")
+
+
+@pytest.mark.parametrize("script, first, last", [
+    ("unet", "stem (2, 3, 64, 64) -> (2, 64, 64, 64)", "UNet (2, 3, 64, 64) -> (2, 3, 64, 64)"),
+    ("vit", "stem.layers.0 (2, 3, 64, 64) -> (2, 96, 32, 32)", "ViT (2, 3, 64, 64) -> (2, 45)")])
+def test_a_network_shows_its_shapes_when_run_on_its_own(script, first, last, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    runpy.run_path(f"{script}.py", run_name="__main__")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert (lines[0], lines[-1]) == (first, last)
 
 
 def test_data_py_draws_a_tree_and_says_what_is_in_it(tmp_path, launch):
