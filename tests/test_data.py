@@ -279,6 +279,18 @@ def test_joined_scenes_keep_their_groups_and_parts():
         s + replace(s, classes=["b", "a"])
 
 
+def test_the_digest_changes_with_each_name_label_class_and_pixel():
+    scenes = Scenes(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), ["a", "b"],
+                    ["a/1.png", "b/1.png"], torch.arange(2))
+    images = scenes.images.clone()
+    images[1, 2, 3, 3] = 1
+    others = [replace(scenes, **change) for change in (
+        dict(labels=torch.tensor([1, 0])), dict(classes=["a", "c"]), dict(names=["a/1.png", "b/2.png"]),
+        dict(images=images), dict(images=scenes.images.view(2, 3, 2, 8)))]
+    assert len({each.digest for each in (scenes, *others)}) == 6
+    assert replace(scenes).digest == scenes.digest                       # it is of them alone
+
+
 def test_a_tree_too_small_to_split_is_told():
     with pytest.raises(Problem, match="too few images for a val split"):
         data.split(scenes(list(range(6)), [0, 1] * 3))
