@@ -425,6 +425,26 @@ def test_a_teacher_filters_and_teaches(scenes_case):
     assert (soft.gather(1, pool.labels[:, None]) > 1 / 8).all()
 
 
+def test_each_choice_of_training_images_has_synthetic_images_of_its_own(scenes_case, monkeypatch, tmp_path):
+    case, trained = replace(scenes_case, out=tmp_path, memory={}), []
+    monkeypatch.setattr(experiment.train_gen, "train", lambda real, *args, **kw: (
+        trained.append(real.digest) or real.images))
+    monkeypatch.setattr(experiment.train_gen, "generate", lambda images, y, *args, **kw: (
+        images[torch.zeros_like(y)]))
+    cells = [case.cell(4, 0), case.cell(8, 0)]
+    for cell in (*cells, *cells):
+        synthetic = experiment.synthesize(cell, Arm("generator", 0.5))
+        assert (synthetic.images == cell.real.images[0]).all()
+    assert trained == [cell.real.digest for cell in cells]             # once each: then they are on the disk
+
+
+def test_a_class_of_exactly_the_mean_is_not_rare():
+    labels = torch.tensor([0] * 2 + [1] * 4 + [2] * 6)
+    scenes = data.Scenes(torch.zeros(12, 3, 8, 8, dtype=torch.uint8), labels, ["a", "b", "c"],
+                         [f"{k}.png" for k in range(12)], torch.arange(12))
+    assert experiment.rare(scenes) == [0]
+
+
 def test_rare_classes_are_those_below_the_mean_and_a_generator_makes_only_these(smoke):
     case = case_of(smoke[0], "buildings")
     cell = case.cell(12, 0)
