@@ -272,6 +272,11 @@ def test_recall_is_what_a_loop_over_the_sorted_finds():
     assert np.allclose(np.mean(by_chance, 0), recalls_by_chance(owner, 7, (1, 3)), atol=0.02)
 
 
+def test_luck_draws_texts_without_putting_them_back():
+    of_texts, of_images = recalls_by_chance(torch.tensor([0, 0, 1]), 2, (1, 2))
+    assert of_texts == pytest.approx([(2 / 3 + 1 / 3) / 2, (1 + 2 / 3) / 2]) and of_images == [0.5, 1.0]
+
+
 # ---- tuning
 
 def trained(tmp_path, **kw):

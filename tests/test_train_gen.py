@@ -155,6 +155,13 @@ def test_the_log_says_how_the_loss_of_each_quarter_of_t_went(tmp_path):
     assert all(min(row[2:]) < row[1] < max(row[2:]) for row in rows) and rows[1][1] < rows[0][1] < 1.1
 
 
+def test_the_grid_has_a_row_of_images_for_each_class(tmp_path):
+    rgb = replace(halves(), images=halves().images.repeat(1, 3, 1, 1))
+    train(rgb, TINY, tmp_path / "g.pt", look=5)
+    with Image.open(tmp_path / "samples-000006.png") as grid:
+        assert grid.size == (5 * 8 * 10, 2 * 8 * 10)                 # 8 px, a line around, 8 times as large
+
+
 def test_ema_is_the_weighted_mean_of_all_weights_so_far():
     model, ema = nn.Linear(2, 1), nn.Linear(2, 1)
     model.register_buffer("count", torch.zeros(1))

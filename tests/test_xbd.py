@@ -560,6 +560,11 @@ def test_a_subset_of_tiles_is_whole_nested_and_tells_what_is_missing(sixty_four)
         data.choose(scenes, train, 1, 0)
 
 
+def test_a_subset_of_tiles_takes_nothing_that_was_not_offered(sixty_four):
+    offered = torch.arange(0, len(sixty_four), 2)                        # every other building
+    assert set(data.choose(sixty_four, offered, 30, 0).tolist()) < set(offered.tolist())
+
+
 def test_an_event_that_is_not_there_cannot_be_held_out(sixty_four):
     with pytest.raises(Problem, match="no such event; there are drawn-earthquake, drawn-flood"):
         data.split(sixty_four, hold_out="joplin-tornado")
