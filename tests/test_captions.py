@@ -282,7 +282,7 @@ def trained(tmp_path, **kw):
 
 def begun(path, classes):
     """A recogniser of classes that begins from weights."""
-    return Tuned(*load_weights(path)[:2], classes)
+    return Tuned(*load_weights(path), classes)
 
 
 def floats(scenes):
@@ -507,6 +507,14 @@ def published(text=True):
     torch.manual_seed(0)
     tower = Tower(16, 12, 4, 16, 1, 2, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), pre=text)
     return CLIP(tower, Text(dim=16, depth=1, heads=2)) if text else tower
+
+
+def test_images_of_another_size_are_brought_to_that_of_the_weights(tmp_path):
+    model = begun(trained(tmp_path), ["river", "trees"])
+    x = floats(captioned())
+    twice = F.interpolate(x, scale_factor=2)
+    assert_close(model(twice), model(x), rtol=0, atol=0.3)               # bicubic, which smooths a little
+    assert (model(twice) - model(x.flip(0))).abs().max() > 0.5
 
 
 @pytest.mark.parametrize("text", [True, False])
