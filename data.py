@@ -1080,8 +1080,7 @@ def load(path, mmap=False):
     Raises any kind of error if it is broken.
     """
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if any(m.compress_type for m in members) or sum(m.file_size for m in members) > os.stat(path).st_size:
+        if sum(member.file_size for member in archive.infolist()) > os.stat(path).st_size:
             raise ValueError("it is compressed")
         if broken := archive.testzip():
             raise ValueError(f"{broken} is not what was written")
