@@ -1,4 +1,4 @@
-"""Where images come from (folders, xBD tiles, drawings), how they are split, and the tools scripts share.
+"""Where images come from (folders, captions, xBD, drawings), how they are split, and tools of all scripts.
 
 A data set is one uint8 tensor (N, C, H, W) with a label for each image. RESISC45 at 64 px is 387 MB, so it
 lives on the device as it is: a batch is an index draw, and there are no workers to wait for.
@@ -69,8 +69,11 @@ class Scenes:
     tiles: bool = False                                  # groups are tiles of xBD, else exact doubles
     numbers: torch.Tensor = None                         # (N, M) float32, metadata; nan where unknown
     measures: tuple = ()                                 # M names of these numbers
+    captions: list = None                                # [N]: the sentences of each image, a tuple
 
     def __post_init__(self):
+        if self.captions is None:
+            self.captions = [()] * len(self.labels)
         if self.given is None:
             self.given = torch.full_like(self.labels, UNSAID)
         if self.numbers is None:
@@ -87,7 +90,8 @@ class Scenes:
             index = index.nonzero().flatten()
         return replace(self, images=self.images[index], labels=self.labels[index], groups=self.groups[index],
                        given=self.given[index], numbers=self.numbers[index],
-                       names=[self.names[i] for i in index.tolist()])
+                       names=[self.names[i] for i in index.tolist()],
+                       captions=[self.captions[i] for i in index.tolist()])
 
     def __add__(self, other):
         """Join two sets of one tree: a group of both is one group. ValueError if the classes differ."""
@@ -95,21 +99,24 @@ class Scenes:
             raise ValueError("Scenes of different trees cannot be joined: their groups would mix")
         both = {name: torch.cat([getattr(self, name), getattr(other, name)])
                 for name in ("images", "labels", "groups", "given", "numbers")}
-        return replace(self, names=self.names + other.names, **both)
+        return replace(self, names=self.names + other.names, captions=self.captions + other.captions, **both)
 
     @cached_property
     def digest(self):
-        """Hash of names, labels, classes and pixels, in this order: 12 hexadecimal digits."""
-        about = repr((self.names, self.labels.tolist(), self.classes, self.images.shape))
+        """Hash of names, labels, classes, captions and pixels, in this order: 12 hexadecimal digits."""
+        about = repr((self.names, self.labels.tolist(), self.classes, self.images.shape,
+                      *filter(None, self.captions)))
         hashed = hashlib.sha256(about.encode())
         hashed.update(self.images.contiguous().numpy())                  # gigabytes, perhaps: no copy of them
         return hashed.hexdigest()[:12]
 
 
 def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache", least=2):
-    """Read the Scenes of a tree: the buildings of an xBD tree by damage, or a folder per class, RGB alone."""
+    """Read the Scenes of a tree: xBD's buildings by damage, captions, a folder per class; both RGB alone."""
     if is_xbd(root):
         return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
+    if find_captions(root):
+        return read_captions(root, size, skip_broken, cache)
     return read_folder(root, size, skip_broken, cache, least)
 
 
@@ -331,9 +338,13 @@ def decode_tree(root, files, least, size, skip_broken):
     if len(classes) < least:
         raise Problem(f"{root}: fewer than {least} classes have pictures that decode: mend or replace them")
     labels = torch.tensor([classes.index(name.split("/")[0]) for name in names])
-    first = {}                                                           # of each picture and its doubles
-    groups = torch.tensor([first.setdefault(image.numpy().tobytes(), i) for i, image in enumerate(images)])
-    return dict(images=images, labels=labels, classes=classes, names=names, groups=groups)
+    return dict(images=images, labels=labels, classes=classes, names=names, groups=doubles(images))
+
+
+def doubles(images):
+    """Return for each image (N, C, H, W) the first one that is exactly like it, (N,) int64."""
+    first = {}
+    return torch.tensor([first.setdefault(image.numpy().tobytes(), i) for i, image in enumerate(images)])
 
 
 def pictures_in(path):
@@ -392,6 +403,87 @@ def as_rgb(pil, white):
     if pil.has_transparency_data and OPACITY not in pil.info:
         pil = Image.alpha_composite(Image.new("RGBA", pil.size, "black"), pil.convert("RGBA"))
     return pil.convert("RGB")
+
+
+# ---- captions: RSICD (Lu et al. 2018), UCM-Captions and Sydney (Qu et al. 2016), NWPU-Captions, RSICap
+
+# The classes of UC Merced in words (its folders have no blanks), as UCM-Captions numbers 100 images of each.
+UC_MERCED = """agricultural, airplane, baseball diamond, beach, buildings, chaparral, dense residential,
+forest, freeway, golf course, harbor, intersection, medium residential, mobile home park, overpass,
+parking lot, river, runway, sparse residential, storage tanks, tennis court""".replace("\n", " ").split(", ")
+NO_CLASS = "scene"                                       # a name, as images made of it go to its folder
+
+
+def in_words(name):
+    """Write the name of a class as words: "denseresidential", "dense_residential", "DenseResidential"."""
+    known = {words.replace(" ", ""): words for words in UC_MERCED}
+    return known.get(name) or re.sub("(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
+
+
+def find_captions(root):
+    """Return the JSON that makes a folder a caption set, or None."""
+    return next((path for name in ("dataset*.json", "captions.json") for path in Path(root).glob(name)), None)
+
+
+def read_captions(root, size, skip_broken=False, cache="runs/cache"):
+    """Read a caption set, its images wherever they are below root, as Scenes with captions and its own parts.
+
+    Images (N, 3, size, size) are cached, exact doubles a group. Those of no class are of the class NO_CLASS.
+    """
+    root, rows = Path(root), {}
+    path = find_captions(root)
+    for name, part, kind, sentences in caption_rows(path):
+        rows.setdefault(name, (part, kind, []))[2].extend(sentences)
+    found = {file.name: file for file in pictures_in(root)}
+    if (missing := [name for name in rows if name not in found]) and not skip_broken:
+        raise Problem(f"{root} has not {len(missing)} of the {len(rows)} pictures of {path.name} "
+                      f"({some_of(missing)}): unpack them into it, or give --skip-broken")
+    files = [found[name] for name in rows if name in found]
+
+    def decode_set():
+        images, kept = decode_all(files, size, f"reading {root.name}", skip_broken)
+        return dict(images=images, names=[file.relative_to(root).as_posix() for file in kept],
+                    groups=doubles(images))
+
+    how = dict(size=size, skip_broken=skip_broken, captions=True)
+    content = cached(decode_set, root, cache, how, files)
+    if not content["names"]:
+        raise Problem(f"{root}: no picture of {path.name} decodes: unpack them again")
+    parts, kinds, captions = zip(*[rows[Path(name).name] for name in content["names"]], strict=True)
+    classes = sorted(set(kinds))
+    labels, captions = torch.tensor([classes.index(kind) for kind in kinds]), [*map(tuple, captions)]
+    return with_numbers(Scenes(**content, labels=labels, classes=classes, given=torch.tensor(parts),
+                               captions=captions), root)
+
+
+def caption_rows(path):
+    """Read the JSON of a caption set -> its images, [(file name, place in PARTS, class, sentences)].
+
+    Karpathy's layout names no class: RSICD has lists beside it, UCM-Captions numbers. NWPU-Captions lists its
+    images by class. RSICap has a text for each image, and no parts. Raises Problem if it is none of these.
+    """
+    place = dict(zip(PARTS, range(3), strict=True))
+    with refusing(path, "is no caption set in a known layout",
+                  "unpack it again, or move it away to read the tree by its folders"):
+        content = json.loads(path.read_bytes())
+        if "annotations" in content:                                     # RSICap
+            rows = [(a["filename"], UNSAID, NO_CLASS, [a["text_output"]]) for a in content["annotations"]]
+        elif "images" in content:                                        # Karpathy
+            kind_of = {name: file.stem for file in path.parent.glob("txtclasses*/*.txt")
+                       for name in file.read_text("utf-8-sig").split()}
+            if {i["filename"] for i in content["images"]} == {f"{n}.tif" for n in range(1, 2101)}:
+                kind_of = {f"{n + 1}.tif": UC_MERCED[n // 100].replace(" ", "") for n in range(2100)}
+            rows = [(i["filename"], place[i["split"]], kind_of.get(i["filename"], NO_CLASS),
+                     [s["raw"] for s in i["sentences"]]) for i in content["images"]]
+        else:                                                            # NWPU-Captions: raw, raw_1 ... raw_4
+            rows = [(i["filename"], place[i["split"]], kind,
+                     [text for key, text in i.items() if key.startswith("raw")])
+                    for kind, images in content.items() for i in images]
+        rows = [(name, part, kind, [text.strip() for text in texts if text.strip()])
+                for name, part, kind, texts in rows]
+        if silent := [name for name, *_, texts in rows if not texts]:
+            raise ValueError(f"no sentence for {some_of(silent)}")
+        return rows
 
 
 # ---- xBD: buildings before and after a disaster (Gupta et al. 2019, arXiv 1911.09296)
@@ -962,7 +1054,7 @@ def descend(model, optimizer, loss, step, cfg):
     sum_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("pace", 1)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -1127,8 +1219,8 @@ def save_checkpoint(path, kind, identity, step, parts, **more):
     save(path, {"kind": kind, **identity, "step": step, **states, **more})
 
 
-def load_checkpoint(path, kind):
-    """Load what save_checkpoint wrote. Nothing in the file is executed. Problem if it is of another kind."""
+def load_checkpoint(path, *kinds):
+    """Load what save_checkpoint wrote. Nothing in the file is executed. Problem if it is of no such kind."""
     if not Path(path).is_file():
         raise Problem(f"no checkpoint at {path}: train one first, or give another path")
     try:
@@ -1137,8 +1229,8 @@ def load_checkpoint(path, kind):
         unsafe = [name for name in content.get("classes", ()) if not is_name(name)]
     except Exception as error:                                           # files break in dozens of ways
         found = f"no checkpoint of ours ({reason(error)})"
-    if found != kind:
-        raise Problem(f"{path} is {found}, a {kind} is needed: give another path")
+    if found not in kinds:
+        raise Problem(f"{path} is {found}, a {' or '.join(kinds)} is needed: give another path")
     if unsafe:                                                           # they become folders
         raise Problem(f"{path} has a class {unsafe[0]!r}, which is no name of a folder: give another path")
     return content
@@ -1236,7 +1328,7 @@ def sum_gradients(model):
     the sending behind the backward pass; that pays between machines, and costs a wrapped model.)
     """
     if dist.is_initialized():
-        gradients = [p.grad for p in model.parameters()]
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
         summed = total(torch.cat([g.flatten() for g in gradients])).split([g.numel() for g in gradients])
         for g, s in zip(gradients, summed, strict=True):
             g.copy_(s.view_as(g))
@@ -1443,7 +1535,7 @@ def launch(main, config, argv=None, several=False):
 @dataclass
 class Script(Settings):
     """The flags of this script."""
-    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree", bare=True)
+    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, caption set or xBD tree", bare=True)
     size: int = flag(64, "side to which the pictures are reduced", 1, 1024)
     draw: int = flag(0, "first draw so many scenes per class, or with --xbd tiles, into it", 0, 100_000)
     xbd: bool = flag(False, "with --draw: an xBD-shaped tree")
@@ -1475,6 +1567,8 @@ def main(cfg):
     sizes = ", ".join(f"{len(index)} {part}" for part, index in parts.items())
     groups = f"{len(scenes.groups.unique())} {'tiles' if scenes.tiles else 'of them without exact doubles'}"
     print(f"{len(scenes):7} pictures of {len(scenes.classes)} classes, {groups}; {sizes}")
+    if any(scenes.captions):
+        print(f"{sum(map(len, scenes.captions)):7} sentences, the first: {scenes.captions[0][0]}")
     rows = torch.cat([(scenes.labels == c).nonzero().flatten()[:10] for c in range(len(scenes.classes))])
     save_picture(grid(scenes.images[rows], 10), cfg.out)
     print(f"examples: {cfg.out}")

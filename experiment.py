@@ -68,7 +68,8 @@ class Arm:
     generator: int = 0            # which of several generators of the same images
     start: float = 0.0            # each synthetic image starts at this share of the chain from a real one
     keep: float = 0.0             # only images to whose class a teacher gives more than keep / K
-    soft: bool = False            # teach what the teacher says of a synthetic image, not its class
+    soft: bool = False            # teach, with the class of a synthetic image, what the teacher says of it
+    tune: str = ""                # begin from the weights --init: none of them is trained, or their head
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Leg:
 
 AUGMENTED, BALANCED = Arm(augment=OVERHEAD), Arm(augment=OVERHEAD, balance=True)
 ALONE = dict(source="", share=0.0)                       # no image of a source
-LINEAR, RESNET = "linear: ", "resnet: "                  # how names of arms with these recognisers begin
+LINEAR, RESNET, CLIP = "linear: ", "resnet: ", "clip: "  # how names of arms with these recognisers begin
 CONTROLS = {"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True)}
 LEGS = {
     "scenes": Leg(
@@ -102,11 +103,16 @@ LEGS = {
             "linear: synthetic only":          Arm("generator", 1.0, model="linear"),
             "linear: real + synthetic":        Arm("generator", 0.5, model="linear"),
         },
-        mix="real + synthetic + augmentation", bases=("real", "real + augmentation"),
+        mix="real + synthetic + augmentation", bases=("real", "real + augmentation", "clip: real"),
         claims=(("real + synthetic + augmentation", "real + augmentation", "synthetic images"),
                 ("real + synthetic", "real", "synthetic images"),
                 ("real + fresh real", "real + augmentation", "fresh real images"),
-                ("real + copies", "real + augmentation", "copies of the real images")),
+                ("real + copies", "real + augmentation", "copies of the real images"),
+                ("clip: synthetic only", "clip: zero-shot", "synthetic images, to CLIP"),
+                ("clip: real + synthetic", "clip: real", "synthetic images, to CLIP"),
+                ("clip: real + edited", "clip: real", "edited images, to CLIP"),
+                ("clip: real + fresh real", "clip: real", "fresh real images, to CLIP"),
+                ("clip: real + copies", "clip: real", "copies of the real images, to CLIP")),
         controls=CONTROLS, scores=("accuracy",), per="real images per class"),
     "buildings": Leg(
         arms={
@@ -148,6 +154,14 @@ STUDIES = {       # what an arm does not say here is as in its leg's mix of real
     "augment": {name: dict(augment=name, **ALONE) for name in ("none", *AUGMENTATIONS)},
     "model": {f"{name}, {how}": change | more for name, change in MODELS.items()
               for how, more in (("real", ALONE), ("real + synthetic", {}))},
+    # The protocols of He et al. 2023. CLIP (--init) under a head that the names of classes begin: trained on
+    # synthetic images that it recognises, with soft targets; on few real images and synthetic ones, made from
+    # noise or from the real ones. (Their third, synthetic images first, is among the controls.)
+    "clip": {"zero-shot": dict(tune="none", **ALONE), "real": dict(tune="head", **ALONE),
+             "synthetic only": dict(tune="head", share=1.0, keep=1.0, soft=True),
+             "real + synthetic": dict(tune="head"), "real + edited": dict(tune="head", start=0.35),
+             "real + fresh real": dict(tune="head", source="fresh"),
+             "real + copies": dict(tune="head", source="copies")},
     "controls": {},                                                 # those of the leg
     "counts": {},                                                   # all arms, at the counts of Scale.curve
 }
@@ -227,6 +241,7 @@ class Config(data.Settings):
     gen_steps: int = flag(0, "optimizer steps of a generator", 0)
     cls_steps: int = flag(0, "optimizer steps of a classifier", 0)
     label: str = flag("damage", "what to tell of a building: damage, or the type of disaster: type")
+    init: str = flag("", "weights of --study clip: of train_cls.py --captions, or published ones")
     hold_out: str = flag("", "xBD event to test on, of which nothing is trained on")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
     jobs: int = flag(0, "runs at a time, each a process of one thread (0: a core each; 1 on a GPU)", 0, 256)
@@ -242,6 +257,8 @@ class Config(data.Settings):
             if unknown := set(asked) - set(allowed):
                 unknown, allowed = (", ".join(filter(None, some)) for some in (sorted(unknown), allowed))
                 raise ValueError(f"unknown {what} {unknown}; known: {allowed}")
+        if ("clip" in listed(self.study)) != bool(self.init):
+            raise ValueError("--study clip and --init WEIGHTS: both or none of them")
         if self.counts and not (self.data or self.leg):
             raise ValueError(f"--counts {self.counts}: of which --leg, scenes or buildings?")
         data.without_effect(self, ["scale"] if self.smoke else [], "with --smoke")
@@ -260,6 +277,8 @@ class Config(data.Settings):
         named = self.leg or (self.data and ("buildings" if data.is_xbd(self.data) else "scenes"))
         if named == "scenes" and self.label != "damage" or named == "buildings" and self.skip_broken:
             raise Problem(f"--label is for buildings, --skip-broken for scenes, and these are {named}")
+        if named == "buildings" and self.init:
+            raise Problem("--study clip is for scenes: CLIP knows no masks")
         return [named] if named else list(LEGS)
 
     def resolved(self, leg):
@@ -288,7 +307,8 @@ class Config(data.Settings):
         arms = {name: arm for name, arm in leg.arms.items() if name in asked or "all" in asked}
         for study in listed(self.study):
             for name, change in (leg.controls if study == "controls" else STUDIES[study]).items():
-                if leg.rare or change.get("augment") != "copypaste":            # scenes have no masks
+                lacks = "tune" in change if leg.rare else change.get("augment") == "copypaste"
+                if not lacks:                                # CLIP knows no masks, and scenes have none
                     arms[f"{study}: {name}"] = replace(leg.arms[leg.mix], **change)
         return arms
 
@@ -483,7 +503,7 @@ def prepare(cfg, name, out):
     if leg.rare:
         scenes = data.read_xbd(root, s.cls.size, cfg.label, pre=True, mask=True, cache=cache)
     else:
-        scenes = data.read_folder(root, s.cls.size, cfg.skip_broken, cache)
+        scenes = data.read(root, s.cls.size, cfg.skip_broken, cache=cache)
     parts = data.split(scenes, hold_out=cfg.hold_out)
     title = "/".join(root.resolve().parts[-2:]) if cfg.data else f"drawn {name}"
     title += f" with {cfg.hold_out} held out" if cfg.hold_out else ""
@@ -511,7 +531,8 @@ def runs(case, arms, counts):
 def second_opinion(case):
     """List the runs of the claims' arms by a small ResNet, where the ViT is below the linear floor on val."""
     weak = [count for count in case.s.counts if case.rows and not able(case, count, "", "val")]
-    claimed = dict.fromkeys(name for arm, base, _ in case.leg.claims for name in (arm, base))
+    claimed = dict.fromkeys(name for arm, base, _ in case.leg.claims for name in (arm, base)
+                            if not name.startswith(CLIP))
     arms = {RESNET + name: replace(case.arms[name], model="resnet") for name in claimed if name in case.arms}
     return runs(case, arms, weak)
 
@@ -628,7 +649,8 @@ def run_id(cell, arm):
             "fresh": (how["classes"], how["made"], cell.fresh.digest)}
     arm = replace(arm, w=None, calls=0, made=0, generator=0, start=0.0)              # the recipe tells these
     held = cell.case.val.digest, cell.case.test.digest
-    return digest(arm, cell.case.s.cls, made[arm.source], cell.real.digest, held, cell.seed)
+    begun = arm.tune and weights(cell.case.cfg.init)
+    return digest(arm, begun, cell.case.s.cls, made[arm.source], cell.real.digest, held, cell.seed)
 
 
 def generator_id(cell, arm):
@@ -700,12 +722,55 @@ def replacements(cell, arm):
         pool = replace(pool, labels=pool.labels[order])
     if not (arm.keep or arm.soft):
         return pool, None
-    cfg = replace(cell.case.s.cls, seed=cell.seed, augment=OVERHEAD, balance=arm.balance)
-    path = cell.case.out / "teachers" / f"{digest(cfg, cell.real.digest)}.pt"
-    teacher, _ = train_cls.fit(cell.real, None, cfg, path, title=f"teacher, {cell.title}")
-    p = train_cls.outputs(teacher, pool.images).softmax(1)
-    kept = p.gather(1, pool.labels[:, None])[:, 0] > arm.keep / p.shape[1]
-    return pool[kept], p[kept] if arm.soft else None
+    logits = train_cls.outputs(teacher(cell, arm), pool.images)
+    of_class = F.one_hot(pool.labels, logits.shape[1])
+    kept = (logits.softmax(1) * of_class).sum(1) > arm.keep / logits.shape[1]
+    soft = (of_class + (logits / 2).softmax(1)) / 2                     # He et al. 2023: T = 2, half and half
+    return pool[kept], soft[kept] if arm.soft else None
+
+
+def teacher(cell, arm):
+    """Return who judges the synthetic images of an arm: CLIP by names alone, or trained on real images."""
+    case = cell.case
+    if arm.tune:
+        return tuned(case)
+    cfg = replace(case.s.cls, seed=cell.seed, augment=OVERHEAD, balance=arm.balance)
+    path = case.out / "teachers" / f"{digest(cfg, cell.real.digest)}.pt"
+    return train_cls.fit(cell.real, None, cfg, path, title=f"teacher, {cell.title}")[0]
+
+
+def tuned(case):
+    """Read the weights --init, under a head that the names of the classes begin."""
+    model = train_cls.network(replace(case.s.cls, init=case.cfg.init), case.scenes.classes, 3)
+    return model.to(data.pick_device()).eval()
+
+
+def tune(cell, arm, cfg, soft, title, *several):
+    """Score a frozen tower, and train its head, on the features of several Scenes: real, pool, test, val.
+
+    They are kept on the disk, so that the tower looks at each image once. -> head, its budget, the features
+    """
+    model, found = tuned(cell.case), []
+    for scenes in several:
+        if not scenes:
+            found.append(None)
+            continue
+        store = cell.case.out / "features" / f"{digest(weights(cell.case.cfg.init), scenes.digest)}.pt"
+        if not store.exists():
+            with data.replacing(store) as temporary:
+                torch.save(train_cls.outputs(model.features, scenes.images), temporary)
+        found.append(replace(scenes, images=torch.load(store, weights_only=True)))
+    if arm.tune == "none":
+        return model.head, dict(steps=0, images=0, synthetic=0), found
+    real, pool, *_ = found
+    cfg = replace(cfg, augment="none")
+    return *train_cls.fit(real, pool, cfg, soft=soft, title=title, model=model.head), found
+
+
+@functools.cache
+def weights(path):
+    """Hash the file that --init names."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def grey_outside(scenes):
@@ -725,7 +790,10 @@ def score(cell, arm, title):
     cls, share = case.s.cls, arm.share if pool else 0.0    # a filter may let nothing through
     cfg = replace(cls, seed=cell.seed, share=share, augment=arm.augment, balance=arm.balance,
                   pretrain=arm.pretrain, model=arm.model or cls.model, dim=round(cls.dim * arm.wide))
-    model, seen = train_cls.fit(real, pool, cfg, soft=soft, title=title)
+    if arm.tune:
+        model, seen, (real, pool, test, val) = tune(cell, arm, cfg, soft, title, real, pool, test, val)
+    else:
+        model, seen = train_cls.fit(real, pool, cfg, soft=soft, title=title)
     K, first = len(test.classes), SCORES[case.metric]
     logits = {name: train_cls.outputs(model, scenes.images).log_softmax(1)
               for name, scenes in (("train", real), ("val", val), ("test", test))}    # train: the real images
@@ -1218,8 +1286,10 @@ def standing(case, count, prefix, part="test"):
 
     Of the ViT (prefix ""), the ResNet or the linear classifier; without the ceiling, which has more images.
     """
-    names = [prefix + name if prefix == RESNET else name for name, arm in case.leg.arms.items()
-             if arm.source != "fresh" and (arm.model == "linear") == (prefix == LINEAR)]
+    arms = case.arms if prefix == CLIP else case.leg.arms
+    names = [prefix + name if prefix == RESNET else name for name, arm in arms.items()
+             if arm.source != "fresh" and (arm.model == "linear") == (prefix == LINEAR)
+             and name.startswith(CLIP) == (prefix == CLIP)]
     column = "val" if part == "val" else case.metric
     means = {name: float(np.mean(found)) for name in names if (found := values(case, name, count, column))}
     best = max(means, key=means.get, default="")
@@ -1275,9 +1345,10 @@ def claims(case, given=None):
     for count in case.s.counts:
         prefix = recogniser(case, count) if given is None else given
         for arm, base, what in case.leg.claims:
-            if g := difference(case, prefix + arm, prefix + base, count):
-                asks = is_made(case.leg.arms[arm])
-                found.append(Claim(count, prefix + arm, prefix + base, what, g, asks))
+            mine = "" if arm.startswith(CLIP) else prefix
+            if g := difference(case, mine + arm, mine + base, count):
+                asks = is_made(case.arms[arm])
+                found.append(Claim(count, mine + arm, mine + base, what, g, asks))
     for family in (True, False):               # the question; and the controls, which only try the instrument
         mine = [claim for claim in found if claim.asks == family]
         for claim, p in zip(mine, holm([claim.gain.p for claim in mine]), strict=True):
@@ -1295,7 +1366,7 @@ def verdict(case, claim):
     scores = [values(case, name, claim.count, case.metric) for name in (claim.arm, claim.base)]
     if len(scores[0]) < 3:
         return "too few seeds"
-    prefix = RESNET if claim.arm.startswith(RESNET) else ""
+    prefix = next((prefix for prefix in (RESNET, CLIP) if claim.arm.startswith(prefix)), "")
     if max(map(np.mean, scores)) < bar(case, claim.count) or not able(case, claim.count, prefix, "test"):
         return "no verdict"
     return "no difference" if claim.p >= 0.05 else "help" if claim.gain.mean > 0 else "hurt"
@@ -1303,7 +1374,8 @@ def verdict(case, claim):
 
 def footing(case, count):
     """Say what the recognisers can do: a warning, "" if the ViT's verdict counts, and their best scores."""
-    who = {"": "the ViT", RESNET: "a small ResNet", LINEAR: "a linear classifier on colours and edges"}
+    who = {"": "the ViT", RESNET: "a small ResNet", CLIP: "CLIP",
+           LINEAR: "a linear classifier on colours and edges"}
     best = {title: (arm.removeprefix(prefix), score) for prefix, title in who.items()
             for arm, score in [standing(case, count, prefix)] if arm}
     parts = [f"{title} {score:.1f} % ({arm})" for title, (arm, score) in best.items()]
@@ -1487,6 +1559,17 @@ def class_rows(case):
     return ["class", f"F1, {base}", f"F1, {arm}", "gain"], rows
 
 
+def protocol_rows(case):
+    """Tabulate CLIP without and with synthetic images, as He et al. 2023 do in their table 1."""
+    pairs = [(claim, values(case, claim.base, claim.count, case.metric),
+              values(case, claim.arm, claim.count, case.metric))
+             for claim in claims(case) if claim.arm.startswith(CLIP)]
+    return ["CLIP, accuracy in %", "without", "with", "difference"], [
+        [named(case, f"{claim.base.removeprefix(CLIP)} / {claim.arm.removeprefix(CLIP)}", claim.count),
+         f"{np.mean(without):.1f}", f"{np.mean(those):.1f}", points(claim.gain)]
+        for claim, without, those in pairs]
+
+
 # ---- what is said: one list of blocks, which the terminal and the page both print
 
 def blocks(case):
@@ -1503,6 +1586,9 @@ def blocks(case):
     yield claim_rows(case, found)
     yield ("Gains in percentage points; detectable: what would have been found in 4 of 5 such comparisons. "
            + conditions(case))
+    if (protocol := protocol_rows(case))[1]:
+        yield "## A recogniser that has read"
+        yield protocol
     yield "## All arms"
     yield main_rows(case)
     for study in ["", *listed(case.cfg.study)]:

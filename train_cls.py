@@ -4,11 +4,15 @@
     python train_cls.py --data data/NWPU-RESISC45 --synthetic runs/made --share 0.5 --out runs/mixed
     torchrun --nproc-per-node 4 train_cls.py ...               # equal numbers, on 4 GPUs
     python train_cls.py --predict photos --out runs/mixed      # with runs/mixed/classifier.pt: a csv
+    python train_cls.py --data data/UCM_captions --captions --out runs/clip    # a CLIP from scratch
+    python train_cls.py --data data/NWPU-RESISC45 --init WEIGHTS --tune head   # ours, or published ones
 
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
 import math
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +22,28 @@ from einops import rearrange
 from torch import nn
 
 import data
+import vit
 from augment import OVERHEAD, compose
 from data import Problem, flag
-from vit import Convolutions, Patches, ViT, head, mean_token, zero
+from vit import (
+    CLIP,
+    LENGTH,
+    Block,
+    Convolutions,
+    Patches,
+    Text,
+    ViT,
+    head,
+    mean_token,
+    word_tokens,
+    words_of,
+    zero,
+)
 
 SMALL = "--size 32 --patch 4 --dim 64 --depth 1 --heads 2 --steps 1500 --batch 64 --lr 4e-3 --warmup 50"
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
+TUNES = "all", "head", "none"
+PACE = 0.1                                             # of a tower that is tuned: a part of its head's rate
 
 
 @dataclass
@@ -35,7 +55,7 @@ class Config(data.Settings):
     dim: int = flag(192, "width of a token", 16, 8192)
     depth: int = flag(6, "transformer blocks", 0, 100)
     heads: int = flag(3, "attention heads", 1, 512)
-    steps: int = flag(5000, "optimizer steps", 1)
+    steps: int = flag(5000, "optimizer steps", 0)
     batch: int = flag(128, "images per step, real and synthetic together", 1, 65_536)
     lr: float = flag(1e-3, "peak learning rate", 1e-9)
     warmup: int = flag(200, "steps to reach it", 0)
@@ -46,10 +66,16 @@ class Config(data.Settings):
     balance: bool = flag(False, "draw all classes equally often, however rare they are")
     augment: str = flag(OVERHEAD, "augmentations by name, in order; none is none")
     seed: int = flag(0, "fixes the choice of images, weights and batches", 0, 2**32 - 1)
+    init: str = flag("", "weights to begin from, instead of --model of this --size, --patch, --dim ...")
+    tune: str = flag("all", "what to train of --init: all, head (without augmentation) or none")
 
     def __post_init__(self):
         super().__post_init__()
         compose(self.augment)
+        if self.tune not in TUNES:
+            raise ValueError(f"--tune {self.tune}: known are {', '.join(TUNES)}")
+        if self.init:                                                    # the weights tell their shapes
+            return
         if self.model not in MODELS:
             raise ValueError(f"--model {self.model}: known are {', '.join(MODELS)}")
         if self.size % self.patch:
@@ -63,21 +89,32 @@ class Config(data.Settings):
 @dataclass
 class Script(Config):
     """Config, and the settings that only the command line needs."""
-    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
+    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, caption set or xBD tree")
     synthetic: str = flag("", "tree of synthetic images, same class names, as train_gen.py --sample makes")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
     per_class: int = flag(0, "real training images per class, or tiles of an xBD tree (0: all)", 0)
     out: str = flag("runs/cls", "folder for classifier.pt, or where it is", alone=True)
     predict: str = flag("", "classify the pictures of a folder instead of training: predictions.csv in --out")
     test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
+    captions: bool = flag(False, "train a CLIP on the sentences of a caption set instead: clip.pt in --out")
+    mae: bool = flag(False, "train a ViT to draw what is hidden of an image instead: mae.pt in --out")
 
     def __post_init__(self):
         super().__post_init__()
+        if self.captions + self.mae + bool(self.init) > 1:
+            raise ValueError("--captions, --mae and --init: give one of them")
+        if (self.captions or self.mae) and self.share:
+            raise ValueError("--captions and --mae take real images alone: leave out --share")
+        if self.mae and self.model not in ("vit", "patches"):
+            raise ValueError(f"--mae needs the tokens of a ViT, which --model {self.model} has not")
+        if not self.steps:                                               # the linear one alone takes none
+            raise ValueError("--steps 0: at least 1")
         trained = {f.name for f in fields(Config)} | {"data", "synthetic", "per_class", "test"}
         idle = {"linear": ["patch", "dim", "depth", "heads", "steps", "batch", "lr", "warmup", "decay",
                            "smoothing", "pretrain", "augment"], "resnet": ["patch", "depth", "heads"]}
         data.without_effect(self, trained if self.predict else [], "with --predict")
         data.without_effect(self, idle.get(self.model, []), f"with --model {self.model}")
+        data.without_effect(self, [] if self.init else ["tune"], "without --init")
         data.without_effect(self, [] if self.share else ["pretrain"], "without --share")
         if "copypaste" in self.augment.split(","):
             raise ValueError("--augment copypaste needs masks, which only experiment.py gives a classifier")
@@ -199,24 +236,32 @@ class Linear(nn.Module):
 
 
 def network(cfg, classes, channels):
-    """Make a fresh recogniser, weights fixed by the seed."""
+    """Make a fresh recogniser of these classes, weights fixed by the seed; or one begun from cfg.init."""
+    start = load_weights(cfg.init) if cfg.init else None                 # which has a seed of its own
     torch.manual_seed(cfg.seed)
+    if start:
+        return Tuned(*start[:2], classes)
     if cfg.model == "linear":
-        return Linear(classes, channels)
+        return Linear(len(classes), channels)
     if cfg.model == "resnet":
-        return ResNet(classes, cfg.dim // 2, channels)
+        return ResNet(len(classes), cfg.dim // 2, channels)
     stem = Patches if cfg.model == "patches" else Convolutions
-    return ViT(classes, cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, channels, stem)
+    return ViT(len(classes), cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, channels, stem)
 
 
 # ---- training
 
 def adamw(model, decay):
-    """AdamW with weight decay on matrices but not on biases and norms; the rate is set at every step."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0)]
-    return torch.optim.AdamW(groups, fused=True)
+    """AdamW with weight decay on matrices but not on biases and norms; the rate is set at every step.
+
+    A tower that was trained before goes at a smaller rate than its new head.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        pace, is_matrix = PACE if name.startswith("tower.") else 1.0, p.ndim > 1
+        groups.setdefault((pace, is_matrix), []).append(p)
+    return torch.optim.AdamW([dict(params=params, weight_decay=decay * is_matrix, pace=pace)
+                              for (pace, is_matrix), params in groups.items()], fused=True)
 
 
 class ByClass:
@@ -277,50 +322,74 @@ class Mixture:
         return torch.where(fake, self.offset + self.synthetic.draw(c, v), self.real.draw(c, u)), fake
 
 
-def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier"):
-    """Train a recogniser from scratch on real and synthetic (Scenes; one that is not used may be None).
+def settings(cfg):
+    """Return what of cfg makes a classifier, as a dict."""
+    return {f.name: getattr(cfg, f.name) for f in fields(Config)}
 
-    soft (N, K): what to teach of each synthetic image instead of its class. Randomness follows from (seed,
-    step). A checkpoint is kept at path, from which a killed run goes on. Returns model.eval() and counts.
+
+def train(model, loss, cfg, path, kind, identity, every, title, **tallies):
+    """Take cfg.steps steps of AdamW on loss(step, generator), whose randomness follows from (seed, step).
+
+    loss is this process's sum, divided by the images of all; tallies are tensors in which it counts. All is
+    kept at path, a checkpoint of this kind and identity, from which a killed run goes on.
     """
-    device = data.pick_device()
-    mixture = Mixture(real, synthetic, cfg, soft, device)
-    channels = mixture.images.shape[1]
-    model = network(cfg, mixture.K, channels).to(device, memory_format=torch.channels_last)  # a tenth faster
-    optimizer = adamw(model, cfg.decay)
+    device, optimizer = data.pick_device(), adamw(model, cfg.decay)
     parts = dict(model=model, optimizer=optimizer)
-    settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
-    identity = dict(config=settings, classes=mixture.pools[0].classes, channels=channels,
-                    images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
-    saved = data.resume(path, "classifier", identity, parts, dict(step=0, synthetic_seen=torch.zeros(())))
-    start, synthetic_seen = saved["step"], saved["synthetic_seen"].to(device)
+    saved = data.resume(path, kind, identity, parts, dict(step=0, **tallies))
+    for name, tally in tallies.items():
+        tally.copy_(saved[name])
 
     def keep(step):
         if path and data.rank() == 0:
-            data.save_checkpoint(path, "classifier", identity, step, parts, synthetic_seen=synthetic_seen)
+            data.save_checkpoint(path, kind, identity, step, parts, **tallies)
 
-    if cfg.model == "linear":                                 # solved, without steps, seed and augmentation
-        model.solve(mixture)
+    for step in data.progress(range(saved["step"], cfg.steps), title, cfg.steps, initial=saved["step"]):
+        value = loss(step, data.rng(cfg.seed, step, device=device))
+        data.descend(model, optimizer, value, step, cfg)
+        if (step + 1) % every == 0 or step + 1 == cfg.steps:
+            if not math.isfinite(mean := data.total(value.detach()).item()):
+                raise Problem(f"the loss is {mean} at step {step + 1}: lower --lr")
+            keep(step + 1)
+    if cfg.steps == 0:
         keep(0)
-        return model.eval(), dict(steps=0, images=0, synthetic=0)
 
-    augment = compose(cfg.augment)
+
+def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier", model=None):
+    """Train a recogniser, else a fresh one, on real and synthetic (Scenes; one that is not used may be None).
+
+    soft (N, K): what to teach of each synthetic image instead of its class. A checkpoint is kept at path.
+    Returns model.eval() and counts.
+    """
+    device = data.pick_device()
+    mixture = Mixture(real, synthetic, cfg, soft, device)
+    channels, classes = mixture.images.shape[1], mixture.pools[0].classes
+    model = network(cfg, classes, channels) if model is None else model
+    model.to(device, memory_format=torch.channels_last)                                  # a tenth faster
+    identity = dict(config=settings(cfg), classes=classes, channels=channels,
+                    images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
+    augment, synthetic_seen = compose(cfg.augment), torch.zeros((), device=device)
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
-    for step in data.progress(range(start, cfg.steps), title, cfg.steps, initial=start):
-        g = data.rng(cfg.seed, step, device=device)
+
+    def loss(step, g):
         if cfg.pretrain:                                              # synthetic images first, then real ones
             mixture.share = float(step < cfg.share * cfg.steps)
         index, fake = mixture.draw(cfg.batch, g)
-        synthetic_seen += fake.sum()
-        x, y = augment(data.to_float(mixture.images[index]), mixture.targets[index], g)
+        synthetic_seen.add_(fake.sum())
+        x, y = augment(as_float(mixture.images[index]), mixture.targets[index], g)
         with data.autocast(device):
-            loss = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
-        data.descend(model, optimizer, loss / cfg.batch, step, cfg)
-        if (step + 1) % every == 0 or step + 1 == cfg.steps:
-            if not math.isfinite(mean := data.total(loss.detach()).item() / cfg.batch):
-                raise Problem(f"the loss is {mean} at step {step + 1}: lower --lr")
-            keep(step + 1)
+            each = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
+        return each / cfg.batch
+
+    if isinstance(model, Linear):                             # solved, without steps, seed and augmentation
+        cfg = Config(**settings(cfg) | dict(steps=0))
+        model.solve(mixture)
+    train(model, loss, cfg, path, "classifier", identity, every, title, synthetic_seen=synthetic_seen)
     return model.eval(), dict(steps=cfg.steps, images=cfg.steps * cfg.batch, synthetic=int(synthetic_seen))
+
+
+def as_float(x):
+    """Turn images into floats; features, which stand in their place when a head is tuned, are floats."""
+    return x if x.is_floating_point() else data.to_float(x)
 
 
 @torch.no_grad()
@@ -328,7 +397,7 @@ def outputs(function, images, batch=512):
     """Apply a model, or its features, to images (N, C, H, W) uint8: (N, D) float32 on the CPU."""
     device, parts = data.pick_device(), images.split(batch)
     with data.autocast(device):
-        return torch.cat([function(data.to_float(part.to(device))).float().cpu() for part in parts])
+        return torch.cat([function(as_float(part.to(device))).float().cpu() for part in parts])
 
 
 def predict(model, images, batch=512):
@@ -336,14 +405,219 @@ def predict(model, images, batch=512):
     return outputs(model, images, batch).argmax(1)
 
 
-def load_classifier(path):
-    """Read a checkpoint. Returns the model in eval mode, its classes and image size."""
-    saved = data.load_checkpoint(path, "classifier")
+def load(path, *kinds):
+    """Read a checkpoint of one of these kinds. Returns its model in eval mode, Config, and all it says."""
+    saved = data.load_checkpoint(path, *kinds)
     with data.refusing(path, "is broken", "train it again, or give another path"):
         cfg = Config(**saved["config"])
-        model = network(cfg, len(saved["classes"]), saved["channels"])
+        model = (clip(cfg, saved["words"]) if saved["kind"] == "clip" else
+                 MAE(cfg) if saved["kind"] == "mae" else network(cfg, saved["classes"], saved["channels"]))
         model.load_state_dict(saved["model"])
-    return model.to(data.pick_device()).eval(), saved["classes"], cfg.size
+    return model.to(data.pick_device()).eval(), cfg, saved
+
+
+def load_classifier(path):
+    """Read a checkpoint. Returns the model in eval mode, its classes and image size."""
+    model, cfg, saved = load(path, "classifier")
+    return model, saved["classes"], cfg.size
+
+
+# ---- CLIP, from images and their sentences
+
+def sentences_of(scenes):
+    """List the sentences of all images, [M], and for each the number of its image, (M,) int64."""
+    owner = [k for k, texts in enumerate(scenes.captions) for _ in texts]
+    return [text for texts in scenes.captions for text in texts], torch.tensor(owner)
+
+
+def clip(cfg, words):
+    """Make a fresh CLIP: two towers of one width and depth; that of text knows these words, [V]."""
+    return CLIP(network(cfg, range(cfg.dim), 3), Text(len(words) + 3, LENGTH, cfg.dim, cfg.depth, cfg.heads))
+
+
+def fit_clip(scenes, cfg, path=None, every=1000):
+    """Train a CLIP from scratch on images and their sentences (Scenes).
+
+    In a batch no image comes twice, and each with one of its sentences. A checkpoint is kept at path.
+    Returns model.eval() and the function that makes tokens of texts.
+    """
+    if not all(scenes.captions):
+        raise Problem("--captions needs sentences for every image: --data must be a caption set")
+    if mixes := [name for name in ("cutmix", "copypaste") if name in cfg.augment]:
+        raise Problem(f"--augment {mixes[0]} makes sentences untrue: leave it out with --captions")
+    device, (texts, owner) = data.pick_device(), sentences_of(scenes)
+    words = sorted({word for text in texts for word in words_of(text)})
+    ids, images = word_tokens(texts, words).to(device), scenes.images.to(device)
+    sentences = ByClass(owner.to(device), len(scenes))
+    model = clip(cfg, words).to(device, memory_format=torch.channels_last)
+    augment = compose(cfg.augment)
+
+    def loss(step, g):
+        index = torch.randperm(len(images), device=device, generator=g)[:cfg.batch]
+        text = sentences.draw(index, torch.rand(len(index), device=device, generator=g))
+        x, _ = augment(data.to_float(images[index]), None, g)
+        with data.autocast(device):
+            return vit.contrastive(model(x, ids[text]))
+
+    identity = dict(config=settings(cfg), words=words, images=scenes.digest)
+    train(model, loss, cfg, path, "clip", identity, every, "CLIP")
+    return model.eval(), partial(word_tokens, words=words)
+
+
+@torch.no_grad()
+def encode_texts(model, tokens, texts, batch=512):
+    """Place texts on the unit sphere of a CLIP, (M, D) on the CPU."""
+    parts = [texts[k:k + batch] for k in range(0, len(texts), batch)]
+    return torch.cat([model.encode_text(tokens(part).to(data.pick_device())).float().cpu() for part in parts])
+
+
+def recalls(scores, owner, ks=(1, 5, 10)):
+    """Score retrieval by the similarity of N images and M texts, (N, M); text m is of image owner[m].
+
+    Returns the share of images of which a text is among the k best ones, [len(ks)], and the share of texts
+    whose image is among the k best ones. Of those that score as much, half stand before it.
+    """
+    def found(best, others):                                             # (R,), (R, Q): share in the best k
+        rank = (others > best[:, None]).sum(1) + (others == best[:, None]).sum(1) / 2
+        return [(rank < k).double().mean().item() for k in ks]
+
+    own = owner == torch.arange(len(scores))[:, None]                    # (N, M)
+    alien = scores.masked_fill(own, -math.inf)
+    return found(scores.masked_fill(~own, -math.inf).amax(1), alien), found(scores.T[own.T], alien.T)
+
+
+def recalls_by_chance(owner, N, ks=(1, 5, 10)):
+    """Return what recalls would be of scores drawn at random, for N images."""
+    M, counts = len(owner), owner.bincount(minlength=N).tolist()
+    missed = [np.mean([math.comb(M - m, min(k, M)) / math.comb(M, min(k, M)) for m in counts]) for k in ks]
+    return [1 - miss for miss in missed], [min(k / N, 1) for k in ks]
+
+
+# ---- MAE, from images alone
+
+class MAE(nn.Module):
+    """A ViT under a decoder of one block, which draws what is hidden of an image: He et al. 2022, 2111.06377.
+
+    The blocks see a quarter of the tokens, and the convolutions before them grey in place of the others.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.vit, self.patch, self.size = network(cfg, [""], 3), cfg.patch, cfg.size
+        self.hidden = nn.Parameter(0.02 * torch.randn(cfg.dim))          # the token of what is hidden
+        self.decoder = nn.Sequential(Block(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim),
+                                     nn.Linear(cfg.dim, 3 * cfg.patch**2))
+
+    def forward(self, x, generator, part=0.75):
+        """Hide a part of the patches of images (B, 3, H, W). -> the mean squared error there, per patch
+
+        Targets are a patch's pixels less their mean, over their standard deviation (norm_pix_loss).
+        """
+        p, net = self.patch, self.vit
+        pixels = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)                    # (B, L, P)
+        B, L, _ = pixels.shape
+        order = torch.rand(B, L, device=x.device, generator=generator).argsort(1)
+        seen = order[:, :round(L * (1 - part))]
+        shown = x.new_zeros(B, L).scatter(1, seen, 1.0)                                          # 1 or 0
+        side = self.size // p
+        cover = rearrange(shown, "b (h w) -> b 1 h w", h=side).repeat_interleave(p, 2).repeat_interleave(p, 3)
+        index = seen[..., None].expand(-1, -1, net.positions.shape[1])
+        tokens = (net.stem(x * cover) + net.positions).gather(1, index)                          # (B, L/4, D)
+        tokens = net.norm(net.blocks(tokens))
+        every = self.hidden.to(tokens.dtype).expand(B, L, -1).scatter(1, index, tokens) + net.positions
+        target = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-4)
+        error = (self.decoder(every) - target).square().mean(2)                                  # (B, L)
+        return (error * (1 - shown)).sum() / (1 - shown).sum()
+
+
+def fit_mae(scenes, cfg, path=None, every=1000):
+    """Train a ViT as MAE does, on images (Scenes) whose labels it does not see. -> the ViT in eval mode."""
+    device, images = data.pick_device(), scenes.images.to(data.pick_device())
+    model = MAE(cfg).to(device, memory_format=torch.channels_last)
+    augment = compose(cfg.augment)
+
+    def loss(step, g):
+        index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
+        x, _ = augment(data.to_float(images[index]), torch.zeros(cfg.batch, 1, device=device), g)
+        with data.autocast(device):
+            return model(x, g)
+
+    train(model, loss, cfg, path, "mae", dict(config=settings(cfg), images=scenes.digest), every, "MAE")
+    return model.vit.eval()
+
+
+# ---- tuning: a classifier that begins from weights trained before
+
+def load_weights(path):
+    """Read weights to begin from. -> a CLIP and its tokens of texts, or a recogniser and None; image size."""
+    try:
+        model, cfg, saved = load(path, "clip", "classifier", "mae")
+        tokens = partial(word_tokens, words=saved["words"]) if saved["kind"] == "clip" else None
+        return model.vit if saved["kind"] == "mae" else model, tokens, cfg.size
+    except Problem:
+        if not Path(path).is_file():
+            raise
+    try:
+        model = vit.load_pretrained(path).to(data.pick_device())
+        tokens = vit.tokenizer(path, model) if isinstance(model, CLIP) else None
+        return model, tokens, getattr(model, "image", model).size
+    except ValueError as error:
+        raise Problem(f"--init {error}") from None
+
+
+class Tuned(nn.Module):
+    """Weights trained before, under a new head: images (B, 3, H, W) in [-1, 1] to class logits (B, K).
+
+    Those of a CLIP, with its tokens of texts, make features of length 1, and the head begins as the names of
+    classes say (zero-shot classification; He et al. 2023: "CT w. init"). With others it begins small.
+    """
+
+    def __init__(self, model, tokens, classes):
+        super().__init__()
+        self.reads = tokens is not None
+        if self.reads:
+            self.tower, self.head = model.image, zero(nn.Linear(model.project.out_features, len(classes)))
+            names = vit.zero_shot(model, tokens, [data.in_words(name) for name in classes])           # (K, D)
+            self.head.weight.data = model.log_scale.exp().item() * names
+        else:
+            self.tower, self.head = model, head(model.head.in_features, len(classes))
+            model.head = nn.Identity()
+
+    def features(self, x):
+        """Return what the tower makes of images, (B, D)."""
+        z = self.tower(x)
+        return F.normalize(z, dim=1) if self.reads else z
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def embed(model, scenes):
+    """Return scenes with their features (N, D) in place of images, to be tuned on; of None, None."""
+    return scenes and replace(scenes, images=outputs(model.features, scenes.images))
+
+
+def tune(linear, real, synthetic, cfg, soft=None):
+    """Train a copy of a head on features, Scenes of embed, real and synthetic as in fit. -> the copy
+
+    There is no augmentation: several views of every image (8, cached) gained nothing that could be seen.
+    """
+    return fit(real, synthetic, replace(cfg, augment="none"), soft=soft, model=deepcopy(linear))[0]
+
+
+def begin_and_tune(real, synthetic, cfg, path):
+    """Make a recogniser from cfg.init and train what cfg.tune says. A checkpoint is kept at path."""
+    if cfg.tune == "all":
+        return fit(real, synthetic, cfg, path)[0]
+    model = network(cfg, real.classes, 3).to(data.pick_device()).eval()
+    if cfg.tune == "head":
+        model.head = tune(model.head, embed(model, real), embed(model, synthetic), cfg)
+    elif not model.reads:
+        raise Problem(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
+    if data.rank() == 0:
+        about = dict(config=settings(cfg), classes=real.classes, channels=3)
+        data.save_checkpoint(path, "classifier", about, cfg.steps, dict(model=model))
+    return model
 
 
 # ---- scores: from labels and predictions, both (N,), or from counts (..., 3, K) of them
@@ -492,25 +766,66 @@ def read_synthetic(cfg, classes):
     return replace(synthetic, labels=labels, classes=classes)
 
 
-def main(cfg):
-    """Train on the training split of a tree, score on val, and only if asked to on test. Or predict."""
-    if cfg.predict:
-        return predict_folder(cfg)
-    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
-    parts = data.split(scenes)
-    index = data.choose(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
-    synthetic = read_synthetic(cfg, scenes.classes)
-    real = scenes[index]
-    print(f"{len(real)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes")
-    if cfg.model != "linear":                                 # which takes a second
-        data.forecast(lambda cfg: fit(real, synthetic, cfg), cfg, SMALL)
-    model, _ = fit(real, synthetic, cfg, Path(cfg.out) / "classifier.pt")
-    for part in ("val", "test") if cfg.test else ("val",):
+def score(model, scenes, parts, test):
+    """Print how well a recogniser does on val, and if test, on test."""
+    for part in ("val", "test") if test else ("val",):
         held = scenes[parts[part]]
         counts = totals(held.labels, predict(model, held.images), len(scenes.classes))
         worst = weakest(counts)
         print(f"{part}: accuracy {accuracy(counts):.3f}, macro-F1 {macro_f1(counts):.3f} on {len(held)} "
               f"images; weakest class {scenes.classes[worst]} ({recall(counts)[worst]:.2f})")
+
+
+def teach_clip(scenes, parts, index, cfg):
+    """Train a CLIP on images of a caption set, and score it on val: its retrieval, and it as a classifier."""
+    seen = scenes[index]
+    print(f"{len(seen)} images, {sum(map(len, seen.captions))} sentences, on {data.pick_device()}")
+    model, tokens = fit_clip(seen, cfg, Path(cfg.out) / "clip.pt")
+    for part in ("val", "test") if cfg.test else ("val",):
+        held = scenes[parts[part]]
+        texts, owner = sentences_of(held)
+        scores = outputs(model.encode_image, held.images) @ encode_texts(model, tokens, texts).T
+        asked = (f"a sentence, of {len(texts)}, for an image", f"the image, of {len(held)}, for a sentence")
+        lists = recalls(scores, owner), recalls_by_chance(owner, len(held))
+        for what, *both in zip(asked, *lists, strict=True):
+            found, luck = (", ".join(f"{100 * r:.1f}" for r in some) for some in both)
+            print(f"{part}: {what} is among the best 1, 5, 10 in {found} %, by chance {luck}")
+    if len(scenes.classes) > 1:
+        print("its names of the classes as a classifier:")
+        score(Tuned(model, tokens, scenes.classes).to(data.pick_device()), scenes, parts, cfg.test)
+
+
+def main(cfg):
+    """Train on the training split of a tree, score on val, and only if asked to on test. Or predict."""
+    if cfg.predict:
+        return predict_folder(cfg)
+    if (cfg.captions or cfg.mae) and data.dist.is_initialized():         # they look at whole batches
+        raise Problem("--captions and --mae run in one process: start them with python, not with torchrun")
+    path = Path(cfg.out) / "classifier.pt"
+    if cfg.init:
+        if path.resolve() == Path(cfg.init).resolve():
+            raise Problem(f"--init {cfg.init} would be written over: give another --out")
+        cfg = replace(cfg, size=load_weights(cfg.init)[2])
+    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)
+    parts = data.split(scenes)
+    index = data.choose(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
+    if cfg.captions:
+        return teach_clip(scenes, parts, index, cfg)
+    if cfg.mae:
+        print(f"{len(index)} images without their classes, on {data.pick_device()}")
+        return fit_mae(scenes[index], cfg, Path(cfg.out) / "mae.pt")
+    if len(scenes.classes) < 2:
+        raise Problem(f"{cfg.data} tells no classes: train on its sentences with --captions")
+    synthetic = read_synthetic(cfg, scenes.classes)
+    real = scenes[index]
+    print(f"{len(real)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes")
+    if cfg.init:
+        model = begin_and_tune(real, synthetic, cfg, path)
+    else:
+        if cfg.model != "linear":                             # which takes a second
+            data.forecast(lambda cfg: fit(real, synthetic, cfg), cfg, SMALL)
+        model, _ = fit(real, synthetic, cfg, path)
+    score(model, scenes, parts, cfg.test)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
     python train_gen.py --data data/NWPU-RESISC45 --out runs/gen
     python train_gen.py --sample runs/gen/generator.pt --classes river,forest --count 16 --out runs/made
     python train_gen.py --data data/xbd --given pre,mask --out runs/damage      # told how it looks before
+    python train_gen.py --data data/RSICD --given text --out runs/text          # sentences, not classes
+    python train_gen.py --sample runs/text/generator.pt --prompts "a river;two tennis courts" --out runs/said
     torchrun --nproc-per-node 4 train_gen.py ...               # equal numbers, on 4 GPUs
 
 The loss barely moves after the first minutes, and a lower one is no better image: look at samples-*.png.
 """
 import copy
 import math
+import re
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,8 +25,9 @@ from augment import compose
 from data import Problem, flag
 from ddpm import PREDICTS, SCHEDULES, Diffusion
 from unet import Condition, UNet
+from vit import LENGTH, Text, word_tokens, words_of
 
-GIVEN = "pre", "mask", "lowres", "edges", "numbers"
+GIVEN = "pre", "mask", "lowres", "edges", "numbers", "text", "class"
 SMALL = ("--size 32 --width 32 --mults 1,2,4 --blocks 1 --patch 2 --predict x0 --steps 2400 --batch 32 "
          "--lr 2e-3 --warmup 50 --ema 0.99")
 
@@ -45,7 +50,10 @@ class Config(data.Settings):
     warmup: int = flag(500, "steps to reach it", 0)
     ema: float = flag(0.999, "decay of the averaged weights, with which images are made", 0, 0.999999)
     drop: float = flag(0.1, "share of images told nothing, for guidance; with --given each part so", 0, 0.9)
-    given: str = flag("", "what it is told beside the class, by comma: pre, mask, lowres, edges, numbers")
+    given: str = flag("", "what it is told beside the class, by comma: pre, mask, lowres, edges, numbers; "
+                      "text instead of the class; text,class")
+    tower: str = flag("", "with --given text: checkpoint of a CLIP whose text tower reads it, frozen (empty: "
+                      "one of its own learns along)")
     augment: str = flag("hflip,rot90", "augmentations that keep images likely: the generator learns them")
     seed: int = flag(0, "fixes the choice of images, weights and noise", 0, 2**32 - 1)
 
@@ -56,6 +64,8 @@ class Config(data.Settings):
             raise ValueError(f"--augment {mixing.pop()}: it mixes classes, which a generator keeps apart")
         if unknown := set(self.told) - set(GIVEN):
             raise ValueError(f"--given {', '.join(sorted(unknown))}: known are {', '.join(GIVEN)}")
+        if self.tower and "text" not in self.told:
+            raise ValueError(f"--tower {self.tower} is for --given text")
         if "lowres" in self.told and self.size % 4:
             raise ValueError(f"--given lowres: --size {self.size} must be divisible by 4")
         if self.width % 8:
@@ -75,11 +85,21 @@ class Config(data.Settings):
         """List the names in --given."""
         return [name.strip() for name in self.given.split(",") if name.strip()]
 
+    @property
+    def classless(self):
+        """Is it told sentences instead of classes?"""
+        return "text" in self.told and "class" not in self.told
+
+    @property
+    def shown(self):
+        """List what it must be told by other images: all of --given but what is said."""
+        return [name for name in self.told if name not in ("text", "class")]
+
 
 @dataclass
 class Script(Config):
     """Config, and the settings that only the command line needs."""
-    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, or xBD tree")
+    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, caption set or xBD tree")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
     per_class: int = flag(0, "training images per class, or tiles of an xBD tree (0: all)", 0)
     out: str = flag("runs/gen", "folder for generator.pt, its log and sample grids, or for the images made",
@@ -87,7 +107,9 @@ class Script(Config):
     every: int = flag(1000, "steps between checkpoints, log lines and sample grids", 1)
     sample: str = flag("", "make images with this checkpoint instead of training one")
     classes: str = flag("", "with --sample: which classes, by comma (empty: all)")
-    count: int = flag(16, "with --sample: images per class", 1, 1_000_000)
+    prompts: str = flag("an aerial photo of a {}", "with --sample of one that is told text: sentences, by "
+                        "semicolon, or a file with one per line; {} stands for each class in turn")
+    count: int = flag(16, "with --sample: images per class and sentence", 1, 1_000_000)
     like: str = flag("", "with --sample: picture, folder or xBD tree that tells the rest, or where to start")
     start: float = flag(0.0, "with --like: share of the chain at which to start from it (0: noise)", 0, 1)
     paint: str = flag("", "with --like: picture that is white where to paint anew")
@@ -98,7 +120,7 @@ class Script(Config):
     def __post_init__(self):
         super().__post_init__()
         kept = {f.name for f in fields(Config)} - {"seed"} | {"data", "per_class", "every"}
-        made = ["classes", "count", "like", "start", "paint", "rounds", "calls", "w"]
+        made = ["classes", "prompts", "count", "like", "start", "paint", "rounds", "calls", "w"]
         data.without_effect(self, kept if self.sample else [], "with --sample")
         data.without_effect(self, [] if self.sample else made, "without --sample")
         data.without_effect(self, [] if self.paint else ["rounds"], "without --paint")
@@ -140,10 +162,38 @@ def divide(x, told):
 def check(cfg, scenes):
     """Raise Problem if scenes lack what --given names."""
     C = scenes.images.shape[1]
-    lacking = dict(pre=C < 6, mask=C not in (4, 7), numbers=scenes.numbers.isnan().all())
+    lacking = dict(pre=C < 6, mask=C not in (4, 7), numbers=scenes.numbers.isnan().all(),
+                   text=not all(scenes.captions))
     if missing := [name for name in cfg.told if lacking.get(name)]:
         raise Problem(f"--given {', '.join(missing)}: the data have none; pre and mask are those of an xBD "
-                      "tree, numbers those of xBD and of a folder with a numbers.csv")
+                      "tree, numbers those of xBD and of a folder with a numbers.csv, text of a caption set")
+
+
+# ---- sentences
+
+def reader(cfg, captions):
+    """Return the words that the text tower knows, [V], its shape as of vit.Text, and its weights or None."""
+    if "text" not in cfg.told:
+        return [], (), None
+    if not cfg.tower:
+        words = sorted({word for some in captions for text in some for word in words_of(text)})
+        return words, (len(words) + 3, LENGTH, 2 * cfg.width, 2, max(1, cfg.width // 32)), None
+    saved = data.load_checkpoint(cfg.tower, "clip")
+    shape = len(saved["words"]) + 3, LENGTH, *(saved["config"][name] for name in ("dim", "depth", "heads"))
+    weights = {name[5:]: w for name, w in saved["model"].items() if name.startswith("text.")}
+    return saved["words"], shape, weights
+
+
+def encode(texts, words):
+    """Turn texts into token ids (N, L); an empty one is not told, -1."""
+    empty = torch.tensor([not text for text in texts])
+    return word_tokens(texts, words).masked_fill(empty[:, None], -1)
+
+
+def sentences(captions, words):
+    """Encode all sentences of N images: (N, S, L). An image with fewer than S repeats its first ones."""
+    S = max(map(len, captions))
+    return encode([some[k % len(some)] for some in captions for k in range(S)], words).unflatten(0, (-1, S))
 
 
 @dataclass
@@ -155,14 +205,16 @@ class Generator:
     config: Config
     channels: int                             # of the images in training, hints among them
     measures: list[str]                       # the numbers that it is told, by name
+    words: list[str]                          # that it has read
+    tower: tuple                              # the shape of what reads them, as of vit.Text
 
 
-def networks(cfg, classes, channels, numbers=0):
-    """Make the noise process and a fresh network, its weights fixed by the seed, told so many numbers."""
+def networks(cfg, classes, channels, numbers=0, tower=()):
+    """Make the noise process and a fresh network by the seed, told so many numbers, and texts by a tower."""
     torch.manual_seed(cfg.seed)
     made, hint = divide(torch.zeros(1, channels, 8, 8), cfg.told)
     model = UNet(classes, made.shape[1], cfg.width, cfg.mults, cfg.blocks, cfg.patch,
-                 0 if hint is None else hint.shape[1], numbers)
+                 0 if hint is None else hint.shape[1], numbers, Text(*tower) if tower else None)
     model = model.to(memory_format=torch.channels_last)                  # a quarter faster, also on a CPU
     return Diffusion(cfg.timesteps, cfg.schedule, cfg.predict, cfg.gamma), model
 
@@ -171,13 +223,16 @@ def untrained(real, cfg):
     """Make a Generator for these Scenes on the device, and the network whose average it will hold."""
     check(cfg, real)
     measures = list(real.measures) if "numbers" in cfg.told else []
-    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1], len(measures))
+    words, tower, weights = reader(cfg, real.captions)
+    diffusion, model = networks(cfg, len(real.classes), real.images.shape[1], len(measures), tower)
     if measures:
         model.numbers.fit(real.numbers)
+    if weights:
+        model.text.tower.requires_grad_(False).load_state_dict(weights)
     device = data.pick_device()
     diffusion, model = diffusion.to(device), model.to(device)
     ema = copy.deepcopy(model).eval()
-    return Generator(diffusion, ema, real.classes, cfg, real.images.shape[1], measures), model
+    return Generator(diffusion, ema, real.classes, cfg, real.images.shape[1], measures, words, tower), model
 
 
 @torch.no_grad()
@@ -200,18 +255,21 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     Problem if the checkpoint is of other settings or images, or if the loss is not finite.
     """
     device, (generator, model) = data.pick_device(), untrained(real, cfg)
-    diffusion, ema, measures = generator.diffusion, generator.model, generator.measures
+    diffusion, ema = generator.diffusion, generator.model
+    measures, words = generator.measures, generator.words
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
     identity = dict(config=settings, classes=real.classes, names=real.names, images=real.digest,
-                    channels=real.images.shape[1], measures=measures,
+                    channels=real.images.shape[1], measures=measures, words=words, tower=generator.tower,
                     numbers=repr(real.numbers.tolist()) if measures else "")
     saved = data.resume(path, "generator", identity, parts, dict(step=0, log=[]))
     start, log = saved["step"], saved["log"]
 
     images, labels, numbers = (part.to(device) for part in (real.images, real.labels, real.numbers))
+    labels = torch.full_like(labels, -1) if cfg.classless else labels
+    said = sentences(real.captions, words).to(device) if words else None
     augment = compose(cfg.augment)
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
     quarters = torch.zeros(2, 4, device=device)                       # per quarter of t: sum of losses, count
@@ -221,6 +279,8 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
         x, _ = augment(data.to_float(images[index]), None, g)
         x0, hint = divide(x, cfg.told)
         cond = Condition(labels[index], numbers[index] if measures else None, hint)
+        if words:
+            cond.text = said[index, torch.randint(said.shape[1], index.shape, device=device, generator=g)]
         if cfg.told:
             cond = cond.hide_each(cfg.drop, g)
         with data.autocast(device):
@@ -270,11 +330,11 @@ def load_generator(path):
     """Read the Generator of a checkpoint. Raises Problem if the file is none."""
     saved, device = data.load_checkpoint(path, "generator"), data.pick_device()
     with data.refusing(path, "is broken", "train it again, or give another path"):
-        cfg = Config(**saved["config"])
-        classes, C, measures = (saved[name] for name in ("classes", "channels", "measures"))
-        diffusion, model = networks(cfg, len(classes), C, len(measures))
+        cfg, classes, C = Config(**saved["config"]), saved["classes"], saved["channels"]
+        measures, words, tower = saved["measures"], saved["words"], saved["tower"]
+        diffusion, model = networks(cfg, len(classes), C, len(measures), tower)
         model.load_state_dict(saved["ema"])
-    return Generator(diffusion.to(device), model.to(device).eval(), classes, cfg, C, measures)
+    return Generator(diffusion.to(device), model.to(device).eval(), classes, cfg, C, measures, words, tower)
 
 
 def noise_of(seeds, shape, device="cpu"):
@@ -287,25 +347,31 @@ def noise_of(seeds, shape, device="cpu"):
 
 
 def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=None, rounds=1,
-             batch=256, title="images"):
+             texts=None, batch=256, title="images"):
     """Make images of the classes y (N,) int64, -1: not told. -> uint8 (N, C, H, W) on the CPU.
 
     like: Scenes of N real images, for what else the generator is told. start: share of the chain, in 0..1, at
     which to begin, at like with the noise of it. paint (N, 1, H, W) bool: what to paint anew of like, by DDPM
-    steps in so many rounds; DDIM's fitted worse to what is known. Image k follows from (seed, k), whatever
-    the batch and the number of processes. Each process makes its part, and all get all of them.
+    steps in so many rounds; DDIM's fitted worse to what is known. texts [N]: None takes sentences of like.
+    Image k follows from (seed, k), whatever the batch and the number of processes. Each process makes its
+    part, and all get all of them.
     """
     diffusion, model, cfg = generator.diffusion, generator.model, generator.config
-    assert like is not None or not (cfg.told or start or paint is not None), "like what?"
+    silent = generator.words and not texts
+    assert like is not None or not (cfg.shown or silent or start or paint is not None), "like what?"
     device = diffusion.signal.device
     shape = (model.channels, cfg.size, cfg.size)
     images = torch.zeros(len(y), *shape, dtype=torch.uint8, device=device)
     part, how = data.share(len(y)), dict(steps=calls, w=w)
+    everyone = Condition((torch.full_like(y, -1) if cfg.classless else y).to(device))
+    if generator.words:
+        texts = texts or [some[k % len(some)] for k, some in enumerate(like.captions)]
+        everyone.text = encode(texts, generator.words).to(device)
     for first in data.progress(range(part.start, part.stop, batch), title):
         these = slice(first, min(first + batch, part.stop))
         seeds = [(seed * 1_000_003 + k) % 2**32 for k in range(these.start, these.stop)]
         noise = noise_of(seeds, shape, device)
-        cond = Condition(y[these].to(device))
+        cond = everyone[these]
         if like is not None:
             x0, cond.hint = divide(data.to_float(like.images[these]).to(device), cfg.told)
             if generator.measures:
@@ -325,11 +391,11 @@ def read_like(cfg, generator):
     """Read what --like names, with the size and channels that the generator knows. -> Scenes or None."""
     gen, C = generator.config, generator.channels
     if not cfg.like:
-        if wanted := gen.told or ["--start"] * (cfg.start > 0) + ["--paint"] * bool(cfg.paint):
+        if wanted := gen.shown or ["--start"] * (cfg.start > 0) + ["--paint"] * bool(cfg.paint):
             raise Problem(f"--like is missing: a picture, a folder or an xBD tree for {', '.join(wanted)}")
         return None
-    if not (gen.told or cfg.start or cfg.paint):
-        raise Problem(f"--like {cfg.like}: {cfg.sample} is told classes alone; give --start or --paint too")
+    if not (gen.shown or cfg.start or cfg.paint):
+        raise Problem(f"--like {cfg.like}: {cfg.sample} need not be shown any; give --start or --paint too")
     like = data.read_pictures(cfg.like, gen.size, cfg.skip_broken, pre=C >= 6, mask=C in (4, 7))
     if like.images.shape[1] != C:
         raise Problem(f"--like {cfg.like}: pictures alone; {cfg.sample} must be given an xBD tree")
@@ -339,14 +405,35 @@ def read_like(cfg, generator):
     return like
 
 
-def sample(cfg):
-    """Write images of a checkpoint as a tree with a folder per class, and a grid of them."""
-    generator = load_generator(cfg.sample)
+def asked(cfg, generator):
+    """List what to make by --classes and --prompts: [(folder, class, text)]."""
     known = dict(zip([*generator.classes, "any"], [*range(len(generator.classes)), -1], strict=True))
     names = [name.strip() for name in cfg.classes.split(",")] if cfg.classes else generator.classes
     if unknown := set(names) - set(known):
         raise Problem(f"{cfg.sample} knows no class {', '.join(sorted(unknown))}; "
                       f"it knows {', '.join(generator.classes)}, and any")
+    if not generator.words:
+        if cfg.prompts != Script.prompts:
+            raise Problem(f"--prompts {cfg.prompts}: {cfg.sample} is told no text")
+        return [(name, known[name], "") for name in names]
+    file, rows = Path(cfg.prompts), []
+    for text in file.read_text("utf-8-sig").splitlines() if file.is_file() else cfg.prompts.split(";"):
+        for name in names if cfg.classes or "{}" in text else ["any"]:
+            said = text.replace("{}", data.in_words(name)).strip()
+            rows.append((name if "{}" in text else re.sub(r"\W+", "_", said)[:60], known[name], said))
+    read = {text: set(words_of(text)) & set(generator.words) for *_, text in rows}
+    if silent := [text for text, words in read.items() if not words]:
+        raise Problem(f"--prompts: {cfg.sample} has read no word of {silent[0]!r}; it knows "
+                      f"{data.some_of(generator.words)}")
+    if unread := {word for text in read for word in words_of(text)} - set(generator.words):
+        print(f"{cfg.sample} has never read {', '.join(sorted(unread))}: left out", file=sys.stderr)
+    return rows
+
+
+def sample(cfg):
+    """Write images of a checkpoint as a tree with a folder per class or sentence, and a grid of them."""
+    generator = load_generator(cfg.sample)
+    names, classes, texts = zip(*asked(cfg, generator), strict=True)
     if not 1 <= cfg.calls <= generator.config.timesteps:
         raise Problem(f"--calls {cfg.calls}: {cfg.sample} has a chain of {generator.config.timesteps} steps")
     if not generator.config.drop and (cfg.w != 1 or "any" in names):
@@ -355,20 +442,21 @@ def sample(cfg):
         raise Problem(f"{cfg.out} holds pictures of {full[0]} already: give another --out, or remove them")
     like, paint = read_like(cfg, generator), None
     each = cfg.count * len(like or [0])                                  # images of a class
-    y = torch.tensor([known[name] for name in names]).repeat_interleave(each)
+    y = torch.tensor(classes).repeat_interleave(each)
+    texts = [text for text in texts for _ in range(each)]
     if like:
         like = like[torch.arange(len(like)).repeat_interleave(cfg.count).repeat(len(names))]
     if cfg.paint:
         hole = data.read_pictures(cfg.paint, generator.config.size).images[0]
         paint = (hole.float().mean(0) > 127).expand(len(y), 1, -1, -1)
-    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint, cfg.rounds)
+    images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint, cfg.rounds, texts)
     if data.rank():
         return
     for k, image in enumerate(images):
         name = names[k // each]
-        data.save_picture(data.picture(image), Path(cfg.out) / name / f"{name}_{k % each + 1:05d}.png")
+        data.save_picture(data.picture(image), Path(cfg.out) / name / f"{name}_{k + 1:05d}.png")
     data.save_picture(data.grid(images, min(each, 16)), Path(cfg.out) / "grid.png")
-    print(f"{len(images)} images of {len(names)} classes in {cfg.out}, all of them in {cfg.out}/grid.png")
+    print(f"{len(images)} images in {cfg.out}, all of them in {cfg.out}/grid.png")
 
 
 def main(cfg):

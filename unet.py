@@ -17,12 +17,13 @@ from vit import Attention, zero
 class Condition:
     """Everything a generator can be told of each image. What is not told is -1 in y and nan elsewhere.
 
-    y: (B,) int64, class 0 .. K - 1; numbers: (B, M), metadata; hint: (B, J, H, W), pixels beside the image.
-    A part that the generator does not know is None.
+    y: (B,) int64, class 0 .. K - 1; numbers: (B, M), metadata; hint: (B, J, H, W), pixels beside the image;
+    text: (B, L) int64, tokens. A part that the generator does not know is None.
     """
     y: torch.Tensor
     numbers: torch.Tensor | None = None
     hint: torch.Tensor | None = None
+    text: torch.Tensor | None = None
 
     def each(self, change):
         """Return the Condition whose parts are change(part)."""
@@ -40,7 +41,7 @@ class Condition:
     def hide_each(self, share, generator=None):
         """Hide each part, and each of the numbers, of a share of the images: any may then be missing."""
         def hide(part):
-            shape = part.shape[:2] if part.ndim == 2 else part.shape[:1]
+            shape = part.shape[:2] if part is self.numbers else part.shape[:1]
             mask = torch.rand(shape, device=part.device, generator=generator) < share
             return torch.where(mask.view(*shape, *[1] * (part.ndim - len(shape))), nothing(part), part)
         return self.each(hide)
@@ -93,6 +94,28 @@ class Numbers(nn.Module):
         return self.layers(waves.flatten(1))
 
 
+class Words(nn.Module):
+    """What a tower (vit.Text) reads in token ids (B, L), -1 where no text is told: GLIDE, section 2.3.
+
+    Features of the tokens (B, L, D); which of them count, (B, L) bool: those up to the end, which has the
+    largest id, as padding follows; and of the text (B, D), their sum, of the variance of one. GLIDE takes the
+    end, which sees no word before the tower has learned to look: here the text would hardly be heard in short
+    runs. A text that is not told is one token, which is learned. (Nichol et al. 2021, 2112.10741.)
+    """
+
+    def __init__(self, tower, D):
+        super().__init__()
+        width = tower.embed.embedding_dim
+        self.tower, self.untold, self.project = tower, nn.Parameter(torch.randn(width)), nn.Linear(width, D)
+        nn.init.normal_(self.project.weight, std=width**-0.5)                        # as loud as the class
+
+    def forward(self, ids):
+        told = ids[:, :1] >= 0                                     # (B, 1); all -1: argmax is the first, 0
+        count = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
+        tokens = self.project(torch.where(told[..., None], self.tower(ids.clamp(min=0)), self.untold))
+        return tokens, count, (tokens * count[..., None]).sum(1) / count.sum(1, keepdim=True).sqrt()
+
+
 class Norm(nn.GroupNorm):
     """GroupNorm of 8 groups in the precision of its input; inside, sums are float32 in any case.
 
@@ -111,11 +134,12 @@ class Norm(nn.GroupNorm):
 class Block(nn.Module):
     """Two convolutions around a residual; between them the embedding scales and shifts (AdaGN).
 
-    (B, C_in, H, W), (B, D) -> (B, C_out, H, W). With attention, every pixel then looks at every other.
-    AdaGN: Dhariwal & Nichol 2021. A block starts as the identity, and the U-Net as 0 (Ho et al.).
+    (B, C_in, H, W), (B, D) -> (B, C_out, H, W). With attention, every pixel then looks at every other, and
+    with text at its tokens (B, L, D) that count, (B, L). AdaGN: Dhariwal & Nichol 2021. A block starts as
+    the identity, and the U-Net as 0 (Ho et al.).
     """
 
-    def __init__(self, c_in, c_out, emb, attention=False):
+    def __init__(self, c_in, c_out, emb, attention=False, text=False):
         super().__init__()
         self.norm1 = Norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -125,17 +149,20 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.norm3 = Norm(c_out) if attention else None
         self.attention = Attention(c_out, heads=max(1, c_out // 64)) if attention else None
+        self.words = nn.Linear(emb, c_out) if attention and text else None
         if attention:
             zero(self.attention.out)
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, text=None):
         scale, shift = rearrange(self.scale_shift(F.silu(emb)), "b (n c) -> n b c 1 1", n=2)
         h = self.conv1(F.silu(self.norm1(x)))                                        # (B, C_out, H, W)
         h = self.norm2(h) * (1 + scale) + shift
         x = self.skip(x) + self.conv2(F.silu(h))                                     # (B, C_out, H, W)
         if self.attention:
             tokens = rearrange(self.norm3(x), "b c h w -> b (h w) c")                # (B, H W, C_out)
-            x = x + rearrange(self.attention(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+            if self.words:
+                text = self.words(text[0]), F.pad(text[1], (tokens.shape[1], 0), value=True)
+            x = x + rearrange(self.attention(tokens, *text or ()), "b (h w) c -> b c h w", h=x.shape[2])
         return x
 
 
@@ -156,9 +183,11 @@ class UNet(nn.Module):
     Then let it predict x0: with v, small networks leave a checkerboard, which neither overlapping squares nor
     a last convolution at full resolution removed.
     A hint is stacked onto x, with one channel more that says whether it is told; numbers join the embedding.
+    So does a text, read by the tower `text`; the pixels look at its tokens too, wherever they look at pixels.
     """
 
-    def __init__(self, classes, channels=3, width=64, mults=(1, 2, 4), blocks=2, patch=1, hint=0, numbers=0):
+    def __init__(self, classes, channels=3, width=64, mults=(1, 2, 4), blocks=2, patch=1, hint=0, numbers=0,
+                 text=None):
         super().__init__()
         if width % 8:
             raise ValueError(f"the U-Net's width must be divisible by 8, for its norms, and {width} is not")
@@ -167,6 +196,8 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
         self.label = nn.Embedding(classes + 1, D)                 # the last row stands for y = -1
         self.numbers = Numbers(numbers, width, D) if numbers else None
+        self.text = Words(text, D) if text else None
+        how = dict(emb=D, text=bool(text))
         self.stem = nn.Conv2d((channels + hint + (hint > 0)) * patch**2, width, 3, padding=1)
 
         c, skips = width, []                                # skips: their channels; in forward, their tensors
@@ -174,17 +205,17 @@ class UNet(nn.Module):
         for i, m in enumerate(mults):
             level = []
             for _ in range(blocks):
-                level.append(Block(c, m * width, D, attention=i > 0))
+                level.append(Block(c, m * width, attention=i > 0, **how))
                 c = m * width
                 skips.append(c)
             halve = nn.Conv2d(c, c, 3, stride=2, padding=1)
             self.down.append(Level(level, halve if i < last else nn.Identity()))
-        self.mid = Block(c, c, D, attention=True)
+        self.mid = Block(c, c, attention=True, **how)
         for i, m in reversed(list(enumerate(mults))):
             double = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1))
             level = []
             for _ in range(blocks):
-                level.append(Block(c + skips.pop(), m * width, D, attention=i > 0))
+                level.append(Block(c + skips.pop(), m * width, attention=i > 0, **how))
                 c = m * width
             self.up.append(Level(level, double if i < last else nn.Identity()))
         assert not skips
@@ -199,6 +230,10 @@ class UNet(nn.Module):
         emb = self.time(timestep_embedding(t, self.width)) + self.label(y)           # (B, D)
         if self.numbers:
             emb = emb + self.numbers(cond.numbers)
+        text = None
+        if self.text:
+            *text, whole = self.text(cond.text)                                  # (B, L, D), (B, L); (B, D)
+            emb = emb + whole
         if self.hint:
             told = 1.0 - cond.hint[:, :1].isnan().to(x.dtype)                        # (B, 1, H, W)
             x = torch.cat([x, cond.hint.nan_to_num(0.0), told], dim=1)               # (B, C + J + 1, H, W)
@@ -207,14 +242,14 @@ class UNet(nn.Module):
         skips = []
         for level in self.down:
             for block in level.blocks:
-                h = block(h, emb)                                 # (B, m width, H/p/2^i, W/p/2^i) at level i
+                h = block(h, emb, text)                           # (B, m width, H/p/2^i, W/p/2^i), level i
                 skips.append(h)
             h = level.resize(h)                                                      # halves both sides
-        h = self.mid(h, emb)
+        h = self.mid(h, emb, text)
         for level in self.up:
             h = level.resize(h)                                                      # doubles both sides
             for block in level.blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), emb)                   # as on the way down
+                h = block(torch.cat([h, skips.pop()], dim=1), emb, text)             # as on the way down
         assert not skips
         return rearrange(self.head(h), "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
 

@@ -236,7 +236,7 @@ def moved(module):
 
 @pytest.mark.parametrize("model, kind", [("vit", Convolutions), ("patches", Patches)])
 def test_the_settings_name_the_stem_of_the_vit(model, kind):
-    assert isinstance(train_cls.network(replace(TINY, model=model), 2, 3).stem, kind)
+    assert isinstance(train_cls.network(replace(TINY, model=model), ["a", "b"], 3).stem, kind)
 
 
 @pytest.mark.parametrize("model, more", [("vit", {}), ("patches", {}), ("resnet", dict(lr=1e-2))])

@@ -1,8 +1,10 @@
 """train_gen.py: a generator learns, a killed run ends as others do, images follow from their number."""
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +18,7 @@ from data import Problem, Scenes
 from experiment import SCALES
 from train_gen import Config, divide, edges, generate, load_generator, lowres, noise_of, train, update_ema
 from unet import Condition
+from vit import LENGTH, Text, word_tokens
 
 TINY = Config(size=8, width=16, mults=(1, 2), blocks=1, timesteps=100, steps=6, batch=8, lr=1e-3, warmup=2,
               augment="none")
@@ -55,23 +58,39 @@ def test_folded_pixels_leave_a_checkerboard_unless_x0_is_predicted_as_the_small_
     assert [(gen.patch, gen.predict) for gen in small] == [(2, "x0")] * len(small)
 
 
-@pytest.mark.parametrize("given", ["", "edges"])
+def spoken(n=64, **kw):
+    """Halves with one to three sentences each."""
+    real = halves(n, **kw)
+    sides = ["LEFT.", "left side", "bright left"], ["right", "Right side"]
+    real.captions = [tuple(sides[y][:1 + k % 3]) for k, y in enumerate(real.labels.tolist())]
+    return real
+
+
+@pytest.mark.parametrize("given", ["", "edges", "text", "text,class"])
 @pytest.mark.usefixtures("on_cpu")
 def test_training_is_this_loop_written_out(adamw_by_hand, in_float64, given):
-    """Draw, augment, hide each part if there are several, loss, clip, learning rate, AdamW, average."""
-    real = halves(12, noise=0.5)
+    """Draw, augment, say, hide each part if there are several, loss, clip, rate, AdamW, average."""
+    real = spoken(12, noise=0.5)
     cfg = replace(TINY, steps=4, warmup=2, lr=2e-2, ema=0.2, drop=0.4, seed=7, given=given,
                   augment="hflip,rot90,crop")
     generator = train(real, cfg)
 
-    diffusion, model = train_gen.networks(cfg, 2, channels=1)
+    tower = (len(generator.words) + 3, LENGTH, 32, 2, 1) if "text" in given else ()
+    diffusion, model = train_gen.networks(cfg, 2, channels=1, tower=tower)
     by_hand, norms = adamw_by_hand(model.parameters(), (0.9, 0.99), lambda p: 0.01), []
     average = [p.detach().clone() for p in by_hand.parameters]
     for step, rate in enumerate((1e-2, 2e-2, 2e-2, 1e-2)):               # 2 steps up, then along a cosine
         g = data.rng(7, step)
         places = torch.randint(12, (8,), generator=g)
         x0, _ = compose(cfg.augment)(real.images[places] / 127.5 - 1, None, g)
-        cond = Condition(real.labels[places], hint=edges(x0) if given else None)
+        cond = Condition(real.labels[places], hint=edges(x0) if given == "edges" else None)
+        if "text" in given:
+            rounds = torch.randint(3, (8,), generator=g)
+            some = [real.captions[k] for k in places]
+            texts = [said[r % len(said)] for said, r in zip(some, rounds.tolist(), strict=True)]
+            cond.text = word_tokens(texts, generator.words)
+        if given == "text":
+            cond.y = -torch.ones_like(cond.y)
         if given:
             cond = cond.hide_each(0.4, g)
         loss, _ = diffusion.loss(model, x0, cond, 0.4, g)
@@ -86,9 +105,10 @@ def test_training_is_this_loop_written_out(adamw_by_hand, in_float64, given):
         assert_close(a, b, rtol=0, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
 
 
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch):
-    cfg = replace(TINY, augment="hflip,rot90")
-    whole = train(halves(), cfg, tmp_path / "a" / "g.pt", every=3)
+@pytest.mark.parametrize("given", ["", "text"])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch, given):
+    cfg, real = replace(TINY, augment="hflip,rot90", given=given), spoken()
+    whole = train(real, cfg, tmp_path / "a" / "g.pt", every=3)
     save = data.save_checkpoint
 
     def save_and_die(*args, **kw):
@@ -97,17 +117,18 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkey
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(train_gen.data, "save_checkpoint", save_and_die)
-        train(halves(), cfg, tmp_path / "b" / "g.pt", every=3)
+        train(real, cfg, tmp_path / "b" / "g.pt", every=3)
     assert data.load_checkpoint(tmp_path / "b" / "g.pt", "generator")["step"] == 3
     torch.manual_seed(99)
-    again = train(halves(), cfg, tmp_path / "b" / "g.pt", every=3)
+    again = train(real, cfg, tmp_path / "b" / "g.pt", every=3)
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert_close(a, b, rtol=0, atol=0)
     assert (tmp_path / "a" / "g.csv").read_text() == (tmp_path / "b" / "g.csv").read_text()
 
 
-def test_no_step_waits_for_the_device(hasty_steps):
-    train(halves(), replace(TINY, augment="hflip,rot90"))
+@pytest.mark.parametrize("given", ["", "text"])
+def test_no_step_waits_for_the_device(hasty_steps, given):
+    train(spoken(), replace(TINY, augment="hflip,rot90", given=given))
     assert hasty_steps == [1, 2, 3, 4]
 
 
@@ -326,6 +347,73 @@ def test_a_checkpoint_knows_what_it_must_be_told(told):
         generate(loaded, like.labels, 0, calls=3)
 
 
+# ---- sentences
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    """A generator that is told sentences instead of classes, and where its checkpoint is."""
+    path = tmp_path_factory.mktemp("text") / "g.pt"
+    cfg = replace(TINY, steps=100, batch=32, lr=4e-3, warmup=10, ema=0.9, predict="x0", given="text")
+    return train(spoken(), cfg, path), path
+
+
+def side(images):
+    """How much brighter the left half is, (N,)."""
+    x = data.to_float(images)
+    return (x[..., :4] - x[..., 4:]).mean((1, 2, 3))
+
+
+def test_what_is_made_follows_the_sentence_and_not_the_class(speaker):
+    y, texts = torch.arange(40) % 2, ["bright left"] * 20 + ["right"] * 20
+    images = generate(speaker[0], y, seed=1, calls=5, w=3.0, texts=texts)
+    assert (side(images)[:20] > 0.3).float().mean() > 0.7 and (side(images)[20:] < -0.3).float().mean() > 0.7
+    assert_close(generate(speaker[0], 1 - y, seed=1, calls=5, w=3.0, texts=texts), images, rtol=0, atol=0)
+    mute, empty = (generate(speaker[0], y, seed=1, calls=5, w=w, texts=some)
+                   for w, some in ((0.0, texts), (1.0, [""] * 40)))
+    assert_close(mute, empty, rtol=0, atol=1)                            # guidance is over the text
+    like = spoken(40)
+    texts = [some[k % len(some)] for k, some in enumerate(like.captions)]
+    assert_close(generate(speaker[0], y, 1, calls=3, like=like),
+                 generate(speaker[0], y, 1, calls=3, texts=texts), rtol=0, atol=0)
+
+
+def test_image_k_follows_from_seed_k_and_its_text_and_a_loaded_generator_makes_it_too(speaker):
+    y, texts = torch.zeros(5, dtype=torch.long), ["left", "", "Its right side!", "right", "left"]
+    whole = generate(speaker[0], y, 3, calls=3, texts=texts)
+    assert (whole.int() - generate(speaker[0], y, 3, calls=3, texts=texts, batch=2).int()).abs().max() <= 1
+    with pytest.raises(AssertionError, match="like what"):
+        generate(speaker[0], y, 3, calls=3)
+    loaded = load_generator(speaker[1])
+    assert loaded.words == ["bright", "left", "right", "side"]
+    assert_close(generate(loaded, y, 3, calls=3, texts=texts), whole, rtol=0, atol=0)
+
+
+def test_the_text_tower_of_a_clip_reads_what_it_did_and_does_not_learn(tmp_path):
+    torch.manual_seed(1)
+    clip = nn.ModuleDict(dict(text=Text(6, LENGTH, 8, 1, 2), image=nn.Linear(1, 1)))
+    words, shape = ["half", "left", "right"], dict(dim=8, depth=1, heads=2)
+    data.save_checkpoint(tmp_path / "clip.pt", "clip", dict(config=shape, words=words), 0, dict(model=clip))
+    cfg = replace(TINY, given="text", tower=str(tmp_path / "clip.pt"))
+    made = train(spoken(), cfg, tmp_path / "g.pt", every=3)
+    (tmp_path / "clip.pt").unlink()
+    loaded = load_generator(tmp_path / "g.pt")
+    for generator in (made, loaded):
+        assert generator.words == words
+        for a, b in zip(generator.model.text.tower.parameters(), clip["text"].parameters(), strict=True):
+            assert_close(a, b, rtol=0, atol=0)
+    y = torch.zeros(2, dtype=torch.long)
+    assert_close(*(generate(g, y, 0, calls=2, texts=["a left half", "right"]) for g in (made, loaded)))
+
+
+def test_what_does_not_learn_has_no_gradient_to_sum(monkeypatch):
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 1))
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(data, "total", lambda x: 3 * x)                  # three processes, all alike
+    model(torch.ones(1, 2)).sum().backward()
+    data.sum_gradients(model)
+    assert model[1].bias.grad.item() == 3 and model[0].weight.grad is None
+
+
 # ---- the command line
 
 def test_the_commands_train_and_make_pictures_that_can_be_read_back(tmp_path, launch):
@@ -385,7 +473,8 @@ def checkpoints(tmp_path_factory):
     root, rgb = tmp_path_factory.mktemp("made"), halves(12).images.expand(-1, 3, -1, -1)
     numbers = replace(halves(12), images=rgb, numbers=torch.rand(12, 1), measures=("light",))
     six = replace(halves(12), images=rgb.repeat(1, 2, 1, 1))
-    for real, given in ((numbers, ""), (numbers, "numbers"), (six, "pre")):
+    text = replace(numbers, captions=[("the left", "a half"), ("its right side",)] * 6)
+    for real, given in ((numbers, ""), (numbers, "numbers"), (six, "pre"), (text, "text")):
         train(real, replace(TINY, steps=1, given=given), root / f"{given or 'plain'}.pt")
     return root
 
@@ -407,6 +496,9 @@ def checkpoints(tmp_path_factory):
     ("numbers", "--like others", "must be told light, here are haze"),
     ("numbers", "--like strangers", "numbers.csv names no picture"),
     ("pre", "--like ok", "--like ok: pictures alone; .*xBD tree"),
+    ("plain", "--prompts river", "--prompts river: .*plain.pt is told no text"),
+    ("text", "--like ok --prompts left", "--like ok: .*give --start or --paint"),
+    ("text", "--prompts ;", "has read no word of ''"), ("text", "--prompts left;moon", "no word of 'moon'"),
 ])
 def test_a_wrong_or_missing_like_is_one_line_and_nothing_is_written(checkpoints, tmp_path, monkeypatch,
                                                                     launch, which, flags, said):
@@ -426,8 +518,49 @@ def test_a_wrong_or_missing_like_is_one_line_and_nothing_is_written(checkpoints,
     assert all(other.startswith("skipped") for other in skipped) and sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_commands_tell_a_generator_sentences_and_numbers_of_a_caption_set(tmp_path, launch):
+    images, rows = [], ["picture,gsd"]
+    for k, part in enumerate(["train", "train", "val", "test"]):
+        picture(tmp_path / f"t/{k}.png", size=16 + k)
+        sentences = [dict(raw="A river."), dict(raw="trees")]
+        images.append(dict(filename=f"{k}.png", split=part, sentences=sentences))
+        rows.append(f"{k}.png,{k}")
+    (tmp_path / "t/dataset.json").write_text(json.dumps(dict(images=images)))
+    (tmp_path / "t/numbers.csv").write_text("\n".join(rows))
+    flags = "--size 8 --width 16 --mults 1,2 --blocks 1 --steps 2 --batch 4 --warmup 1 --given text,numbers"
+    trained = launch(train_gen, "--data", tmp_path / "t", "--out", tmp_path / "gen", *flags.split())
+    assert trained.returncode == 0, trained.stderr
+    made = launch(train_gen, "--sample", tmp_path / "gen/generator.pt", "--prompts", "trees;a river",
+                  "--count", 2, "--calls", 2, "--like", tmp_path / "t", "--out", tmp_path / "made")
+    assert made.returncode == 0, made.stderr
+    assert len(list(tmp_path.glob("made/trees/*.png"))) == len(list(tmp_path.glob("made/a_river/*.png"))) == 8
+
+
+def test_the_commands_say_what_to_make_and_of_which_class(tmp_path, launch, checkpoints):
+    path = checkpoints / "text.pt"
+    made = launch(train_gen, "--sample", path, "--count", 2, "--calls", 2, "--out", tmp_path / "a",
+                  "--prompts", "a LEFT half;{} side; The {}, shiny")
+    assert made.returncode == 0, made.stderr
+    assert made.stderr == f"{path} has never read shiny: left out\n"
+    found = sorted(p.relative_to(tmp_path / "a").as_posix() for p in tmp_path.glob("a/*/*.png"))
+    assert found == ["a_LEFT_half/a_LEFT_half_00001.png", "a_LEFT_half/a_LEFT_half_00002.png",
+                     *(f"{name}/{name}_{k:05d}.png" for name, ks in (("left", (3, 4, 7, 8)),
+                                                                     ("right", (5, 6, 9, 10))) for k in ks)]
+    (tmp_path / "prompts.txt").write_text("left\nits right half\n")
+    made = launch(train_gen, "--sample", path, "--count", 1, "--calls", 2, "--out", tmp_path / "b",
+                  "--prompts", tmp_path / "prompts.txt")
+    assert made.returncode == 0 and not made.stderr, made.stderr
+    texts = ["left", "its right half"]
+    images = generate(load_generator(path), torch.tensor([-1, -1]), 0, calls=2, texts=texts)
+    for name, image in zip(("left", "its_right_half"), images, strict=True):
+        with Image.open(next((tmp_path / "b" / name).glob("*.png"))) as pil:
+            assert (np.asarray(pil) == image.permute(1, 2, 0).numpy()).all()
+
+
 @pytest.mark.parametrize("given, said", [
-    ("edgs", "--given edgs: known are pre, mask, lowres, edges, numbers"),
+    ("edgs", "--given edgs: known are pre, mask, lowres, edges, numbers, text, class"),
+    ("text", "--given text: the data have none"), ("text,edges --tower t/a/0.png", "--given text: the data"),
+    ("edges --tower x.pt", "--tower x.pt is for --given text"),
     ("pre", "--given pre: the data have"),
     ("mask,edges", "--given mask: the data have"), ("numbers", "--given numbers: the data have"),
     ("lowres --size 6", "--size 6 must be divisible by 4")])

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 import data
 import unet
-from unet import Block, Condition, UNet, timestep_embedding
+from unet import Block, Condition, UNet, Words, timestep_embedding
+from vit import Text
 
 
 def awake(**kw):
@@ -50,14 +51,21 @@ def silu(x):
     return x / (1 + (-x).exp())
 
 
-def block_by_hand(block, x, emb):
-    """Dhariwal & Nichol 2021, section 4.4: AdaGN(h, y) = y_s GroupNorm(h) + y_b; here y_s is 1 + scale."""
+def block_by_hand(block, x, emb, words=None):
+    """Dhariwal & Nichol 2021, section 4.4: AdaGN(h, y) = y_s GroupNorm(h) + y_b; here y_s is 1 + scale.
+
+    Words (B, M, D) are keys and values beside the pixels: Nichol et al. 2021, section 2.3.
+    """
     scale, shift = linear(block.scale_shift, silu(emb))[:, :, None, None].chunk(2, dim=1)
     h = conv(block.conv1, silu(norm(block.norm1, x)))
     h = conv(block.conv2, silu((1 + scale) * norm(block.norm2, h) + shift))
     x = h + (x if isinstance(block.skip, nn.Identity) else conv(block.skip, x))
     if block.attention:
-        q, k, v = linear(block.attention.qkv, norm(block.norm3, x).flatten(2).mT).chunk(3, dim=-1)
+        tokens = norm(block.norm3, x).flatten(2).mT
+        q, k, v = linear(block.attention.qkv, tokens).chunk(3, dim=-1)
+        if words is not None:
+            _, *more = linear(block.attention.qkv, linear(block.words, words)).chunk(3, dim=-1)
+            k, v = (torch.cat(pair, 1) for pair in zip((k, v), more, strict=True))
         seen = linear(block.attention.out, (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v)      # of one head
         x = x + seen.mT.view_as(x)
     return x
@@ -187,24 +195,80 @@ def test_norms_keep_the_precision_of_their_input_and_are_group_norm():
 
 # ---- numbers and hints
 
+def tower(V=9):
+    return Text(V, length=12, dim=8, depth=1, heads=2)
+
+
 def told(B=3):
-    """A U-Net that is told three numbers and a hint of two channels, and inputs for it."""
-    model, (x, t, cond) = awake(hint=2, numbers=3), inputs(B)
+    """A U-Net that is told three numbers, a hint of two channels and a text, and inputs for it."""
+    model, (x, t, cond) = awake(hint=2, numbers=3, text=tower()), inputs(B)
+    cond.text = torch.tensor([[7, 1, 2, 3, 8], [7, 4, 8, 0, 0], [7, 1, 8, 0, 0]]).repeat(B // 3, 1)
     model.numbers.fit(torch.tensor([[0.0, -5, 10], [1, 5, 20]]))
     cond.numbers = torch.rand(B, 3) * torch.tensor([1.0, 10, 10]) + torch.tensor([0.0, -5, 10])
     cond.hint = torch.rand(B, 2, 16, 16)
     return model, x, t, cond
 
 
-@pytest.mark.parametrize("part", ["y", "numbers", "hint"])
+@pytest.mark.parametrize("part", ["y", "numbers", "hint", "text"])
 def test_each_part_of_a_condition_changes_the_answer_and_hidden_it_leaves_no_trace(part):
     model, x, t, cond = told()
     base, value = model(x, t, cond), getattr(cond, part)
-    other = replace(cond, **{part: (value + 1) % 3 if part == "y" else 0.5 * value + 0.2})
+    changed = dict(y=(value + 1) % 3, text=torch.where(value == 8, 8, (value + 2) % 7))
+    other = replace(cond, **{part: changed.get(part, 0.5 * value + 0.2)})
     assert ((model(x, t, other) - base).abs().amax((1, 2, 3)) > 1e-4).all()
     everyone = torch.tensor([True, True, True])
     assert_close(model(x, t, other.hide(everyone)), model(x, t, cond.hide(everyone)))
     assert (model(x, t, cond.hide(everyone)) - base).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("L", [1, 5, 9])
+def test_a_text_not_told_has_no_length_and_one_that_is_told_may_be_padded(L):
+    model, x, t, cond = told()
+    wide = F.pad(cond.text, (0, 7))
+    assert_close(model(x, t, replace(cond, text=wide)), model(x, t, cond))
+    assert_close(model(x, t, replace(cond, text=wide[1:2].expand(3, -1)))[1], model(x, t, cond)[1])
+    wide[1, 3:] = 5                                                      # what stands in place of padding
+    assert_close(model(x, t, replace(cond, text=wide)), model(x, t, cond))
+    hidden = cond.hide(torch.tensor([True, True, True])).text
+    assert_close(model(x, t, replace(cond, text=hidden)),
+                 model(x, t, replace(cond, text=torch.full((3, L), -1))))
+
+
+def test_words_are_the_features_up_to_the_end_and_the_text_is_their_sum():
+    torch.manual_seed(0)
+    words, ids = Words(tower(), 6), torch.tensor([[7, 4, 8, 0], [7, 1, 2, 8], [-1, -1, -1, -1]])
+    tokens, count, whole = words(ids)
+    assert count.tolist() == [[True, True, True, False], [True] * 4, [True, False, False, False]]
+    for k, end in ((0, 2), (1, 3)):
+        read = linear(words.project, words.tower(ids[k:k + 1, :end + 1]))[0]
+        assert_close(tokens[k, :end + 1], read)
+        assert_close(whole[k], read.sum(0) / len(read) ** 0.5)
+    assert_close(tokens[2, 0], linear(words.project, words.untold))
+    assert_close(whole[2], tokens[2, 0])
+
+
+def test_pixels_look_at_the_words_that_count_as_at_pixels(in_float64):
+    torch.manual_seed(0)
+    block = Block(16, 16, 12, attention=True, text=True)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.3)
+    x, emb, words = torch.randn(2, 16, 6, 4), torch.randn(2, 12), torch.randn(2, 5, 12)
+    count = torch.tensor([True, True, True, False, False]).expand(2, -1)
+    assert_close(block(x, emb, (words, count)), block_by_hand(block, x, emb, words[:, :3]))
+
+
+def test_the_text_reaches_the_embedding_and_every_attention_and_the_tower_learns():
+    model, x, t, cond = told()
+    model(x, t, cond).square().mean().backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == ["numbers.untold", "text.untold"]                   # all three were told something
+    assert sum(name.endswith("words.weight") for name, _ in model.named_parameters()) == 3
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".words." in name:
+                p.zero_()
+    other = replace(cond, text=torch.where((cond.text > 0) & (cond.text < 7), 5, cond.text))
+    assert ((model(x, t, other) - model(x, t, cond)).abs().amax((1, 2, 3)) > 1e-4).all()
 
 
 def test_each_number_alone_may_be_missing():
@@ -243,23 +307,29 @@ def test_every_part_is_sliced_hidden_and_followed_by_nothing_alike():
     for index in (slice(1, 3), torch.tensor([1, 2])):
         part = cond[index]
         assert_close((part.y, part.numbers, part.hint), (cond.y[1:], cond.numbers[1:], cond.hint[1:]))
+        assert_close(part.text, cond.text[1:])
     hidden = cond.hide(torch.tensor([False, True, False]))
-    assert hidden.y.tolist() == [0, -1, 2]
+    assert hidden.y.tolist() == [0, -1, 2] and (hidden.text[1] == -1).all()
+    assert (hidden.text == cond.text)[[0, 2]].all()
     for a, b in ((hidden.numbers, cond.numbers), (hidden.hint, cond.hint)):
         assert a[1].isnan().all() and (a[[0, 2]] == b[[0, 2]]).all()
     both = cond.and_null()
     assert both.y.tolist() == [0, 1, 2, -1, -1, -1] and both.numbers[3:].isnan().all()
+    assert (both.text[:3] == cond.text).all() and (both.text[3:] == -1).all()
     assert (both.hint[:3] == cond.hint).all() and both.hint[3:].isnan().all()
     assert Condition(cond.y).and_null().hint is None
 
 
 def test_each_part_and_each_number_is_hidden_alone():
-    cond = Condition(torch.zeros(4000, dtype=torch.long), torch.zeros(4000, 3), torch.zeros(4000, 2, 1, 1))
+    cond = Condition(torch.zeros(4000, dtype=torch.long), torch.zeros(4000, 3), torch.zeros(4000, 2, 1, 1),
+                     torch.zeros(4000, 2, dtype=torch.long))
     hidden = cond.hide_each(0.2, torch.Generator().manual_seed(0))
-    gone = torch.cat([(hidden.y < 0)[:, None], hidden.numbers.isnan(), hidden.hint.isnan().flatten(1)], 1)
+    gone = torch.cat([(hidden.y < 0)[:, None], hidden.numbers.isnan(), hidden.hint.isnan().flatten(1),
+                      hidden.text < 0], 1)
     gone = gone.double()
-    assert_close(gone.mean(0), torch.full((6,), 0.2).double(), atol=0.03, rtol=0)
+    assert_close(gone.mean(0), torch.full((8,), 0.2).double(), atol=0.03, rtol=0)
     together = torch.corrcoef(gone.T)
-    assert together[4, 5] == pytest.approx(1)                                # the channels of a hint
-    together[4, 5] = together[5, 4] = 0
-    assert (together - torch.eye(6)).abs().max() < 0.06
+    for a, b in ((4, 5), (6, 7)):                            # the channels of a hint, the tokens of a text
+        assert together[a, b] == pytest.approx(1)
+        together[a, b] = together[b, a] = 0
+    assert (together - torch.eye(8)).abs().max() < 0.06
