@@ -275,10 +275,10 @@ class Config(data.Settings):
         if self.data and self.leg:
             raise Problem(f"--leg {self.leg}: --data decides which leg it is; give one of them")
         named = self.leg or (self.data and ("buildings" if data.is_xbd(self.data) else "scenes"))
-        if named == "scenes" and self.label != "damage" or named == "buildings" and self.skip_broken:
-            raise Problem(f"--label is for buildings, --skip-broken for scenes, and these are {named}")
         if named == "buildings" and self.init:
             raise Problem("--study clip is for scenes: CLIP knows no masks")
+        if named == "scenes" and self.label != "damage" or named == "buildings" and self.skip_broken:
+            raise Problem(f"--label is for buildings, --skip-broken for scenes, and these are {named}")
         return [named] if named else list(LEGS)
 
     def resolved(self, leg):
@@ -755,11 +755,10 @@ def tune(cell, arm, cfg, soft, title, *several):
         if not scenes:
             found.append(None)
             continue
-        store = cell.case.out / "features" / f"{digest(weights(cell.case.cfg.init), scenes.digest)}.pt"
-        if not store.exists():
-            with data.replacing(store) as temporary:
-                torch.save(train_cls.outputs(model.features, scenes.images), temporary)
-        found.append(replace(scenes, images=torch.load(store, weights_only=True)))
+        stamp = digest(weights(cell.case.cfg.init), scenes.digest)
+        features = data.kept(cell.case.out / "features" / f"{stamp}.pt", stamp,
+                             lambda scenes=scenes: train_cls.outputs(model.features, scenes.images))
+        found.append(replace(scenes, images=features))
     if arm.tune == "none":
         return model.head, dict(steps=0, images=0, synthetic=0), found
     real, pool, *_ = found
@@ -770,6 +769,8 @@ def tune(cell, arm, cfg, soft, title, *several):
 @functools.cache
 def weights(path):
     """Hash the file that --init names."""
+    if not Path(path).is_file():
+        raise Problem(f"--init {path}: no such file; python train_cls.py --captions makes one")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

@@ -55,7 +55,7 @@ class Config(data.Settings):
     dim: int = flag(192, "width of a token", 16, 8192)
     depth: int = flag(6, "transformer blocks", 0, 100)
     heads: int = flag(3, "attention heads", 1, 512)
-    steps: int = flag(5000, "optimizer steps", 0)
+    steps: int = flag(5000, "optimizer steps", 1)
     batch: int = flag(128, "images per step, real and synthetic together", 1, 65_536)
     lr: float = flag(1e-3, "peak learning rate", 1e-9)
     warmup: int = flag(200, "steps to reach it", 0)
@@ -107,13 +107,13 @@ class Script(Config):
             raise ValueError("--captions and --mae take real images alone: leave out --share")
         if self.mae and self.model not in ("vit", "patches"):
             raise ValueError(f"--mae needs the tokens of a ViT, which --model {self.model} has not")
-        if not self.steps:                                               # the linear one alone takes none
-            raise ValueError("--steps 0: at least 1")
         trained = {f.name for f in fields(Config)} | {"data", "synthetic", "per_class", "test"}
         idle = {"linear": ["patch", "dim", "depth", "heads", "steps", "batch", "lr", "warmup", "decay",
                            "smoothing", "pretrain", "augment"], "resnet": ["patch", "depth", "heads"]}
         data.without_effect(self, trained if self.predict else [], "with --predict")
         data.without_effect(self, idle.get(self.model, []), f"with --model {self.model}")
+        data.without_effect(self, ["captions", "mae"] if self.predict else [], "with --predict")
+        data.without_effect(self, ["model"] if self.init else [], "with --init")
         data.without_effect(self, [] if self.init else ["tune"], "without --init")
         data.without_effect(self, [] if self.share else ["pretrain"], "without --share")
         if "copypaste" in self.augment.split(","):
@@ -350,8 +350,6 @@ def train(model, loss, cfg, path, kind, identity, every, title, **tallies):
             if not math.isfinite(mean := data.total(value.detach()).item()):
                 raise Problem(f"the loss is {mean} at step {step + 1}: lower --lr")
             keep(step + 1)
-    if cfg.steps == 0:
-        keep(0)
 
 
 def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier", model=None):
@@ -381,8 +379,10 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
         return each / cfg.batch
 
     if isinstance(model, Linear):                             # solved, without steps, seed and augmentation
-        cfg = Config(**settings(cfg) | dict(steps=0))
         model.solve(mixture)
+        if path and data.rank() == 0:
+            data.save_checkpoint(path, "classifier", identity, 0, dict(model=model))
+        return model.eval(), dict(steps=0, images=0, synthetic=0)
     train(model, loss, cfg, path, "classifier", identity, every, title, synthetic_seen=synthetic_seen)
     return model.eval(), dict(steps=cfg.steps, images=cfg.steps * cfg.batch, synthetic=int(synthetic_seen))
 
@@ -819,12 +819,9 @@ def main(cfg):
     synthetic = read_synthetic(cfg, scenes.classes)
     real = scenes[index]
     print(f"{len(real)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes")
-    if cfg.init:
-        model = begin_and_tune(real, synthetic, cfg, path)
-    else:
-        if cfg.model != "linear":                             # which takes a second
-            data.forecast(lambda cfg: fit(real, synthetic, cfg), cfg, SMALL)
-        model, _ = fit(real, synthetic, cfg, path)
+    if cfg.model != "linear" and cfg.tune == "all":           # the others take a second
+        data.forecast(lambda cfg: fit(real, synthetic, cfg), cfg, SMALL)
+    model = begin_and_tune(real, synthetic, cfg, path) if cfg.init else fit(real, synthetic, cfg, path)[0]
     score(model, scenes, parts, cfg.test)
 
 

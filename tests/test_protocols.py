@@ -59,7 +59,7 @@ def test_all_arms_are_tuned_in_as_many_steps_and_their_towers_looked_at_each_ima
     assert set(arms) | {"linear: real"} == set(rows)
     assert {row["steps"] for name, row in rows.items() if arms.get(name, {}).get("tune") == "head"} == {
         done.s.cls.steps}
-    kept = [torch.load(path, weights_only=True) for path in (done.out / "features").glob("*.pt")]
+    kept = [data.load(path)["content"] for path in (done.out / "features").glob("*.pt")]
     assert all(features.shape[1] == 32 for features in kept)
     assert len(kept) == len({features.double().sum().item() for features in kept})
 
