@@ -441,16 +441,18 @@ def test_the_grid_is_there_before_the_checkpoint(tmp_path, monkeypatch):
 
 def test_a_script_says_first_what_it_takes_on_a_cpu_and_what_takes_less(capsys, monkeypatch):
     monkeypatch.setattr(data, "pick_device", lambda: torch.device("cpu"))
-    asked, cfg = [], replace(GEN, steps=10**7, batch=64)
+    asked, cfg, clock = [], replace(GEN, steps=600, batch=64), [0]
+    monkeypatch.setattr(data, "perf_counter", lambda: clock[0])
 
     def run(cfg):
         asked.append((cfg.batch, cfg.steps))
+        clock[0] += 2 + cfg.steps                                        # a second for a step of 4 images
         train_gen.train(real(), cfg)
 
     data.forecast(run, cfg, "--less")
     assert asked == [(4, 1), (4, 1), (4, 6)]
-    assert "10000000 steps of 64 images on cpu: at most some " in (said := capsys.readouterr().out)
-    assert " GB. For a CPU: --less" in said
+    assert "600 steps of 64 images on cpu: at most some 160 minutes and 0.0 GB. For a CPU: --less" in (
+        capsys.readouterr().out)
     data.forecast(None, replace(GEN, steps=50), "")                      # it would take as long to find out
     assert capsys.readouterr().out == "50 steps of 2 images on cpu\n"
 
