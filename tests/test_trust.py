@@ -451,8 +451,8 @@ def test_a_script_says_first_what_it_takes_on_a_cpu_and_what_takes_less(capsys, 
 
     data.forecast(run, cfg, "--less")
     assert asked == [(4, 1), (4, 1), (4, 6)]
-    assert "600 steps of 64 images on cpu: at most some 160 minutes and 0.0 GB. For a CPU: --less" in (
-        capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert "600 steps of 64 images on cpu: at most some 160 minutes and 0.0 GB. For a CPU: --less" in said
     data.forecast(None, replace(GEN, steps=50), "")                      # it would take as long to find out
     assert capsys.readouterr().out == "50 steps of 2 images on cpu\n"
 
