@@ -611,7 +611,7 @@ def look(cell, arm, found):
 def read_runs(out):
     """Read the runs that were done before, {name: row with its answers}: a file each, as it was written."""
     stored = {}
-    for path in sorted((out / "runs").glob("*.json")):
+    for path in sorted((out / "runs").glob("[!.]*.json")):
         with data.refusing(path, "is not as it was written", "remove it, and this run is done again"):
             row = json.loads(path.read_bytes())
             if row.pop("check", digest(row)) != digest(row) or row["run"] != path.stem:

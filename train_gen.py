@@ -448,7 +448,7 @@ def sample(cfg):
         raise Problem(f"--calls {cfg.calls}: {cfg.sample} has a chain of {generator.config.timesteps} steps")
     if not generator.config.drop and (cfg.w != 1 or "any" in names):
         raise Problem(f"{cfg.sample} was trained with --drop 0, always told a class: give --w 1, and no any")
-    if full := [name for name in names if any((Path(cfg.out) / name).glob("*.png"))]:
+    if full := [name for name in names if any((Path(cfg.out) / name).glob("[!.]*.png"))]:
         raise Problem(f"{cfg.out} holds pictures of {full[0]} already: give another --out, or remove them")
     like, paint = read_like(cfg, generator), None
     each = cfg.count * len(like or [0])                                  # images of a class
