@@ -277,6 +277,8 @@ class Config(data.Settings):
         named = self.leg or (self.data and ("buildings" if data.is_xbd(self.data) else "scenes"))
         if named == "buildings" and self.init:
             raise Problem("--study clip is for scenes: CLIP knows no masks")
+        if self.init:
+            weights(self.init)                               # told at once if they are missing
         if named == "scenes" and self.label != "damage" or named == "buildings" and self.skip_broken:
             raise Problem(f"--label is for buildings, --skip-broken for scenes, and these are {named}")
         return [named] if named else list(LEGS)
