@@ -1386,7 +1386,7 @@ def footing(case, count):
     summary = (f"With {amount(case, count)}, {TITLES[case.metric]} at best: "
                f"{', '.join([*parts, f'always {common} {score:.1f} %'])}.")
     chosen, warning = recogniser(case, count), ""
-    if not able(case, count, chosen, "test"):
+    if not (able(case, count, chosen, "test") or able(case, count, CLIP, "test")):
         warning = ("No network reaches what a linear classifier or the commonest class does, so nothing "
                    "follows from how its arms differ.")
     elif chosen == RESNET:
