@@ -396,7 +396,7 @@ def text_to_image(steps=2000):
 
 
 SYSTEMS = (super_resolution, two_stages, painting, crs_diff_edges, crs_diff_mask, metadata, satsynth,
-           real_guidance)
+           real_guidance, text_to_image)
 
 
 def main(words):
