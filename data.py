@@ -422,7 +422,8 @@ def caption_rows(path):
     images by class. RSICap has a text for each image, and no parts. Raises Problem if it is none of these.
     """
     place = dict(zip(PARTS, range(3), strict=True))
-    try:
+    with refusing(path, "is no caption set in a known layout",
+                  "unpack it again, or move it away to read the tree by its folders"):
         content = json.loads(path.read_bytes())
         if "annotations" in content:                                     # RSICap
             rows = [(a["filename"], UNSAID, NO_CLASS, [a["text_output"]]) for a in content["annotations"]]
@@ -442,9 +443,6 @@ def caption_rows(path):
         if silent := [name for name, *_, texts in rows if not texts]:
             raise ValueError(f"no sentence for {some_of(silent)}")
         return rows
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Problem(f"{path} is no caption set in a known layout ({error!r}): unpack it again, or move it "
-                      "away to read the tree by its folders") from None
 
 
 def decodes(path):
@@ -1174,8 +1172,7 @@ def load(path, mmap=False):
     Raises any kind of error if it is broken.
     """
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if any(m.compress_type for m in members) or sum(m.file_size for m in members) > os.stat(path).st_size:
+        if sum(member.file_size for member in archive.infolist()) > os.stat(path).st_size:
             raise ValueError("it is compressed")
         if broken := archive.testzip():
             raise ValueError(f"{broken} is not what was written")

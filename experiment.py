@@ -277,6 +277,8 @@ class Config(data.Settings):
         named = self.leg or (self.data and ("buildings" if data.is_xbd(self.data) else "scenes"))
         if named == "buildings" and self.init:
             raise Problem("--study clip is for scenes: CLIP knows no masks")
+        if self.init:
+            weights(self.init)                               # told at once if they are missing
         if named == "scenes" and self.label != "damage" or named == "buildings" and self.skip_broken:
             raise Problem(f"--label is for buildings, --skip-broken for scenes, and these are {named}")
         return [named] if named else list(LEGS)
@@ -611,7 +613,7 @@ def look(cell, arm, found):
 def read_runs(out):
     """Read the runs that were done before, {name: row with its answers}: a file each, as it was written."""
     stored = {}
-    for path in sorted((out / "runs").glob("*.json")):
+    for path in sorted((out / "runs").glob("[!.]*.json")):
         with data.refusing(path, "is not as it was written", "remove it, and this run is done again"):
             row = json.loads(path.read_bytes())
             if row.pop("check", digest(row)) != digest(row) or row["run"] != path.stem:
@@ -1384,7 +1386,7 @@ def footing(case, count):
     summary = (f"With {amount(case, count)}, {TITLES[case.metric]} at best: "
                f"{', '.join([*parts, f'always {common} {score:.1f} %'])}.")
     chosen, warning = recogniser(case, count), ""
-    if not able(case, count, chosen, "test"):
+    if not (able(case, count, chosen, "test") or able(case, count, CLIP, "test")):
         warning = ("No network reaches what a linear classifier or the commonest class does, so nothing "
                    "follows from how its arms differ.")
     elif chosen == RESNET:

@@ -240,7 +240,7 @@ def network(cfg, classes, channels):
     start = load_weights(cfg.init) if cfg.init else None                 # which has a seed of its own
     torch.manual_seed(cfg.seed)
     if start:
-        return Tuned(*start[:2], classes)
+        return Tuned(*start, classes)
     if cfg.model == "linear":
         return Linear(len(classes), channels)
     if cfg.model == "resnet":
@@ -572,9 +572,9 @@ class Tuned(nn.Module):
     classes say (zero-shot classification; He et al. 2023: "CT w. init"). With others it begins small.
     """
 
-    def __init__(self, model, tokens, classes):
+    def __init__(self, model, tokens, size, classes):
         super().__init__()
-        self.reads = tokens is not None
+        self.size, self.reads = size, tokens is not None
         if self.reads:
             self.tower, self.head = model.image, zero(nn.Linear(model.project.out_features, len(classes)))
             names = vit.zero_shot(model, tokens, [data.in_words(name) for name in classes])           # (K, D)
@@ -584,7 +584,9 @@ class Tuned(nn.Module):
             model.head = nn.Identity()
 
     def features(self, x):
-        """Return what the tower makes of images, (B, D)."""
+        """Return what the tower makes of images, (B, D), which are brought to the size that it knows."""
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
         z = self.tower(x)
         return F.normalize(z, dim=1) if self.reads else z
 
@@ -792,7 +794,7 @@ def teach_clip(scenes, parts, index, cfg):
             print(f"{part}: {what} is among the best 1, 5, 10 in {found} %, by chance {luck}")
     if len(scenes.classes) > 1:
         print("its names of the classes as a classifier:")
-        score(Tuned(model, tokens, scenes.classes).to(data.pick_device()), scenes, parts, cfg.test)
+        score(Tuned(model, tokens, cfg.size, scenes.classes).to(data.pick_device()), scenes, parts, cfg.test)
 
 
 def main(cfg):

@@ -246,6 +246,25 @@ def update_ema(ema, model, decay):
         a.copy_(b)
 
 
+def drawer(real, cfg, generator):
+    """Put real (Scenes) on the device. -> a function of a torch generator to a batch x0 and its Condition."""
+    device, augment, words = data.pick_device(), compose(cfg.augment), generator.words
+    images, labels, numbers = (part.to(device) for part in (real.images, real.labels, real.numbers))
+    labels = torch.full_like(labels, -1) if cfg.classless else labels
+    said = sentences(real.captions, words).to(device) if words else None                         # (N, S, L)
+
+    def draw(g):
+        index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
+        x, _ = augment(data.to_float(images[index]), None, g)
+        x0, hint = divide(x, cfg.told)
+        cond = Condition(labels[index], numbers[index] if generator.measures else None, hint)
+        if words:
+            cond.text = said[index, torch.randint(said.shape[1], index.shape, device=device, generator=g)]
+        return x0, cond.hide_each(cfg.drop, g) if cfg.told else cond
+
+    return draw
+
+
 def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     """Train on real (Scenes) by cfg (Config). Returns a Generator.
 
@@ -256,33 +275,23 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     """
     device, (generator, model) = data.pick_device(), untrained(real, cfg)
     diffusion, ema = generator.diffusion, generator.model
-    measures, words = generator.measures, generator.words
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
     identity = dict(config=settings, classes=real.classes, names=real.names, images=real.digest,
-                    channels=real.images.shape[1], measures=measures, words=words, tower=generator.tower,
-                    numbers=repr(real.numbers.tolist()) if measures else "")
+                    channels=real.images.shape[1], measures=generator.measures, words=generator.words,
+                    tower=generator.tower,
+                    numbers=repr(real.numbers.tolist()) if generator.measures else "")
     saved = data.resume(path, "generator", identity, parts, dict(step=0, log=[]))
     start, log = saved["step"], saved["log"]
 
-    images, labels, numbers = (part.to(device) for part in (real.images, real.labels, real.numbers))
-    labels = torch.full_like(labels, -1) if cfg.classless else labels
-    said = sentences(real.captions, words).to(device) if words else None
-    augment = compose(cfg.augment)
+    draw = drawer(real, cfg, generator)
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
     quarters = torch.zeros(2, 4, device=device)                       # per quarter of t: sum of losses, count
     for step in data.progress(range(start, cfg.steps), title, cfg.steps, initial=start):
         g = data.rng(cfg.seed, step, device=device)
-        index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
-        x, _ = augment(data.to_float(images[index]), None, g)
-        x0, hint = divide(x, cfg.told)
-        cond = Condition(labels[index], numbers[index] if measures else None, hint)
-        if words:
-            cond.text = said[index, torch.randint(said.shape[1], index.shape, device=device, generator=g)]
-        if cfg.told:
-            cond = cond.hide_each(cfg.drop, g)
+        x0, cond = draw(g)
         with data.autocast(device):
             loss, t = diffusion.loss(model, x0, cond, cfg.drop, g, part)
         data.descend(model, optimizer, loss.sum() / cfg.batch, step, cfg)
@@ -439,7 +448,7 @@ def sample(cfg):
         raise Problem(f"--calls {cfg.calls}: {cfg.sample} has a chain of {generator.config.timesteps} steps")
     if not generator.config.drop and (cfg.w != 1 or "any" in names):
         raise Problem(f"{cfg.sample} was trained with --drop 0, always told a class: give --w 1, and no any")
-    if full := [name for name in names if any((Path(cfg.out) / name).glob("*.png"))]:
+    if full := [name for name in names if any((Path(cfg.out) / name).glob("[!.]*.png"))]:
         raise Problem(f"{cfg.out} holds pictures of {full[0]} already: give another --out, or remove them")
     like, paint = read_like(cfg, generator), None
     each = cfg.count * len(like or [0])                                  # images of a class

@@ -387,6 +387,7 @@ class Unpickler(pickle.Unpickler):
         self.storage = lambda key: bytearray(archive.read(pickled.replace("data.pkl", f"data/{key}")))
 
     def find_class(self, module, name):
+        """Stand in for what the pickle names: how a tensor is put together, a type of numbers, or nothing."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda data, start, shape, stride, *_: data.as_strided(shape, stride, start)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -394,6 +395,7 @@ class Unpickler(pickle.Unpickler):
         return DTYPES.get(name, Stub)
 
     def persistent_load(self, pid):
+        """Read the numbers of a tensor, which lie in a file of their own."""
         return torch.frombuffer(self.storage(pid[2]), dtype=pid[1])
 
 

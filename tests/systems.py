@@ -332,8 +332,8 @@ def two_stages():
                 names=[str(k) for k in range(len(y))], groups=torch.arange(len(y)))
     first = data.Scenes(**kind)
     like = replace(first, images=F.interpolate(first.images, scale_factor=2))
-    second = generate(trained("second-48", train, "lowres", size=48), y, 0, like=like)
-    at_once = generate(trained("at-once-48", train, steps=1200, size=48), y, 0)
+    second = generate(trained("second-48", train, "lowres", 600, 48), y, 0, like=like)
+    at_once = generate(trained("at-once-48", train, "", 720, 48), y, 0)
     cls = replace(SMALL.cls, size=48, patch=8, steps=600, augment=experiment.OVERHEAD)
     sets = {"nothing": None, "bilinear": data.to_uint8(lowres(data.to_float(like.images))),
             "two stages": second, "at once": at_once}
@@ -396,7 +396,7 @@ def text_to_image(steps=2000):
 
 
 SYSTEMS = (super_resolution, two_stages, painting, crs_diff_edges, crs_diff_mask, metadata, satsynth,
-           real_guidance)
+           real_guidance, text_to_image)
 
 
 def main(words):

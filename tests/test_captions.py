@@ -129,7 +129,8 @@ def test_two_texts_of_one_picture_are_both_its_sentences_and_doubles_are_a_group
 
 
 @pytest.mark.parametrize("text, said", [
-    ("{", "no caption set.*JSON"), ("[1]", "no caption set"), ('{"images": [{"filename": "a"}]}', "'split'"),
+    ("{", "no caption set.*Expecting"),
+    ("[1]", "no caption set"), ('{"images": [{"filename": "a"}]}', "'split'"),
     (json.dumps(karpathy(("a.png", "trian", ["x"]))), "trian"), ('{"river": 3}', "no caption set"),
     (json.dumps(karpathy(("a.png", "train", [" "]), ("b.png", "train", []))), "no sentence for a.png, b.png"),
     (json.dumps(dict(annotations=[dict(filename="a.png", text_output=None)])), "no caption set"),
@@ -287,7 +288,7 @@ def trained(tmp_path, **kw):
 
 def begun(path, classes):
     """A recogniser of classes that begins from weights."""
-    return Tuned(*load_weights(path)[:2], classes)
+    return Tuned(*load_weights(path), classes)
 
 
 def floats(scenes):
@@ -512,6 +513,14 @@ def published(text=True):
     torch.manual_seed(0)
     tower = Tower(16, 12, 4, 16, 1, 2, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), pre=text)
     return CLIP(tower, Text(dim=16, depth=1, heads=2)) if text else tower
+
+
+def test_images_of_another_size_are_brought_to_that_of_the_weights(tmp_path):
+    model = begun(trained(tmp_path), ["river", "trees"])
+    x = floats(captioned())
+    twice = F.interpolate(x, scale_factor=2)
+    assert_close(model(twice), model(x), rtol=0, atol=0.3)               # bicubic, which smooths a little
+    assert (model(twice) - model(x.flip(0))).abs().max() > 0.5
 
 
 @pytest.mark.parametrize("text", [True, False])

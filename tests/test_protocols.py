@@ -87,6 +87,14 @@ def test_clip_keeps_what_it_recognises_and_teaches_half_of_what_it_says_at_tempe
     assert_close(soft, expected, rtol=0, atol=1e-5)
 
 
+def test_the_answer_stands_on_clip_where_no_vit_was_run(done, monkeypatch):
+    monkeypatch.setattr(experiment, "bar", lambda *_: 50.0)
+    warning, summary = experiment.footing(done, 4)
+    assert not warning and "CLIP" in summary and "the ViT" not in summary
+    monkeypatch.setattr(experiment, "bar", lambda *_: 101.0)
+    assert experiment.footing(done, 4)[0].startswith("No network reaches")
+
+
 def test_other_weights_are_another_run(done, tmp_path, monkeypatch):
     cell, arm = done.cell(4, 0), done.arms["clip: real"]
     mine = experiment.run_id(cell, arm)

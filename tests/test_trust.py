@@ -99,6 +99,12 @@ def test_a_bad_picture_is_an_error_and_neither_hangs_nor_comes_out_black(tmp_pat
     assert data.reason(error.value) and not data.decodes(tmp_path / "x.jpg")
 
 
+def test_other_formats_are_not_opened_whatever_their_name(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "x.png", "PPM")
+    with pytest.raises(OSError, match="cannot identify"):
+        data.decode(tmp_path / "x.png", 8)
+
+
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     Image.new("RGB", (30, 40)).save(tmp_path / "x.png")
     monkeypatch.setattr(data, "MOST_PIXELS", 1199)
@@ -265,6 +271,9 @@ def test_a_bad_checkpoint_is_refused_in_a_line_and_nothing_in_it_runs(generator,
                 refused.add(name)
                 assert str(path) in str(problem) and len(str(problem)) < 500, name
         assert not (tmp_path / "harmed").exists()
+        if name.startswith("class"):
+            with pytest.raises(Problem, match="no name of a folder"):
+                train_gen.load_generator(path)
     assert len(refused) > 15 and {"code", "compressed", "empty", "half", "class '../../x'"} <= refused
 
 
@@ -307,6 +316,8 @@ def test_a_run_that_was_edited_is_refused_and_named(tmp_path):
     data.write(tmp_path / "runs/r.json", json.dumps(row | dict(check=experiment.digest(row))))
     assert experiment.read_runs(tmp_path) == {"r": row}
     whole = (tmp_path / "runs/r.json").read_text()
+    (tmp_path / "runs/.vm-7.s.json").write_text(whole[:20])              # of a process that was killed
+    assert experiment.read_runs(tmp_path) == {"r": row}
     for wrong in (whole.replace("0.5", "0.9"), whole[:20], "", "[]", whole.replace("1", "3"), whole[:-9]):
         (tmp_path / "runs/r.json").write_text(wrong)
         with pytest.raises(Problem, match="r.json is not as it was written .*remove it"):
@@ -430,16 +441,18 @@ def test_the_grid_is_there_before_the_checkpoint(tmp_path, monkeypatch):
 
 def test_a_script_says_first_what_it_takes_on_a_cpu_and_what_takes_less(capsys, monkeypatch):
     monkeypatch.setattr(data, "pick_device", lambda: torch.device("cpu"))
-    asked, cfg = [], replace(GEN, steps=10**7, batch=64)
+    asked, cfg, clock = [], replace(GEN, steps=600, batch=64), [0]
+    monkeypatch.setattr(data, "perf_counter", lambda: clock[0])
 
     def run(cfg):
         asked.append((cfg.batch, cfg.steps))
+        clock[0] += 2 + cfg.steps                                        # a second for a step of 4 images
         train_gen.train(real(), cfg)
 
     data.forecast(run, cfg, "--less")
     assert asked == [(4, 1), (4, 1), (4, 6)]
-    assert "10000000 steps of 64 images on cpu: at most some " in (said := capsys.readouterr().out)
-    assert " GB. For a CPU: --less" in said
+    said = capsys.readouterr().out
+    assert "600 steps of 64 images on cpu: at most some 160 minutes and 0.0 GB. For a CPU: --less" in said
     data.forecast(None, replace(GEN, steps=50), "")                      # it would take as long to find out
     assert capsys.readouterr().out == "50 steps of 2 images on cpu\n"
 
