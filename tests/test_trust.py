@@ -11,6 +11,7 @@ import resource
 import signal
 import threading
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -338,24 +339,26 @@ def test_stale_files_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path
     assert (tmp_path / "y.txt").read_bytes() == "é".encode()
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """Files cannot be longer than 3,000 bytes."""
+    """Files cannot be longer than 3,000 bytes: in this block alone, as pytest's own log may be longer."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[0][1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
-    signal.signal(signal.SIGXFSZ, before[1])
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
 
 
-def test_on_a_full_disk_the_old_file_stays_and_the_error_names_it(tmp_path, full_disk):
+def test_on_a_full_disk_the_old_file_stays_and_the_error_names_it(tmp_path):
     noise = Image.effect_noise((100, 100), 50)
     for name, save in {"x.pt": lambda path: data.save(path, torch.zeros(9999)),
                        "x.jpg": lambda path: data.save_picture(noise, path),
                        "x.png": lambda path: data.save_picture(noise, path),
                        "x.csv": lambda path: data.save_csv(path, ["a"], [["x" * 9999]])}.items():
         (tmp_path / name).write_text("old")
-        with pytest.raises(OSError) as error:
+        with pytest.raises(OSError) as error, full_disk():
             save(tmp_path / name)
         assert error.value.filename == str(tmp_path / name) and "too large" in error.value.strerror
         assert (tmp_path / name).read_text() == "old"
