@@ -513,6 +513,8 @@ def load_pretrained(path, **other):
             ("of another shape", unlike)) if names]
         if wrong:
             raise ValueError("; ".join(wrong))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     except KeyError as error:
         raise ValueError(f"{path}: missing: {error.args[0]}") from None
     except Exception as error:                               # whatever a broken or hostile file leads to
@@ -656,4 +658,5 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except ValueError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import pickle
+import runpy
 import struct
+import sys
 import zipfile
 
 import pytest
@@ -651,3 +653,11 @@ def test_without_a_vocabulary_it_is_told_what_is_needed(tmp_path):
 def test_bytes_stand_between_start_and_end():
     assert vit.byte_tokens(["ab", "", "\u00e9" * 9], 6).tolist() == [
         [257, 98, 99, 258, 0, 0], [257, 258, 0, 0, 0, 0], [257, 196, 170, 196, 170, 258]]
+
+
+def test_a_file_that_is_not_there_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vit.py", str(tmp_path / "x.pt")])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(vit.__file__, run_name="__main__")
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and said == f"{tmp_path / 'x.pt'}: No such file or directory\n"
