@@ -364,6 +364,47 @@ def decode(path, size):
         return rearrange(np.array(square), "h w c -> c h w")
 
 
+def decodes(path):
+    """Is there a whole picture at path?"""
+    with suppress(Exception):
+        return decode(path, 8) is not None
+
+
+@contextmanager
+def opened(path, draft=0):
+    """Yield the first picture of a file, as PIL RGB: upright as its EXIF says, black where it is transparent.
+
+    draft: a JPEG decoder may reduce it, but not below so many pixels a side. Raises ValueError if nobody can
+    say where its white is, or many kinds of errors if it is broken. One large picture is decoded at a time.
+    """
+    if not Path(path).is_file():
+        raise ValueError("no file" if not Path(path).exists() else "no regular file")
+    with Image.open(path, formats=FORMATS) as pil:
+        if pil.width * pil.height > MOST_PIXELS:
+            raise ValueError(f"{pil.width} x {pil.height} pixels are more than {MOST_PIXELS:,}: cut it up")
+        deep = re.search(";(12|16)", str([tile.args for tile in pil.tile]))                # bits in the file
+        with ONE_LARGE if pil.width * pil.height > LARGE else nullcontext():
+            if draft:
+                pil.draft("RGB", (draft, draft))
+            ImageOps.exif_transpose(pil, in_place=True)
+            rgb = as_rgb(pil, 4095 if deep and deep[1] == "12" else 65535)
+            if deep and 0 < np.asarray(rgb).max() < 16:
+                raise ValueError("of its 16 bits the highest 4 are never used: scale it up, or save 8 bits")
+            yield rgb
+
+
+def as_rgb(pil, white):
+    """Convert a PIL picture to RGB; white is the highest value of one of 16 bits."""
+    if pil.mode in ("F", "I"):
+        raise ValueError("nobody says which of its values is white: save 8 or 16 bits")
+    if pil.mode.startswith("I;16"):                                      # 65535 = 257 * 255
+        grey = np.asarray(pil, dtype=np.float32) / (white / 255)         # as the PNG standard, 13.12
+        pil = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if pil.has_transparency_data and OPACITY not in pil.info:
+        pil = Image.alpha_composite(Image.new("RGBA", pil.size, "black"), pil.convert("RGBA"))
+    return pil.convert("RGB")
+
+
 # ---- captions: RSICD (Lu et al. 2018), UCM-Captions and Sydney (Qu et al. 2016), NWPU-Captions, RSICap
 
 # The classes of UC Merced in words (its folders have no blanks), as UCM-Captions numbers 100 images of each.
@@ -443,47 +484,6 @@ def caption_rows(path):
         if silent := [name for name, *_, texts in rows if not texts]:
             raise ValueError(f"no sentence for {some_of(silent)}")
         return rows
-
-
-def decodes(path):
-    """Is there a whole picture at path?"""
-    with suppress(Exception):
-        return decode(path, 8) is not None
-
-
-@contextmanager
-def opened(path, draft=0):
-    """Yield the first picture of a file, as PIL RGB: upright as its EXIF says, black where it is transparent.
-
-    draft: a JPEG decoder may reduce it, but not below so many pixels a side. Raises ValueError if nobody can
-    say where its white is, or many kinds of errors if it is broken. One large picture is decoded at a time.
-    """
-    if not Path(path).is_file():
-        raise ValueError("no file" if not Path(path).exists() else "no regular file")
-    with Image.open(path, formats=FORMATS) as pil:
-        if pil.width * pil.height > MOST_PIXELS:
-            raise ValueError(f"{pil.width} x {pil.height} pixels are more than {MOST_PIXELS:,}: cut it up")
-        deep = re.search(";(12|16)", str([tile.args for tile in pil.tile]))                # bits in the file
-        with ONE_LARGE if pil.width * pil.height > LARGE else nullcontext():
-            if draft:
-                pil.draft("RGB", (draft, draft))
-            ImageOps.exif_transpose(pil, in_place=True)
-            rgb = as_rgb(pil, 4095 if deep and deep[1] == "12" else 65535)
-            if deep and 0 < np.asarray(rgb).max() < 16:
-                raise ValueError("of its 16 bits the highest 4 are never used: scale it up, or save 8 bits")
-            yield rgb
-
-
-def as_rgb(pil, white):
-    """Convert a PIL picture to RGB; white is the highest value of one of 16 bits."""
-    if pil.mode in ("F", "I"):
-        raise ValueError("nobody says which of its values is white: save 8 or 16 bits")
-    if pil.mode.startswith("I;16"):                                      # 65535 = 257 * 255
-        grey = np.asarray(pil, dtype=np.float32) / (white / 255)         # as the PNG standard, 13.12
-        pil = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    if pil.has_transparency_data and OPACITY not in pil.info:
-        pil = Image.alpha_composite(Image.new("RGBA", pil.size, "black"), pil.convert("RGBA"))
-    return pil.convert("RGB")
 
 
 # ---- xBD: buildings before and after a disaster (Gupta et al. 2019, arXiv 1911.09296)
@@ -1436,6 +1436,11 @@ class Settings:
             for v in value if kind is tuple else () if value is None or kind is str else (value,):
                 if not f.metadata["least"] <= v <= f.metadata["most"]:                   # nan is not, either
                     raise ValueError(f"{spelled(f)} {v:g}: {f.metadata['help'].rpartition('; ')[2]}")
+
+
+def settings_of(cfg, config):
+    """Return the fields of the dataclass `config` in cfg, which may have more, as a dict."""
+    return {f.name: getattr(cfg, f.name) for f in fields(config)}
 
 
 def without_effect(settings, names, when):

@@ -194,7 +194,7 @@ _SMALL = Scale(
                          batch=32, lr=2e-3, warmup=50, ema=0.99, augment="none"),
     cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=200, batch=64, lr=4e-3, warmup=50))
 _MEDIUM = replace(
-    _SMALL, counts=(20,), subsets=5, made=60, curve=(5, 10, 40),
+    _SMALL, counts=(20,), subsets=5, curve=(5, 10, 40),
     gen=train_gen.Config(mults=(1, 2, 4), blocks=1, patch=2, predict="x0", steps=3000, batch=64, lr=1e-3,
                          warmup=100, ema=0.995, augment="none"),
     cls=train_cls.Config(patch=8, dim=128, depth=2, heads=4, steps=2000, batch=64, lr=2e-3, warmup=100))
@@ -759,7 +759,7 @@ def tune(cell, arm, cfg, soft, title, *several):
             continue
         stamp = digest(weights(cell.case.cfg.init), scenes.digest)
         features = data.kept(cell.case.out / "features" / f"{stamp}.pt", stamp,
-                             lambda scenes=scenes: train_cls.outputs(model.features, scenes.images))
+                             lambda scenes=scenes: train_cls.embed(model, scenes).images)
         found.append(replace(scenes, images=features))
     if arm.tune == "none":
         return model.head, dict(steps=0, images=0, synthetic=0), found

@@ -36,7 +36,6 @@ from vit import (
     head,
     mean_token,
     word_tokens,
-    words_of,
     zero,
 )
 
@@ -322,11 +321,6 @@ class Mixture:
         return torch.where(fake, self.offset + self.synthetic.draw(c, v), self.real.draw(c, u)), fake
 
 
-def settings(cfg):
-    """Return what of cfg makes a classifier, as a dict."""
-    return {f.name: getattr(cfg, f.name) for f in fields(Config)}
-
-
 def train(model, loss, cfg, path, kind, identity, every, title, **tallies):
     """Take cfg.steps steps of AdamW on loss(step, generator), whose randomness follows from (seed, step).
 
@@ -363,7 +357,7 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
     channels, classes = mixture.images.shape[1], mixture.pools[0].classes
     model = network(cfg, classes, channels) if model is None else model
     model.to(device, memory_format=torch.channels_last)                                  # a tenth faster
-    identity = dict(config=settings(cfg), classes=classes, channels=channels,
+    identity = dict(config=data.settings_of(cfg, Config), classes=classes, channels=channels,
                     images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
     augment, synthetic_seen = compose(cfg.augment), torch.zeros((), device=device)
     part = data.share(cfg.batch)                                  # of several processes, each computes a part
@@ -446,7 +440,7 @@ def fit_clip(scenes, cfg, path=None, every=1000):
     if mixes := [name for name in ("cutmix", "copypaste") if name in cfg.augment]:
         raise Problem(f"--augment {mixes[0]} makes sentences untrue: leave it out with --captions")
     device, (texts, owner) = data.pick_device(), sentences_of(scenes)
-    words = sorted({word for text in texts for word in words_of(text)})
+    words = vit.vocabulary(texts)
     ids, images = word_tokens(texts, words).to(device), scenes.images.to(device)
     sentences = ByClass(owner.to(device), len(scenes))
     model = clip(cfg, words).to(device, memory_format=torch.channels_last)
@@ -459,7 +453,7 @@ def fit_clip(scenes, cfg, path=None, every=1000):
         with data.autocast(device):
             return vit.contrastive(model(x, ids[text]))
 
-    identity = dict(config=settings(cfg), words=words, images=scenes.digest)
+    identity = dict(config=data.settings_of(cfg, Config), words=words, images=scenes.digest)
     train(model, loss, cfg, path, "clip", identity, every, "CLIP")
     return model.eval(), partial(word_tokens, words=words)
 
@@ -542,7 +536,8 @@ def fit_mae(scenes, cfg, path=None, every=1000):
         with data.autocast(device):
             return model(x, g)
 
-    train(model, loss, cfg, path, "mae", dict(config=settings(cfg), images=scenes.digest), every, "MAE")
+    identity = dict(config=data.settings_of(cfg, Config), images=scenes.digest)
+    train(model, loss, cfg, path, "mae", identity, every, "MAE")
     return model.vit.eval()
 
 
@@ -617,7 +612,7 @@ def begin_and_tune(real, synthetic, cfg, path):
     elif not model.reads:
         raise Problem(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
     if data.rank() == 0:
-        about = dict(config=settings(cfg), classes=real.classes, channels=3)
+        about = dict(config=data.settings_of(cfg, Config), classes=real.classes, channels=3)
         data.save_checkpoint(path, "classifier", about, cfg.steps, dict(model=model))
     return model
 

@@ -25,7 +25,7 @@ from augment import compose
 from data import Problem, flag
 from ddpm import PREDICTS, SCHEDULES, Diffusion
 from unet import Condition, UNet
-from vit import LENGTH, Text, word_tokens, words_of
+from vit import LENGTH, Text, vocabulary, word_tokens, words_of
 
 GIVEN = "pre", "mask", "lowres", "edges", "numbers", "text", "class"
 SMALL = ("--size 32 --width 32 --mults 1,2,4 --blocks 1 --patch 2 --predict x0 --steps 2400 --batch 32 "
@@ -176,7 +176,7 @@ def reader(cfg, captions):
     if "text" not in cfg.told:
         return [], (), None
     if not cfg.tower:
-        words = sorted({word for some in captions for text in some for word in words_of(text)})
+        words = vocabulary(text for some in captions for text in some)
         return words, (len(words) + 3, LENGTH, 2 * cfg.width, 2, max(1, cfg.width // 32)), None
     saved = data.load_checkpoint(cfg.tower, "clip")
     shape = len(saved["words"]) + 3, LENGTH, *(saved["config"][name] for name in ("dim", "depth", "heads"))
@@ -278,10 +278,9 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     parts = dict(model=model, ema=ema, optimizer=optimizer)
-    settings = {f.name: getattr(cfg, f.name) for f in fields(Config)}
-    identity = dict(config=settings, classes=real.classes, names=real.names, images=real.digest,
-                    channels=real.images.shape[1], measures=generator.measures, words=generator.words,
-                    tower=generator.tower,
+    identity = dict(config=data.settings_of(cfg, Config), classes=real.classes, names=real.names,
+                    images=real.digest, channels=real.images.shape[1], measures=generator.measures,
+                    words=generator.words, tower=generator.tower,
                     numbers=repr(real.numbers.tolist()) if generator.measures else "")
     saved = data.resume(path, "generator", identity, parts, dict(step=0, log=[]))
     start, log = saved["step"], saved["log"]

@@ -211,6 +211,11 @@ def words_of(text):
     return re.findall(r"[^\W_]+", text.lower())
 
 
+def vocabulary(texts):
+    """List the words of texts, [V], in order."""
+    return sorted({word for text in texts for word in words_of(text)})
+
+
 def word_tokens(texts, words):
     """Encode texts by the places of their words in a vocabulary [V]: (B, L) int64, L <= LENGTH.
 
