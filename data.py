@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import urllib.request
 import zipfile
 import zlib
@@ -48,6 +49,7 @@ tqdm.set_lock(RLock())                                   # its own outlives a pr
 PARTS = "train", "val", "test"
 OPACITY = "opacity is a mask"                            # what our own PNGs say of theirs
 HOST = platform.node()                                   # in names of temporary files
+FILED = 2**30                                            # bytes of images from which on they lie in a file
 TRAIN, TEST, UNSAID = 0, 2, -1                           # places in PARTS; -1: the data set does not say
 
 
@@ -65,7 +67,7 @@ class Scenes:
     classes: list[str]
     names: list[str]                                     # "river/river_001.jpg": who was in which split
     groups: torch.Tensor                                 # (N,) int64: same group, same split
-    given: torch.Tensor = None                           # (N,) int64, its official part: TRAIN ... UNSAID
+    official: torch.Tensor = None                        # (N,) int64, its part, if said: TRAIN ... UNSAID
     tiles: bool = False                                  # groups are tiles of xBD, else exact doubles
     numbers: torch.Tensor = None                         # (N, M) float32, metadata; nan where unknown
     measures: tuple = ()                                 # M names of these numbers
@@ -74,8 +76,8 @@ class Scenes:
     def __post_init__(self):
         if self.captions is None:
             self.captions = [()] * len(self.labels)
-        if self.given is None:
-            self.given = torch.full_like(self.labels, UNSAID)
+        if self.official is None:
+            self.official = torch.full_like(self.labels, UNSAID)
         if self.numbers is None:
             self.numbers = torch.zeros(len(self.labels), 0)
         if odd := [name for name in self.classes if not is_name(name)]:  # it is printed, and a folder
@@ -88,8 +90,8 @@ class Scenes:
         """Select the images at these indices, (M,) int64, or where a mask, (N,) bool, is true."""
         if index.dtype == torch.bool:
             index = index.nonzero().flatten()
-        return replace(self, images=self.images[index], labels=self.labels[index], groups=self.groups[index],
-                       given=self.given[index], numbers=self.numbers[index],
+        some = {name: getattr(self, name)[index] for name in ("labels", "groups", "official", "numbers")}
+        return replace(self, **some, images=take(self.images, index),
                        names=[self.names[i] for i in index.tolist()],
                        captions=[self.captions[i] for i in index.tolist()])
 
@@ -98,7 +100,9 @@ class Scenes:
         if (self.classes, self.tiles) != (other.classes, other.tiles):
             raise ValueError("Scenes of different trees cannot be joined: their groups would mix")
         both = {name: torch.cat([getattr(self, name), getattr(other, name)])
-                for name in ("images", "labels", "groups", "given", "numbers")}
+                for name in ("labels", "groups", "official", "numbers")}
+        both["images"] = roomy(self.images.dtype, len(self) + len(other), *self.images.shape[1:])
+        torch.cat([self.images, other.images], out=both["images"])
         return replace(self, names=self.names + other.names, captions=self.captions + other.captions, **both)
 
     @cached_property
@@ -109,6 +113,22 @@ class Scenes:
         hashed = hashlib.sha256(about.encode())
         hashed.update(self.images.contiguous().numpy())                  # gigabytes, perhaps: no copy of them
         return hashed.hexdigest()[:12]
+
+
+def roomy(dtype, *shape):
+    """Make a tensor of this shape; a large one in a nameless file (TMPDIR), which takes disk, not memory."""
+    count = math.prod(shape)
+    if count * dtype.itemsize < FILED or not hasattr(os, "posix_fallocate"):
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)     # a full disk is noticed here
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+
+
+def take(images, index, dim=0):
+    """Select along a dimension, as images[index]: of many images into a roomy tensor."""
+    shape = [*images.shape[:dim], len(index), *images.shape[dim + 1:]]
+    return torch.index_select(images, dim, index, out=roomy(images.dtype, *shape))
 
 
 def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache", least=2):
@@ -215,7 +235,7 @@ def read_folder(root, size, skip_broken=False, cache="runs/cache", least=2):
     root = Path(root)
     files, how = find_pictures(root, least), dict(size=size, skip_broken=skip_broken)
     scenes = Scenes(**cached(lambda: decode_tree(root, files, least, **how), root, cache, how, files))
-    scenes.given = read_lists(root, scenes.names)
+    scenes.official = read_lists(root, scenes.names)
     return with_numbers(scenes, root)
 
 
@@ -311,7 +331,7 @@ def decode_all(files, size, title, skip_broken=False):
 
     Raises Problem if one is broken, unless those are to be skipped.
     """
-    images, broken = torch.empty(len(files), 3, size, size, dtype=torch.uint8), {}
+    images, broken = roomy(torch.uint8, len(files), 3, size, size), {}
 
     def fill(i):
         try:
@@ -327,7 +347,8 @@ def decode_all(files, size, title, skip_broken=False):
     for i, error in sorted(broken.items()):
         warn(f"skipped {files[i]}: {reason(error)}")
     keep = [i for i in range(len(files)) if i not in broken]
-    return (images[keep] if broken else images), [files[i] for i in keep]
+    whole = take(images, torch.tensor(keep, dtype=torch.int64)) if broken else images
+    return whole, [files[i] for i in keep]
 
 
 def decode_tree(root, files, least, size, skip_broken):
@@ -344,7 +365,8 @@ def decode_tree(root, files, least, size, skip_broken):
 def doubles(images):
     """Return for each image (N, C, H, W) the first one that is exactly like it, (N,) int64."""
     first = {}
-    return torch.tensor([first.setdefault(image.numpy().tobytes(), i) for i, image in enumerate(images)])
+    hashes = (hashlib.sha256(image.numpy()).digest() for image in images)
+    return torch.tensor([first.setdefault(hashed, i) for i, hashed in enumerate(hashes)])
 
 
 def pictures_in(path):
@@ -452,7 +474,7 @@ def read_captions(root, size, skip_broken=False, cache="runs/cache"):
     parts, kinds, captions = zip(*[rows[Path(name).name] for name in content["names"]], strict=True)
     classes = sorted(set(kinds))
     labels, captions = torch.tensor([classes.index(kind) for kind in kinds]), [*map(tuple, captions)]
-    return with_numbers(Scenes(**content, labels=labels, classes=classes, given=torch.tensor(parts),
+    return with_numbers(Scenes(**content, labels=labels, classes=classes, official=torch.tensor(parts),
                                captions=captions), root)
 
 
@@ -491,7 +513,7 @@ def caption_rows(path):
 FOLDERS = "train", "tier3", "test", "hold"
 DAMAGE = ["no-damage", "minor-damage", "major-damage", "destroyed"]
 UNKNOWN = "un-classified"                                # under a cloud, say: of no class
-PAD = 0.5                                                # of a building's longer side, around it in its crop
+CONTEXT = 0.5                                          # of a building's longer side, around it in its crop
 MIN_SIDE, MIN_AREA = 32, 64                              # of a crop and of a building, in pixels of the tile
 MEASURES = "longitude", "latitude", "gsd", "off_nadir_angle", "sun_elevation", "month"
 
@@ -508,8 +530,8 @@ def read_xbd(root, size, label="damage", pre=False, mask=False, cache="runs/cach
     files = [path for tile in tiles.values() for _, path in sorted(tile.items())]
     content = cached(lambda: cut_tree(root, tiles, **how), root, cache, how, files)
     print(content.pop("summary"))
-    given = [TEST if name.startswith("test/") else UNSAID for name in content["names"]]
-    return Scenes(**content, given=torch.tensor(given), tiles=True, measures=MEASURES)
+    official = [TEST if name.startswith("test/") else UNSAID for name in content["names"]]
+    return Scenes(**content, official=torch.tensor(official), tiles=True, measures=MEASURES)
 
 
 def is_xbd(root):
@@ -561,7 +583,7 @@ def cut_tree(root, tiles, size, label, pre, mask):
     if not names:
         raise Problem(f"{root}: no building with a damage class in {len(tiles)} tiles (left out: {reasons}): "
                       "unpack images and labels of the same split side by side")
-    images = torch.empty(len(names), 3 + 3 * pre + mask, size, size, dtype=torch.uint8)
+    images = roomy(torch.uint8, len(names), 3 + 3 * pre + mask, size, size)
     parts = images.split([len(buildings) for _, buildings, _ in tasks])
     in_threads(lambda k: cut_tile(parts[k], *tasks[k], pre, mask), range(len(tasks)), "cutting buildings")
     classes = DAMAGE if label == "damage" else sorted(set(answers))
@@ -618,7 +640,7 @@ def cut_tile(images, files, buildings, extent, pre, mask):
         return
     size = images.shape[-1]
     low, high = (np.array([edge(rings[0], 0) for rings in buildings]) for edge in (np.min, np.max))
-    side = (high - low).max(1, keepdims=True) * (1 + 2 * PAD)
+    side = (high - low).max(1, keepdims=True) * (1 + 2 * CONTEXT)
     middle, half = (low + high) / 2, side.clip(MIN_SIDE) / 2
     boxes = np.concatenate([middle - half, middle + half], 1)        # (n, 4): left, top, right, bottom
     margin = 1 + math.ceil(max(0, -boxes.min(), (boxes[:, 2:] - extent).max()))
@@ -667,16 +689,16 @@ def split(scenes, seed=0, hold_out=""):
     val; an event held out is test instead. Unless train is given too, the other groups are cut 3 : 1 : 1 by
     seed, or 3 : 1 beside a given test: class by class, but tiles all together. Problem if a part is empty.
     """
-    given = scenes.given
+    official = scenes.official
     if hold_out:
         events = [event_of(name) for name in scenes.names] if scenes.tiles else []
         if hold_out not in events:
             hint = f"there are {', '.join(sorted(set(events)))}" if events else "only an xBD tree has events"
             raise Problem(f"--hold-out {hold_out}: no such event; {hint}")
-        given = torch.tensor([TEST if event == hold_out else UNSAID for event in events])
-    ours = TRAIN not in given                            # are the images without a part ours to place?
+        official = torch.tensor([TEST if event == hold_out else UNSAID for event in events])
+    ours = TRAIN not in official                         # are the images without a part ours to place?
     heads, group = scenes.groups.unique(return_inverse=True)
-    part = torch.full_like(heads, UNSAID).scatter_reduce(0, group, given, "amax")       # of each group
+    part = torch.full_like(heads, UNSAID).scatter_reduce(0, group, official, "amax")       # of each group
     shares = (0.6, 0.2) if TEST in part else (0.6, 0.2, 0.2)
     first = torch.full_like(heads, len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
     stratum = torch.zeros_like(heads) if scenes.tiles else scenes.labels[first]
@@ -687,7 +709,7 @@ def split(scenes, seed=0, hold_out=""):
         cuts = [round(len(mine) * sum(shares[:k]) / sum(shares)) for k in range(1, len(shares))]
         for k, chunk in enumerate(mine.tensor_split(cuts)):
             part[chunk] = k
-    kept = (given == part[group]) | ((given == UNSAID) & ours)
+    kept = (official == part[group]) | ((official == UNSAID) & ours)
     parts = {name: (kept & (part[group] == k)).nonzero().flatten() for k, name in enumerate(PARTS)}
     if short := [name for name, index in parts.items() if len(index) == 0]:
         raise Problem(f"too few images for a {' and a '.join(short)} split ({len(scenes)} in all): "
@@ -1059,21 +1081,27 @@ def descend(model, optimizer, loss, step, cfg):
     optimizer.zero_grad()
 
 
+def seconds_per_step(run, cfg):
+    """Measure the seconds that a step of run(cfg) takes, by what five steps more take."""
+    marks = []
+    for steps in (1, 1, 6):                                  # the first warms up
+        start = perf_counter()
+        run(replace(cfg, steps=steps))
+        marks.append(perf_counter() - start)
+    return max(0.0, marks[2] - marks[1]) / 5
+
+
 def forecast(run, cfg, small):
     """Say where run(cfg) trains, and on a CPU, from a few steps of 4 images, what time and memory it takes.
 
     small: flags for a CPU, which are named where that is more than an hour.
     """
-    said, kept, marks = f"{cfg.steps} steps of {cfg.batch} images on {pick_device()}", {}, []
+    said, kept, few = f"{cfg.steps} steps of {cfg.batch} images on {pick_device()}", {}, replace(cfg, batch=4)
     if pick_device().type == "cpu" and cfg.steps > 50 and not dist.is_initialized():
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda x: kept.setdefault(x.data_ptr(), [x.nbytes]) and x, lambda x: x):
-            run(replace(cfg, batch=4, steps=1))              # what a step keeps for its way back; and warm up
-        for steps in (1, 6):
-            start = perf_counter()
-            run(replace(cfg, batch=4, steps=steps))
-            marks.append(perf_counter() - start)
-        minutes = max(0, marks[1] - marks[0]) / 5 * cfg.steps * cfg.batch / 4 / 60
+            run(replace(few, steps=1))                       # what a step keeps for its way back
+        minutes = seconds_per_step(run, few) * cfg.steps * cfg.batch / 4 / 60
         memory = sum(n for n, in kept.values()) * cfg.batch / 4
         said += f": at most some {minutes:.0f} minutes and {memory / 1e9:.1f} GB"
         said += f". For a CPU: {small}" if minutes > 60 else ""
@@ -1307,7 +1335,7 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def share(n):
+def own_slice(n):
     """Return this process's part of n images, as a slice. The parts differ by one image at most."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     return slice(n * rank() // world, n * (rank() + 1) // world)

@@ -287,20 +287,20 @@ class Config(data.Settings):
         """Find the Scale of a leg that these flags stand for."""
         usual = "medium" if self.data and torch.cuda.is_available() else "small"
         s = SCALES[leg]["smoke" if self.smoke else self.scale or usual]
-        given = {k: getattr(self, k) for k in ("seeds", "subsets", "made") if getattr(self, k)}
+        asked = {k: getattr(self, k) for k in ("seeds", "subsets", "made") if getattr(self, k)}
         if self.w is not None:
-            given["w"] = self.w
+            asked["w"] = self.w
         counts = data.integers(self.counts) if self.counts else s.counts
         if "counts" in listed(self.study):
             counts += s.curve
-        given["counts"] = tuple(sorted(set(counts), key=lambda n: n or math.inf))       # 0, all, is the most
-        seeds = given.get("seeds", s.seeds)
-        given.setdefault("subsets", s.subsets if s.subsets == 1 else seeds)
-        given["subsets"] = min(given["subsets"], seeds)
+        asked["counts"] = tuple(sorted(set(counts), key=lambda n: n or math.inf))       # 0, all, is the most
+        seeds = asked.get("seeds", s.seeds)
+        asked.setdefault("subsets", s.subsets if s.subsets == 1 else seeds)
+        asked["subsets"] = min(asked["subsets"], seeds)
         size = self.size or s.gen.size
         scaled = int(s.cls.patch * 2.0 ** round(math.log2(size / s.gen.size)))
         patch = math.gcd(size, max(2, scaled))                         # about as many tokens at any size
-        return replace(s, **given, gen=replace(s.gen, size=size, steps=self.gen_steps or s.gen.steps),
+        return replace(s, **asked, gen=replace(s.gen, size=size, steps=self.gen_steps or s.gen.steps),
                        cls=replace(s.cls, size=size, patch=patch, steps=self.cls_steps or s.cls.steps))
 
     def wanted(self, leg):
@@ -355,7 +355,9 @@ class Case:
     def at(self, index):
         """Return the images at these indices as recognisers see them: without the picture from before."""
         scenes = self.scenes[index]
-        return replace(scenes, images=scenes.images[:, [0, 1, 2, 6]]) if self.leg.rare else scenes
+        if self.leg.rare:
+            scenes.images = data.take(scenes.images, torch.tensor([0, 1, 2, 6]), dim=1)
+        return scenes
 
     def before(self, index):
         """Return the buildings at these indices as they look before the disaster, and the mask: (N, 7, H, W).
@@ -379,7 +381,7 @@ class Case:
         return index, self.at(index), self.at(others)
 
     @functools.cached_property
-    def groups(self):
+    def G(self):
         """Count the groups of test images."""
         return len(self.test.groups.unique())
 
@@ -747,7 +749,7 @@ def tuned(case):
     return model.to(data.pick_device()).eval()
 
 
-def tune(cell, arm, cfg, soft, title, *several):
+def on_features(cell, arm, cfg, soft, title, *several):
     """Score a frozen tower, and train its head, on the features of several Scenes: real, pool, test, val.
 
     They are kept on the disk, so that the tower looks at each image once. -> head, its budget, the features
@@ -764,8 +766,7 @@ def tune(cell, arm, cfg, soft, title, *several):
     if arm.tune == "none":
         return model.head, dict(steps=0, images=0, synthetic=0), found
     real, pool, *_ = found
-    cfg = replace(cfg, augment="none")
-    return *train_cls.fit(real, pool, cfg, soft=soft, title=title, model=model.head), found
+    return *train_cls.tune(model.head, real, pool, cfg, soft, title), found
 
 
 @functools.cache
@@ -794,7 +795,7 @@ def score(cell, arm, title):
     cfg = replace(cls, seed=cell.seed, share=share, augment=arm.augment, balance=arm.balance,
                   pretrain=arm.pretrain, model=arm.model or cls.model, dim=round(cls.dim * arm.wide))
     if arm.tune:
-        model, seen, (real, pool, test, val) = tune(cell, arm, cfg, soft, title, real, pool, test, val)
+        model, seen, (real, pool, test, val) = on_features(cell, arm, cfg, soft, title, real, pool, test, val)
     else:
         model, seen = train_cls.fit(real, pool, cfg, soft=soft, title=title)
     K, first = len(test.classes), SCORES[case.metric]
@@ -849,7 +850,9 @@ def plan(case, planned, stored, jobs):
           f"{images} synthetic images")
     if not networks:
         return
-    gen, cls = step_times(case)
+    probe = case.at(case.parts["train"][:64])
+    gen = data.seconds_per_step(lambda cfg: train_gen.train(probe, cfg), s.gen)
+    cls = data.seconds_per_step(lambda cfg: train_cls.fit(probe, None, cfg), s.cls)
     calls = sum(n * how["calls"] * (1 + (how["w"] != 1)) for how, n in made.values())
     seconds = (networks + len(s.counts)) * s.cls.steps * cls               # one for the features that judge
     seconds += (generators * s.gen.steps + calls / s.gen.batch / 3) * gen        # a call is a third of a step
@@ -858,21 +861,6 @@ def plan(case, planned, stored, jobs):
     disk += (images + len(case.scenes)) * case.scenes.images[0].numel()
     print(f"  about {seconds / 60 / jobs:.1f} minutes on {data.pick_device()}, {jobs} at a time; "
           f"disk: {disk / 1e6:.0f} MB", flush=True)
-
-
-def step_times(case):
-    """Measure the seconds per step of a generator and of a classifier, by what six steps more take."""
-    def seconds(run, config):
-        marks = []
-        for steps in (2, 2, 8):                              # the first warms up
-            start = time.perf_counter()
-            run(replace(config, steps=steps))
-            marks.append(time.perf_counter() - start)
-        return max(0.0, marks[2] - marks[1]) / 6
-
-    probe = case.at(case.parts["train"][:64])
-    return (seconds(lambda cfg: train_gen.train(probe, cfg), case.s.gen),
-            seconds(lambda cfg: train_cls.fit(probe, None, cfg), case.s.cls))
 
 
 # ---- the statistics: counts of answers, resampled; differences of two arms
@@ -954,8 +942,8 @@ class Gain:
         return min(self.reach(0.05 / family) + self.reach(0.4), 1.0)             # P(|T| > t_.8) = .4
 
 
-def gain(a, b, groups):
-    """Estimate what an arm gains: a, b (S, 1 + B) replicates of it and its base, same seeds; groups: their G.
+def gain(a, b, G):
+    """Estimate what an arm gains: a, b (S, 1 + B) replicates of it and its base, same seeds; G groups.
 
     Both the seeds and the groups of test images are samples of what might have been. The variance of the
     mean over both is told apart as in a two-way analysis of variance,
@@ -980,13 +968,13 @@ def gain(a, b, groups):
         raise ValueError("an interval takes two seeds")
     per_seed, d = d[:, 0], d[:, 1:]
     both = d.mean(0)                                                     # of each resampled test set
-    unbiased = groups / (groups - 1)                # a bootstrap variance is smaller by this, as std(ddof=0)
+    unbiased = G / (G - 1)                          # a bootstrap variance is smaller by this, as std(ddof=0)
     seed, group = per_seed.var(ddof=1) / S, unbiased * both.var(ddof=1)
     rest = unbiased * (d - both).var(1, ddof=1).sum() / (S - 1) / S
     dof = S - 1
     if seed < 1e-9 * rest:           # few seeds that agree do so by chance: rest, which seed contains, stays
-        seed, dof = rest, (S - 1) * (groups - 1)
-    parts = (float(seed), dof), (float(max(group - rest, 0)), groups - 1)
+        seed, dof = rest, (S - 1) * (G - 1)
+    parts = (float(seed), dof), (float(max(group - rest, 0)), G - 1)
     return Gain(float(per_seed.mean()), parts)
 
 
@@ -1271,13 +1259,13 @@ def difference(case, arm, base, count, statistic=None):
     If it is of classes, a list of one for each. None unless both ran the same seeds, at least two, and there
     are two groups of test images.
     """
-    statistic, groups = statistic or SCORES[case.metric], case.groups
+    statistic, G = statistic or SCORES[case.metric], case.G
     a, b = (sampled(case, name, count, statistic) for name in (arm, base))
     seeds, others = ([r["seed"] for r in runs_of(case, name, count)] for name in (arm, base))
-    if arm == base or seeds != others or len(seeds) < 2 or groups < 2:
+    if arm == base or seeds != others or len(seeds) < 2 or G < 2:
         return None
     a, b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
-    gains = [gain(a[..., k], b[..., k], groups) for k in range(a.shape[2])]
+    gains = [gain(a[..., k], b[..., k], G) for k in range(a.shape[2])]
     return gains if statistic is f1 else gains[0]
 
 
@@ -1342,13 +1330,13 @@ VERDICTS = {"help": "{}: help.", "hurt": "{}: hurt.",
             "too few seeds": "Too few seeds to say (at least three): {}."}
 
 
-def claims(case, given=None):
-    """Decide all claims, [Claim]: for each count by the recogniser that is chosen, or by a given one."""
+def claims(case, prefix=None):
+    """Decide all claims, [Claim]: for each count by the recogniser that is chosen, or by that of a prefix."""
     found = []
     for count in case.s.counts:
-        prefix = recogniser(case, count) if given is None else given
+        chosen = recogniser(case, count) if prefix is None else prefix
         for arm, base, what in case.leg.claims:
-            mine = "" if arm.startswith(CLIP) else prefix
+            mine = "" if arm.startswith(CLIP) else chosen
             if g := difference(case, mine + arm, mine + base, count):
                 asks = is_made(case.arms[arm])
                 found.append(Claim(count, mine + arm, mine + base, what, g, asks))
@@ -1438,7 +1426,7 @@ def worth(case, count):
     logs = np.log(counts[::-1])        # backwards, since interp takes the last of equal scores, not the first
     found = [[np.interp(-score, -base[::-1], logs) for score, base in zip(*rows, strict=True)]
              for rows in zip(mix, curve, strict=True)]
-    g = gain(np.array(found), 0, case.groups)
+    g = gain(np.array(found), 0, case.G)
     return tuple(float(np.exp(g.mean + side * g.half).clip(counts[0], counts[-1])) for side in (-1, 0, 1))
 
 
@@ -1458,7 +1446,7 @@ def conditions(case):
     """Say what the answer holds for."""
     s, test, n = case.s, case.test, case.s.subsets
     unit = "tiles" if case.leg.rare else "images"
-    tiles = f" of {case.groups} tiles" * case.leg.rare
+    tiles = f" of {case.G} tiles" * case.leg.rare
     summary = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, "
                f"{amount(case, *s.counts)}, {len(test)} test images{tiles}; seeds: {s.seeds}; draws of "
                f"training images: {n}, each with a generator of {s.gen.steps} steps and {s.made} synthetic "
@@ -1738,9 +1726,9 @@ def standings(case, names):
     rows = {name: {} for name in names}
     for name, count in itertools.product(names, case.s.counts):
         dots = values(case, name, count, case.metric)
-        if len(dots) > 1 and case.groups > 1:
+        if len(dots) > 1 and case.G > 1:
             found = sampled(case, name, count, SCORES[case.metric])
-            rows[name][count] = gain(found, 0, case.groups), dots
+            rows[name][count] = gain(found, 0, case.G), dots
         elif dots:
             rows[name][count] = Gain(float(np.mean(dots)) / 100, ()), dots
     common, (score, *_) = trivial(case)

@@ -10,7 +10,6 @@
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
 import math
-from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -255,12 +254,12 @@ def adamw(model, decay):
 
     A tower that was trained before goes at a smaller rate than its new head.
     """
-    groups = {}
+    kinds = {}
     for name, p in model.named_parameters():
         pace, is_matrix = PACE if name.startswith("tower.") else 1.0, p.ndim > 1
-        groups.setdefault((pace, is_matrix), []).append(p)
+        kinds.setdefault((pace, is_matrix), []).append(p)
     return torch.optim.AdamW([dict(params=params, weight_decay=decay * is_matrix, pace=pace)
-                              for (pace, is_matrix), params in groups.items()], fused=True)
+                              for (pace, is_matrix), params in kinds.items()], fused=True)
 
 
 class ByClass:
@@ -360,7 +359,7 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
     identity = dict(config=data.settings_of(cfg, Config), classes=classes, channels=channels,
                     images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
     augment, synthetic_seen = compose(cfg.augment), torch.zeros((), device=device)
-    part = data.share(cfg.batch)                                  # of several processes, each computes a part
+    part = data.own_slice(cfg.batch)                              # of several processes, each computes a part
 
     def loss(step, g):
         if cfg.pretrain:                                              # synthetic images first, then real ones
@@ -594,12 +593,12 @@ def embed(model, scenes):
     return scenes and replace(scenes, images=outputs(model.features, scenes.images))
 
 
-def tune(linear, real, synthetic, cfg, soft=None):
-    """Train a copy of a head on features, Scenes of embed, real and synthetic as in fit. -> the copy
+def tune(linear, real, synthetic, cfg, soft=None, title="head"):
+    """Train a head on features, Scenes of embed, real and synthetic as in fit. Returns what fit does.
 
     There is no augmentation: several views of every image (8, cached) gained nothing that could be seen.
     """
-    return fit(real, synthetic, replace(cfg, augment="none"), soft=soft, model=deepcopy(linear))[0]
+    return fit(real, synthetic, replace(cfg, augment="none"), soft=soft, title=title, model=linear)
 
 
 def begin_and_tune(real, synthetic, cfg, path):
@@ -608,7 +607,7 @@ def begin_and_tune(real, synthetic, cfg, path):
         return fit(real, synthetic, cfg, path)[0]
     model = network(cfg, real.classes, 3).to(data.pick_device()).eval()
     if cfg.tune == "head":
-        model.head = tune(model.head, embed(model, real), embed(model, synthetic), cfg)
+        tune(model.head, embed(model, real), embed(model, synthetic), cfg)
     elif not model.reads:
         raise Problem(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
     if data.rank() == 0:

@@ -286,7 +286,7 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     start, log = saved["step"], saved["log"]
 
     draw = drawer(real, cfg, generator)
-    part = data.share(cfg.batch)                                  # of several processes, each computes a part
+    part = data.own_slice(cfg.batch)                              # of several processes, each computes a part
     quarters = torch.zeros(2, 4, device=device)                       # per quarter of t: sum of losses, count
     for step in data.progress(range(start, cfg.steps), title, cfg.steps, initial=start):
         g = data.rng(cfg.seed, step, device=device)
@@ -371,7 +371,7 @@ def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=N
     device = diffusion.signal.device
     shape = (model.channels, cfg.size, cfg.size)
     images = torch.zeros(len(y), *shape, dtype=torch.uint8, device=device)
-    part, how = data.share(len(y)), dict(steps=calls, w=w)
+    part, how = data.own_slice(len(y)), dict(steps=calls, w=w)
     everyone = Condition((torch.full_like(y, -1) if cfg.classless else y).to(device))
     if generator.words:
         texts = texts or [some[k % len(some)] for k, some in enumerate(like.captions)]

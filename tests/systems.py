@@ -85,7 +85,7 @@ def scenes():
 def buildings():
     """Draw 96 tiles of buildings with masks, 24 px -> those of 72 tiles to train on, of 24 to test with."""
     real = data.read_xbd(data.draw_xbd(OUT / "xbd", 96), 24, mask=True, cache=OUT / "cache")
-    return real[real.given != data.TEST], real[real.given == data.TEST]
+    return real[real.official != data.TEST], real[real.official == data.TEST]
 
 
 def trained(name, real, given="", steps=1000, size=24):
@@ -369,7 +369,7 @@ def text_to_image(steps=2000):
     def judge(name, images, labels):
         seen = train_cls.outputs(clip.encode_image, images)
         synthetic = replace(train, images=images, labels=labels, names=[""] * len(labels), groups=labels,
-                            captions=None, given=None, numbers=None)
+                            captions=None, official=None, numbers=None)
         fitted = train_cls.fit(synthetic, None, replace(cls, model="linear"))[0]
         tell(name, CLIP_finds_its_name=((seen @ names.T).argmax(1) == labels).float().mean(),
              teaches=(train_cls.predict(fitted, test.images) == test.labels).float().mean())

@@ -265,7 +265,7 @@ def test_the_official_lists_are_used_and_training_gives_up_what_test_holds(tmp_p
 
 
 def test_what_the_lists_do_not_name_is_in_no_part():
-    s = replace(scenes([0, 1, 2, 3, 4, 4], [0] * 6), given=torch.tensor([0, 1, 2, -1, 2, -1]))
+    s = replace(scenes([0, 1, 2, 3, 4, 4], [0] * 6), official=torch.tensor([0, 1, 2, -1, 2, -1]))
     parts = {part: index.tolist() for part, index in data.split(s).items()}
     assert parts == dict(train=[0], val=[1], test=[2, 4])
 
@@ -274,7 +274,7 @@ def test_joined_scenes_keep_their_groups_and_parts():
     s = scenes([5, 5, 7], [0, 1, 1])
     both = s[torch.tensor([0, 2])] + s[torch.tensor([1])]
     assert both.names == ["x/0.jpg", "x/2.jpg", "x/1.jpg"] and both.groups.tolist() == [5, 7, 5]
-    assert both.labels.tolist() == [0, 1, 1] and both.given.tolist() == [-1] * 3 and len(both.images) == 3
+    assert both.labels.tolist() == [0, 1, 1] and both.official.tolist() == [-1] * 3 and len(both.images) == 3
     with pytest.raises(ValueError, match="different trees"):
         s + replace(s, classes=["b", "a"])
 

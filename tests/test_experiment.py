@@ -30,7 +30,7 @@ def unwrapped(text):
 @pytest.fixture(autouse=True)
 def no_stopwatch(monkeypatch):
     """In this process the plan does not try out how long steps take; in the smoke run it does."""
-    monkeypatch.setattr(experiment, "step_times", lambda case: (0, 0))
+    monkeypatch.setattr(data, "seconds_per_step", lambda *_: 0)
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def test_the_shares_are_even_and_make_up_the_whole(monkeypatch, n):
     parts = []
     for rank in range(3):
         monkeypatch.setattr(data.dist, "get_rank", lambda rank=rank: rank)
-        parts.append(list(range(n))[data.share(n)])
+        parts.append(list(range(n))[data.own_slice(n)])
     assert sum(parts, []) == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 

@@ -151,7 +151,7 @@ def test_for_accuracy_it_is_the_two_way_analysis_of_variance(seeds, images):
     rng = np.random.default_rng(1)
     p = 0.6 + seeds * rng.standard_normal((5, 1)) + images * rng.standard_normal((1, 500))
     a, b = rng.random((2, 5, 500)) < np.stack([p, np.full_like(p, 0.55)])
-    g = stats.gain(*(stats.replicates(worlds(hits), accuracy, 4000) for hits in (a, b)), groups=500)
+    g = stats.gain(*(stats.replicates(worlds(hits), accuracy, 4000) for hits in (a, b)), G=500)
     expected = two_way(a.astype(float) - b)
     assert g.mean == pytest.approx(expected.mean) and g.half == pytest.approx(expected.half, rel=0.08)
     assert g.parts[0] == pytest.approx(expected.parts[0])
@@ -160,13 +160,13 @@ def test_for_accuracy_it_is_the_two_way_analysis_of_variance(seeds, images):
 
 def test_only_seeds_or_only_groups():
     seeds = np.array([0.1, 0.3, 0.2, 0.5])
-    g = stats.gain(np.repeat(seeds[:, None], 9, 1), 0, groups=50)          # alike in all test sets
+    g = stats.gain(np.repeat(seeds[:, None], 9, 1), 0, G=50)          # alike in all test sets
     se = seeds.std(ddof=1) / 2
     assert g.mean == pytest.approx(0.275)
     assert (g.half, g.detectable()) == pytest.approx((3.18245 * se, (3.18245 + 0.97847) * se))
     tiles = np.array([0.3, 0.9, 0.5, 0.1])
     alike = stats.replicates(worlds(np.tile(tiles, (3, 1))), accuracy, 20_000)        # in all seeds
-    g = stats.gain(alike, 0, groups=4)
+    g = stats.gain(alike, 0, G=4)
     assert g.half == pytest.approx(3.18245 * tiles.std(ddof=1) / 2, rel=0.02)
 
 
@@ -178,11 +178,11 @@ def test_the_half_widths_of_seeds_and_groups_add_up_in_quadrature():
 
 
 def test_no_difference_is_no_difference_and_one_without_any_spread_is_certain():
-    none, sure = (stats.gain(np.full((3, 20), value), 0, groups=10) for value in (0.0, 0.1))
+    none, sure = (stats.gain(np.full((3, 20), value), 0, G=10) for value in (0.0, 0.1))
     assert (none.mean, none.half, none.p, none.detectable()) == (0, 0, 1, 0)
     assert sure.half == pytest.approx(0, abs=1e-12) and sure.p < 1e-9
     with pytest.raises(ValueError, match="two seeds"):
-        stats.gain(np.zeros((1, 20)), 0, groups=10)
+        stats.gain(np.zeros((1, 20)), 0, G=10)
 
 
 def test_seeds_that_agree_by_chance_are_not_certain():
@@ -191,7 +191,7 @@ def test_seeds_that_agree_by_chance_are_not_certain():
                      [1, 1, 0, 0, 0, 0, 1, 1, 1, 1]])
     rest = two_way(hits.astype(float))
     assert rest.half == pytest.approx(0, abs=1e-9)                       # what the formula alone would say
-    g = stats.gain(stats.replicates(worlds(hits), accuracy, 4000) - 0.6, 0, groups=10)
+    g = stats.gain(stats.replicates(worlds(hits), accuracy, 4000) - 0.6, 0, G=10)
     single = hits - hits.mean(0) - hits.mean(1, keepdims=True) + hits.mean()
     se = math.sqrt((single**2).sum() / 18 / 30)
     assert g.half == pytest.approx(2.10092 * se, rel=0.05) and g.p > 0.9 and g.mean == pytest.approx(0)
@@ -199,7 +199,7 @@ def test_seeds_that_agree_by_chance_are_not_certain():
 
 def test_p_is_below_5_percent_exactly_where_the_interval_leaves_0_out():
     rng = np.random.default_rng(0)
-    gains = [stats.gain(0.05 + 0.05 * rng.standard_normal((4, 30)), 0, groups=40) for _ in range(60)]
+    gains = [stats.gain(0.05 + 0.05 * rng.standard_normal((4, 30)), 0, G=40) for _ in range(60)]
     assert 5 < sum(g.p < 0.05 for g in gains) < 55
     assert all((g.p < 0.05) == (abs(g.mean) > g.half) for g in gains)
     for g in gains[:5]:                              # from a hair outside of its 95 % interval to one inside
@@ -233,7 +233,7 @@ def test_the_interval_covers_a_known_difference_of_accuracies_in_95_of_100_cases
         seeds, images = rng.uniform(-0.05, 0.05, (5, 1)), rng.uniform(-0.3, 0.3, (1, 120))
         base = rng.uniform(0.35, 0.6, (1, 120))
         a, b = rng.random((2, 5, 120)) < np.stack([base + 0.04 + seeds + images, base + 0 * seeds])
-        g = stats.gain(*(stats.replicates(worlds(hits), accuracy, 100) for hits in (a, b)), groups=120)
+        g = stats.gain(*(stats.replicates(worlds(hits), accuracy, 100) for hits in (a, b)), G=120)
         covered += abs(g.mean - 0.04) <= g.half
     assert 0.93 <= covered / n <= 0.97
 
@@ -258,7 +258,7 @@ def test_the_interval_covers_a_difference_of_macro_f1_over_clustered_tiles():
     assert 0.02 < truth < 0.06
     for _ in range(n):
         a, b = tiles(rng, 5, 60, 0.03)
-        g = stats.gain(*(stats.replicates(arm, macro_f1, 100) for arm in (a, b)), groups=60)
+        g = stats.gain(*(stats.replicates(arm, macro_f1, 100) for arm in (a, b)), G=60)
         covered += abs(g.mean - truth) <= g.half
     assert 0.92 <= covered / n <= 0.98
 

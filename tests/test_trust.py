@@ -217,7 +217,7 @@ def test_official_lists_are_all_there_and_of_these_pictures(tmp_path, change, sa
         if text is not None:
             (root / f"resisc45-{part}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     if not said:
-        assert data.read_folder(root, 8, cache=tmp_path).given.tolist() == [0, 1, 0, 2]
+        assert data.read_folder(root, 8, cache=tmp_path).official.tolist() == [0, 1, 0, 2]
         return
     with pytest.raises(Problem, match=said):
         data.read_folder(root, 8, cache=tmp_path)
@@ -310,6 +310,43 @@ def test_what_can_be_made_again_is_when_it_is_broken_or_of_something_else(tmp_pa
         write(path)
         assert data.kept(path, "two", make) == dict(a=[1, 2]) and len(made) == 3 + k
     assert "is made again" in capsys.readouterr().err
+
+
+@contextmanager
+def watched_memory():
+    """Yield a function that says how many bytes of memory, files apart, were needed at most since then."""
+    def now():
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+    before, most, over = now(), [0], threading.Event()
+
+    def watch():
+        while not over.wait(0.002):
+            most[0] = max(most[0], now() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: most[0]
+    finally:
+        over.set()
+        watcher.join()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_images_that_do_not_fit_into_memory_lie_on_the_disk(tmp_path, monkeypatch):
+    """63 MB of them, read, grouped, kept, read again from the cache, selected, joined and cut."""
+    for k in range(80):
+        data.save_picture(Image.new("RGB", (8, 8), (k, 0, 0)), tmp_path / "ab"[k % 2] / f"{k:02}.png")
+    monkeypatch.setattr(data, "FILED", 10**7)
+    with watched_memory() as needed:
+        for _ in range(2):
+            scenes = data.read_folder(tmp_path, 512, cache=tmp_path / "cache")
+        half = scenes[torch.arange(40)]
+        both, one = half + half, data.take(half.images, torch.tensor([0]), dim=1)
+        assert needed() < 2.5e7 < 6e7 < scenes.images.nbytes
+    assert torch.equal(both.images[40:], scenes.images[:40]) and torch.equal(one, scenes.images[:40, :1])
 
 
 def test_a_run_that_was_edited_is_refused_and_named(tmp_path):
@@ -453,7 +490,7 @@ def test_a_script_says_first_what_it_takes_on_a_cpu_and_what_takes_less(capsys, 
         train_gen.train(real(), cfg)
 
     data.forecast(run, cfg, "--less")
-    assert asked == [(4, 1), (4, 1), (4, 6)]
+    assert asked == [(4, 1), (4, 1), (4, 1), (4, 6)]
     said = capsys.readouterr().out
     assert "600 steps of 64 images on cpu: at most some 160 minutes and 0.0 GB. For a CPU: --less" in said
     data.forecast(None, replace(GEN, steps=50), "")                      # it would take as long to find out
