@@ -1,5 +1,11 @@
 """What several test files use."""
+import os
+import subprocess
+import sys
+import tempfile
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +16,50 @@ import data
 
 torch.set_num_threads(1)                                             # small networks gain nothing from more
 ANSWERS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+
+
+BEGUN = {}                               # {test file: (a folder, the processes that it began there)}
+
+
+def start(file, *argv, **environment):
+    """Start a test file as a script, which can import all that tests can."""
+    here = Path(__file__).parent
+    new = dict(PYTHONPATH=f"{here}{os.pathsep}{here.parent}", **environment)
+    return subprocess.Popen([sys.executable, file, *argv], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {k: str(v) for k, v in new.items()})
+
+
+def begin(module):
+    folder = tempfile.TemporaryDirectory()
+    BEGUN[module] = folder, module.begin(Path(folder.name), partial(start, module.__file__))
+
+
+def pytest_runtestloop(session):
+    """Begin what takes long before the first test, on another core: the begin(folder, start) of test files.
+
+    start(*argv, **environment) starts the file itself as a script.
+    """
+    if not (session.config.option.collectonly or hasattr(session.config, "workerinput")):
+        for module in {item.module: 0 for item in session.items if "begun" in item.fixturenames}:
+            begin(module)
+
+
+@pytest.fixture(scope="module")
+def begun(request):
+    """What the file's begin began is done: (folder, processes, what each printed and its errors)."""
+    if request.module not in BEGUN:
+        begin(request.module)
+    folder, processes = BEGUN[request.module]
+    ended = [process.communicate(timeout=300) for process in processes]
+    yield Path(folder.name), processes, ended
+    folder.cleanup()
+
+
+def pytest_unconfigure():
+    """Leave nothing running, whatever ended the tests."""
+    for _, processes in BEGUN.values():
+        for process in processes:
+            process.kill()
 
 
 class NoAnswers(TorchDispatchMode):

@@ -1,14 +1,14 @@
 """experiment.py: fair arms, intervals that cover, a page that stands alone, runs that can go on."""
 import csv
 import html
-import io
 import json
 import re
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,19 +33,24 @@ def no_stopwatch(monkeypatch):
     monkeypatch.setattr(data, "seconds_per_step", lambda *_: 0)
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """One quick run of all arms, shared by the tests below: (folder, what it printed, its errors).
+def begin(folder, start):
+    """Start main() below."""
+    return [start(folder)]
 
-    Small pictures are there but for the last of each class and the last tile, which it draws itself.
-    """
-    out, said, errors = tmp_path_factory.mktemp("smoke"), io.StringIO(), io.StringIO()
+
+def main(out):
+    """Make a quick run of all arms. It draws the last picture of each class and the last tile itself."""
     data.draw_tree(out / "drawn-scenes-30", 29, size=32)
     data.draw_xbd(out / "drawn-buildings-64", 63, side=224)
     flags = "--smoke --size 8 --gen-steps 5 --cls-steps 5 --jobs 2".split()
-    with redirect_stdout(said), redirect_stderr(errors):
-        data.launch(experiment.main, Config, [*flags, "--out", str(out)])
-    return out, said.getvalue(), errors.getvalue()
+    data.launch(experiment.main, Config, [*flags, "--out", str(out)])
+
+
+@pytest.fixture(scope="module")
+def smoke(begun):
+    """The quick run: (folder, what it printed, its errors)."""
+    out, _, ((said, errors),) = begun
+    return out, said, errors
 
 
 def results(out):
@@ -960,3 +965,7 @@ def test_flags_change_what_they_name_and_nothing_else():
     line = experiment.command(Config(data="my data", counts="5", w=3.0, dry_run=True))
     assert line == "python experiment.py --data 'my data' --dry-run --counts 5 --w 3.0"
     assert experiment.command(Config(w=0.0)) == "python experiment.py --w 0.0"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

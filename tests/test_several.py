@@ -4,8 +4,6 @@ Started as a script, this file is what each of the two does.
 """
 import os
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,32 +65,24 @@ def main(cfg):
     torch.save(dict(made=made, told=refused(out)), out / f"process{data.rank()}.pt")
 
 
-def start(rank, port, out):
-    here = Path(__file__).parent
-    new = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=port,
-               TORCHELASTIC_RUN_ID="test", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=1,
-               PYTHONPATH=f"{here}{os.pathsep}{here.parent}")
-    return subprocess.Popen([sys.executable, __file__, "--out", out], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, **{k: str(v) for k, v in new.items()}})
-
-
-def test_two_processes_make_what_one_makes_and_one_of_them_writes(tmp_path, monkeypatch):
+def begin(folder, start):
+    """Start both processes as torchrun would."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    (tmp_path / "two").mkdir()
-    started = [start(rank, port, tmp_path / "two") for rank in (0, 1)]
-    monkeypatch.setattr(data, "pick_device", lambda: torch.device("cpu"))
-    try:
-        alone = work(tmp_path / "one")
-        ended = [process.communicate(timeout=60) for process in started]
-    finally:
-        for process in started:
-            process.kill()
+    return [start("--out", folder, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="localhost",
+                  MASTER_PORT=port, TORCHELASTIC_RUN_ID="test", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=1)
+            for rank in (0, 1)]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_two_processes_make_what_one_makes_and_one_of_them_writes(begun, tmp_path):
+    two, started, ended = begun
+    alone = work(tmp_path)
     assert [process.returncode for process in started] == [0, 0], ended
     assert [out for out, _ in ended] == ["heard\n", ""]
 
-    a, b = (torch.load(tmp_path / "two" / f"process{rank}.pt") for rank in (0, 1))
+    a, b = (torch.load(two / f"process{rank}.pt") for rank in (0, 1))
     for told in (a["told"], b["told"]):
         assert "share" in told.pop("elsewhere") and all("--lr" in line for line in told.values())
     a, b = a["made"], b["made"]
@@ -101,9 +91,9 @@ def test_two_processes_make_what_one_makes_and_one_of_them_writes(tmp_path, monk
         assert_close(a[part], b[part], rtol=0, atol=0)
         assert_close(a[part], alone[part], rtol=0, atol=1 if part in ("images", "one") else 1e-6)
 
-    written = [sorted(p.name for p in (tmp_path / folder).iterdir()) for folder in ("one", "two")]
+    written = [sorted(p.name for p in folder.iterdir()) for folder in (tmp_path, two)]
     assert [name for name in written[1] if name not in ("g0.pt", "process0.pt", "process1.pt")] == written[0]
-    one, two = ((tmp_path / folder / "g.csv").read_text().split()[1:] for folder in ("one", "two"))
+    one, two = ((folder / "g.csv").read_text().split()[1:] for folder in (tmp_path, two))
     assert len(one) == 2
     assert_close(*([[float(v) for v in row.split(",")] for row in rows] for rows in (one, two)))
 
