@@ -88,9 +88,9 @@ def buildings():
     return real[real.official != data.TEST], real[real.official == data.TEST]
 
 
-def trained(name, real, given="", steps=1000, size=24):
+def trained(name, real, given="", steps=1000, size=24, tower=""):
     """Train a small generator, or go on with the one of an earlier run."""
-    cfg = replace(SMALL.gen, given=given, steps=steps, size=size)
+    cfg = replace(SMALL.gen, given=given, steps=steps, size=size, tower=str(tower))
     return train_gen.train(real, cfg, OUT / f"{name}.pt", title=name)
 
 
@@ -355,7 +355,7 @@ three white storage tanks; a golf course with green turfs and sand""".replace("\
 
 
 def text_to_image(steps=2000):
-    """Train on sentences of UCM-Captions, 32 px; names of classes as prompts, beside one told the class."""
+    """Train on UCM-Captions, 32 px: told the class, sentences, sentences that a frozen CLIP reads."""
     real = data.read(REAL / "UCM_captions", 32, cache=OUT / "cache")
     train, _, test = (real[index] for index in data.split(real).values())
     cls = replace(SMALL.cls, size=32, dim=64, depth=2, steps=1000)
@@ -384,14 +384,14 @@ def text_to_image(steps=2000):
     judge("real, 20 of a class", train.images[few], train.labels[few])
     compare("real", test.images)
     y = torch.arange(len(words)).repeat_interleave(20)
-    for given in ("text", ""):
-        name = given or "class"
-        model = trained(f"ucm-{name}", train, given, steps, 32)
+    for name, given, tower in (("class", "", ""), ("text", "text", ""),
+                               ("text-by-a-frozen-CLIP", "text", OUT / "clip.pt")):
+        model = trained(f"ucm-{name}", train, given, steps, 32, tower)
         for w in (1.0, 1.5, 3.0):
             judge(f"told {name}, w {w}", generate(model, y, 1, w=w, texts=[said[c] for c in y]), y)
             if given:
-                compare(f"sentences, w {w}", generate(model, test.labels, 1, w=w, texts=captions))
-                sheet(f"text-to-image-{w}", {text: generate(model, torch.full((16,), -1), 2, w=w,
+                compare(f"sentences to {name}, w {w}", generate(model, test.labels, 1, w=w, texts=captions))
+                sheet(f"{name}-to-image-{w}", {text: generate(model, torch.full((16,), -1), 2, w=w,
                                                                  texts=[text] * 16) for text in PROMPTS})
 
 
