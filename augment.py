@@ -106,7 +106,7 @@ BLACK = -1
 GREY = 0.299, 0.587, 0.114      # red, green and blue in the brightness that the eye sees (ITU-R BT.601)
 
 
-def split(x):
+def take_apart(x):
     """Take (B, C, H, W) apart: its P pictures, (B, P, 3, H, W), and its mask, (B, 0 or 1, H, W).
 
     Raises ValueError if the channels are not as the top of this file says.
@@ -117,8 +117,8 @@ def split(x):
     return rearrange(x[:, :C - C % 3], "b (p c) h w -> b p c h w", c=3), x[:, C - C % 3:]
 
 
-def join(rgb, mask):
-    """Undo `split`."""
+def put_together(rgb, mask):
+    """Undo `take_apart`."""
     x = rearrange(rgb, "b p c h w -> b (p c) h w")
     return torch.cat((x, mask), dim=1) if mask.shape[1] else x
 
@@ -150,14 +150,14 @@ def recolour(x, *matrices):
 
     Each is (B, 3, 3), or (2, B, 3, 3) with one for the detail and one for the mean colour of the picture.
     """
-    rgb, mask = split(x)
+    rgb, mask = take_apart(x)
     with torch.autocast(x.device.type, enabled=False):    # bfloat16 is coarser than 8-bit colour
         product = functools.reduce(torch.matmul, matrices).to(x.dtype)
         on_detail, on_mean = product.expand(2, -1, -1, -1)[:, :, None]                 # each (B, 1, 3, 3)
         mean = rgb.mean((-2, -1))[..., None]                                           # (B, P, 3, 1)
         offset = on_mean @ (mean - BLACK) + BLACK - on_detail @ mean
         out = (on_detail @ rgb.flatten(-2)).add_(offset).clamp_(BLACK, 1)
-    return join(out.view(rgb.shape), mask)
+    return put_together(out.view(rgb.shape), mask)
 
 
 def adjust_brightness(x, factor):
@@ -196,8 +196,8 @@ def adjust_color(x, brightness, contrast, saturation, shift):
 
 def add_noise(x, noise, sigma):
     """Noise injection: `noise` ~ N(0, 1) has the shape of x, sigma (B,) takes black to white as 1."""
-    rgb, _ = split(x + 2 * per_image(sigma, x) * noise)
-    return join(rgb.clamp(BLACK, 1), split(x)[1])
+    rgb, _ = take_apart(x + 2 * per_image(sigma, x) * noise)
+    return put_together(rgb.clamp(BLACK, 1), take_apart(x)[1])
 
 
 def box(x, cy, cx, height, width):
@@ -213,8 +213,8 @@ def cutout(x, cy, cx, side):
 
     It may stick out of the image, as in the paper; squares that were always inside would hide more.
     """
-    rgb, mask = split(x)
-    return join(rgb.masked_fill(box(x, cy, cx, side, side)[:, None], 0), mask)
+    rgb, mask = take_apart(x)
+    return put_together(rgb.masked_fill(box(x, cy, cx, side, side)[:, None], 0), mask)
 
 
 def cutmix(x, y, partner, cy, cx, height, width):
@@ -238,9 +238,9 @@ def copy_paste(x, y, partner):
     pasted = x[partner]
     on_object = pasted[:, -1:] > 0                                                     # (B, 1, H, W)
     found = on_object.flatten(1).any(1)                                                # (B,)
-    rgb, _ = split(torch.where(on_object, pasted, x))
-    _, mask = split(torch.where(per_image(found, x), pasted, x))
-    return join(rgb, mask), torch.where(per_image(found, y), y[partner], y)
+    rgb, _ = take_apart(torch.where(on_object, pasted, x))
+    _, mask = take_apart(torch.where(per_image(found, x), pasted, x))
+    return put_together(rgb, mask), torch.where(per_image(found, y), y[partner], y)
 
 
 # ---- the dice: nothing here waits for the device ----
