@@ -76,7 +76,7 @@ class Arm:
 class Leg:
     """One half of the comparison: what is recognised, by which arms, and what is claimed of them."""
     arms: dict
-    mix: str                      # the arm that the studies vary
+    mix: str                      # the arm that the studies vary, and the first claim is about
     bases: tuple                  # the table says what each arm gains over these
     claims: tuple                 # the verdict: (arm, base, what is in question)
     controls: dict                # of --study controls, changes of the mix
@@ -86,6 +86,7 @@ class Leg:
 
 
 AUGMENTED, BALANCED = Arm(augment=OVERHEAD), Arm(augment=OVERHEAD, balance=True)
+PASTED = replace(BALANCED, augment=f"{OVERHEAD},copypaste")
 ALONE = dict(source="", share=0.0)                       # no image of a source
 LINEAR, RESNET, CLIP = "linear: ", "resnet: ", "clip: "  # how names of arms with these recognisers begin
 CONTROLS = {"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True)}
@@ -120,9 +121,8 @@ LEGS = {
             "balanced":                        BALANCED,
             "balanced + synthetic":            replace(BALANCED, source="generator", share=0.5),
             "balanced + simulated damage":     replace(BALANCED, source="simulated", share=0.5),
-            "balanced + copy-paste":           replace(BALANCED, augment=f"{OVERHEAD},copypaste"),
-            "balanced + pasted synthetic":     replace(BALANCED, source="generator", share=0.5,
-                                                       augment=f"{OVERHEAD},copypaste"),
+            "balanced + copy-paste":           PASTED,
+            "balanced + pasted synthetic":     replace(PASTED, source="generator", share=0.5),
             "balanced + fresh real":           replace(BALANCED, source="fresh", share=0.5),
             "balanced + copies":               replace(BALANCED, source="copies", share=0.5),
             "linear: balanced":                Arm(balance=True, model="linear"),
@@ -178,18 +178,18 @@ class Scale:
     w: float                                  # guidance scale
     drawn: int                                # scenes per class, or tiles, where no data are given
     curve: tuple                              # the counts of the study of that name
-    arms: tuple                               # which arms are run if none are asked for (empty: all)
     gen: train_gen.Config
     cls: train_cls.Config
+    arms: tuple = ()                          # which arms are run if none are asked for (empty: all)
 
 
 _SMOKE = Scale(
-    counts=(4, 8), seeds=2, subsets=2, made=8, calls=4, w=1.5, drawn=30, curve=(2, 4), arms=(),
+    counts=(4, 8), seeds=2, subsets=2, made=8, calls=4, w=1.5, drawn=30, curve=(2, 4),
     gen=train_gen.Config(size=16, width=16, mults=(1, 2), blocks=1, steps=10, batch=16, warmup=5,
                          augment="none"),
     cls=train_cls.Config(size=16, patch=4, dim=32, depth=1, heads=2, steps=10, batch=32, warmup=5))
 _SMALL = Scale(
-    counts=(4,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(2, 4, 10, 20, 40), arms=(),
+    counts=(4,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(2, 4, 10, 20, 40),
     gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, predict="x0", steps=800,
                          batch=32, lr=2e-3, warmup=50, ema=0.99, augment="none"),
     cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=200, batch=64, lr=4e-3, warmup=50))
@@ -201,7 +201,6 @@ _MEDIUM = replace(
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
     counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=12, w=1.5, drawn=700, curve=(5, 20, 40, 150),
-    arms=(),
     gen=train_gen.Config(augment="none"), cls=train_cls.Config())
 SCALES = {
     "scenes": dict(smoke=_SMOKE, small=_SMALL, medium=_MEDIUM, full=_FULL),
@@ -287,20 +286,18 @@ class Config(data.Settings):
         """Find the Scale of a leg that these flags stand for."""
         usual = "medium" if self.data and torch.cuda.is_available() else "small"
         s = SCALES[leg]["smoke" if self.smoke else self.scale or usual]
-        asked = {k: getattr(self, k) for k in ("seeds", "subsets", "made") if getattr(self, k)}
-        if self.w is not None:
-            asked["w"] = self.w
         counts = data.integers(self.counts) if self.counts else s.counts
         if "counts" in listed(self.study):
             counts += s.curve
-        asked["counts"] = tuple(sorted(set(counts), key=lambda n: n or math.inf))       # 0, all, is the most
-        seeds = asked.get("seeds", s.seeds)
-        asked.setdefault("subsets", s.subsets if s.subsets == 1 else seeds)
-        asked["subsets"] = min(asked["subsets"], seeds)
+        counts = tuple(sorted(set(counts), key=lambda n: n or math.inf))                # 0, all, is the most
+        seeds = self.seeds or s.seeds
+        subsets = min(self.subsets or (1 if s.subsets == 1 else seeds), seeds)
         size = self.size or s.gen.size
         scaled = int(s.cls.patch * 2.0 ** round(math.log2(size / s.gen.size)))
         patch = math.gcd(size, max(2, scaled))                         # about as many tokens at any size
-        return replace(s, **asked, gen=replace(s.gen, size=size, steps=self.gen_steps or s.gen.steps),
+        return replace(s, counts=counts, seeds=seeds, subsets=subsets, made=self.made or s.made,
+                       w=s.w if self.w is None else self.w,
+                       gen=replace(s.gen, size=size, steps=self.gen_steps or s.gen.steps),
                        cls=replace(s.cls, size=size, patch=patch, steps=self.cls_steps or s.cls.steps))
 
     def wanted(self, leg):
@@ -332,7 +329,6 @@ class Case:
     runs: list = field(default_factory=list)                             # Tasks, done or not
     rows: list = field(default_factory=list)                             # of these runs, with their answers
     judged: dict = field(default_factory=dict)                           # {count: what judge() found}
-    shown: tuple = ()                                                    # real, synthetic Scenes for the page
     memory: dict = field(default_factory=dict)                           # of sampled() and cell()
 
     def collect(self, stored):
@@ -419,15 +415,6 @@ class Cell:
         seed = f"seed {self.seed + 1} of {self.case.s.seeds}"
         return f"{self.case.name}, {amount(self.case, self.count)}, {seed}"
 
-    def replaced(self, arm):
-        """List the classes in which images of the arm's source take the place of real ones.
-
-        Of rare classes alone they must come from where the others do. Fresh ones do not: a classifier would
-        learn that what lies elsewhere is damaged.
-        """
-        is_rare = self.case.leg.rare and arm.source == "generator"
-        return rare(self.real) if is_rare else list(range(len(self.real.classes)))
-
     def possible(self, arm):
         """Can it be run here? Without as many fresh images as real ones there is no ceiling.
 
@@ -476,14 +463,17 @@ def main(cfg):
     CASES.clear()
     enter(cfg)
     cases, stored = list(CASES.values()), read_runs(out)
-    planned = {case.name: runs(case, case.arms, case.s.counts) for case in cases}
+    for case in cases:
+        case.runs = runs(case, case.arms, case.s.counts)
     with data.pool(jobs, enter, cfg) as pool:
         for case in cases:
-            plan(case, planned[case.name], stored, jobs)
+            plan(case, stored, jobs)
         if cfg.dry_run:
             return cases
-        run_all(cases, planned, stored, pool, jobs)
-        run_all(cases, {case.name: second_opinion(case) for case in cases}, stored, pool, jobs)
+        run_all(cases, stored, pool, jobs)
+        for case in cases:
+            case.runs += second_opinion(case)
+        run_all(cases, stored, pool, jobs)
     for case in cases:
         budgets = {(row["steps"], row["images"]) for row in case.rows if row["steps"]}
         assert len(budgets) <= 1, f"arms of unequal budget: {budgets}"
@@ -541,14 +531,15 @@ def second_opinion(case):
     return runs(case, arms, weak)
 
 
-def whole(cases, planned, stored):
-    """List what the planned runs, {case name: [Task]}, that are not stored take, in a good order. -> [Task]
+def whole(cases, stored):
+    """List all that the runs which are not stored take. -> [Task]
 
     Of each seed first the generators, then what needs none, at last what does.
     """
-    todo = {run.name: run for case in cases for run in planned[case.name] if run.name not in stored}
-    looks = {run.cell: replace(run, kind="judge", name="") for case in cases for run in planned[case.name]
-             if run.arms == (case.leg.arms[case.leg.mix],) and run.cell[2] == 0}
+    todo = {run.name: run for case in cases for run in case.runs if run.name not in stored}
+    looks = {run.cell: replace(run, kind="judge", name="") for case in cases for run in case.runs
+             if run.arms[0] == case.leg.arms[case.leg.mix] and run.cell[2] == 0
+             and run.cell[1] not in case.judged}
     todo, looks = list(todo.values()), list(looks.values())      # arms of several names may be the same run
     waiting = {}
     for task in todo + looks:
@@ -558,13 +549,12 @@ def whole(cases, planned, stored):
     return sorted(makes + looks + todo, key=lambda task: (task.cell[2], task.kind != "make", task.after > ""))
 
 
-def run_all(cases, planned, stored, pool, jobs):
-    """Do what is missing of the planned runs, `jobs` tasks at a time, each when what it needs is there."""
-    waiting, running, done = whole(cases, planned, stored), {}, {""}
+def run_all(cases, stored, pool, jobs):
+    """Do the runs that are not stored, `jobs` tasks at a time, each when what it needs is there."""
+    waiting, running, done = whole(cases, stored), {}, {""}
     left, progress = Counter(task.cell for task in waiting), data.progress(None, "comparison", len(waiting))
     cases = {case.name: case for case in cases}
-    for name, case in cases.items():
-        case.runs += planned[name]
+    for case in cases.values():
         case.collect(stored)
     while waiting or running:
         for task in [task for task in waiting if task.after in done][:jobs - len(running)]:
@@ -574,7 +564,7 @@ def run_all(cases, planned, stored, pool, jobs):
             task, found = running.pop(future), future.result()
             name, count, seed = task.cell
             if task.kind == "judge":
-                look(cases[name].cell(count, seed), task.arms[0], found)
+                cases[name].judged[count] = found
             elif task.kind == "run":
                 stored[task.name] = found
                 cases[name].collect(stored)
@@ -602,14 +592,6 @@ def work(task):
         synthetic = synthesize(cell, arm)
     if task.kind == "judge":
         return judge(cell, synthetic)
-
-
-def look(cell, arm, found):
-    """Keep what judge() found for the page, and the images of the largest count."""
-    case = cell.case
-    case.judged[cell.count] = found
-    if cell.count == case.s.counts[-1] or not case.shown:
-        case.shown = cell.real, synthesize(cell, arm)                       # they are on the disk by now
 
 
 def read_runs(out):
@@ -669,12 +651,18 @@ def digest(*what):
 
 
 def recipe(cell, arm):
-    """Say how the synthetic images of an arm are made: settings of the generator, then of the images."""
+    """Say how the images of an arm's source are made: settings of the generator, then of the images.
+
+    classes: those in which they take the place of real ones. Only a generator's may be the rare ones alone:
+    of fresh images, which come from elsewhere, a classifier would learn that what lies there is damaged.
+    """
     s, like = cell.case.s, arm.start
     gen = replace(s.gen, seed=cell.subset + 1000 * arm.generator)
+    only_rare = cell.case.leg.rare and arm.source == "generator"
+    classes = rare(cell.real) if only_rare else list(range(len(cell.real.classes)))
     if arm.source == "simulated":
         gen, like = replace(gen, given="pre,mask"), (cell.case.cfg.hold_out, cell.case.scenes.digest)
-    return dict(gen=gen, classes=cell.replaced(arm), w=s.w if arm.w is None else arm.w,
+    return dict(gen=gen, classes=classes, w=s.w if arm.w is None else arm.w,
                 calls=arm.calls or s.calls, made=arm.made or s.made, like=like)
 
 
@@ -726,21 +714,17 @@ def replacements(cell, arm):
         pool = replace(pool, labels=pool.labels[order])
     if not (arm.keep or arm.soft):
         return pool, None
-    logits = train_cls.outputs(teacher(cell, arm), pool.images)
+    if arm.tune:                                              # CLIP by names alone is the teacher
+        model = tuned(cell.case)
+    else:                                                     # or one that was trained on the real images
+        cfg = replace(cell.case.s.cls, seed=cell.seed, augment=OVERHEAD, balance=arm.balance)
+        path = cell.case.out / "teachers" / f"{digest(cfg, cell.real.digest)}.pt"
+        model, _ = train_cls.fit(cell.real, None, cfg, path, title=f"teacher, {cell.title}")
+    logits = train_cls.outputs(model, pool.images)
     of_class = F.one_hot(pool.labels, logits.shape[1])
     kept = (logits.softmax(1) * of_class).sum(1) > arm.keep / logits.shape[1]
     soft = (of_class + (logits / 2).softmax(1)) / 2                     # He et al. 2023: T = 2, half and half
     return pool[kept], soft[kept] if arm.soft else None
-
-
-def teacher(cell, arm):
-    """Return who judges the synthetic images of an arm: CLIP by names alone, or trained on real images."""
-    case = cell.case
-    if arm.tune:
-        return tuned(case)
-    cfg = replace(case.s.cls, seed=cell.seed, augment=OVERHEAD, balance=arm.balance)
-    path = case.out / "teachers" / f"{digest(cfg, cell.real.digest)}.pt"
-    return train_cls.fit(cell.real, None, cfg, path, title=f"teacher, {cell.title}")[0]
 
 
 def tuned(case):
@@ -749,24 +733,11 @@ def tuned(case):
     return model.to(data.pick_device()).eval()
 
 
-def on_features(cell, arm, cfg, soft, title, *several):
-    """Score a frozen tower, and train its head, on the features of several Scenes: real, pool, test, val.
-
-    They are kept on the disk, so that the tower looks at each image once. -> head, its budget, the features
-    """
-    model, found = tuned(cell.case), []
-    for scenes in several:
-        if not scenes:
-            found.append(None)
-            continue
-        stamp = digest(weights(cell.case.cfg.init), scenes.digest)
-        features = data.kept(cell.case.out / "features" / f"{stamp}.pt", stamp,
-                             lambda scenes=scenes: train_cls.embed(model, scenes).images)
-        found.append(replace(scenes, images=features))
-    if arm.tune == "none":
-        return model.head, dict(steps=0, images=0, synthetic=0), found
-    real, pool, *_ = found
-    return *train_cls.tune(model.head, real, pool, cfg, soft, title), found
+def featured(case, model, scenes):
+    """Put the features of a frozen model in the place of images. The disk keeps them: it sees each once."""
+    stamp = digest(weights(case.cfg.init), scenes.digest)
+    path = case.out / "features" / f"{stamp}.pt"
+    return replace(scenes, images=data.kept(path, stamp, lambda: train_cls.embed(model, scenes).images))
 
 
 @functools.cache
@@ -795,7 +766,11 @@ def score(cell, arm, title):
     cfg = replace(cls, seed=cell.seed, share=share, augment=arm.augment, balance=arm.balance,
                   pretrain=arm.pretrain, model=arm.model or cls.model, dim=round(cls.dim * arm.wide))
     if arm.tune:
-        model, seen, (real, pool, test, val) = on_features(cell, arm, cfg, soft, title, real, pool, test, val)
+        clip = tuned(case)
+        real, pool, test, val = (some and featured(case, clip, some) for some in (real, pool, test, val))
+        model, seen = clip.head, dict(steps=0, images=0, synthetic=0)
+        if arm.tune == "head":
+            model, seen = train_cls.tune(clip.head, real, pool, cfg, soft, title)
     else:
         model, seen = train_cls.fit(real, pool, cfg, soft=soft, title=title)
     K, first = len(test.classes), SCORES[case.metric]
@@ -834,9 +809,9 @@ def amount(case, *counts):
     return f"{' and '.join(str(n or 'all') for n in counts)} {case.leg.per}"
 
 
-def plan(case, planned, stored, jobs):
+def plan(case, stored, jobs):
     """Say what is to be run, and from a few steps of each kind how long it takes here."""
-    s, made, missing = case.s, {}, {run.name: run for run in planned if run.name not in stored}
+    s, made, missing = case.s, {}, {run.name: run for run in case.runs if run.name not in stored}
     for run in missing.values():
         if run.after:                                        # arms with the same images are told apart by it
             how = recipe(case.cell(*run.cell[1:]), run.arms[0])
@@ -1416,7 +1391,7 @@ def worth(case, count):
     the score of the mix; found in every seed and every resampled test set, so that its interval is like that
     of a gain. It ends where the curve ends. None unless both ran at two counts or more, with three seeds.
     """
-    arm, base = next((arm, base) for arm, base, _ in case.leg.claims if arm == case.leg.mix)
+    arm, base, _ = case.leg.claims[0]
     counts, statistic = [n for n in case.s.counts if n], SCORES[case.metric]
     curve = [sampled(case, base, n, statistic) for n in counts]
     mix = sampled(case, arm, count, statistic)
@@ -1601,9 +1576,10 @@ def blocks(case):
 
 def likeness(case):
     """Yield what the synthetic images are like: pictures, and numbers where enough real ones are left."""
-    if case.shown:
+    if case.judged:
         yield "## What the synthetic images are like"
-        yield side_by_side(*case.shown), (
+        cell = case.cell([count for count in case.s.counts if count in case.judged][-1], 0)
+        yield side_by_side(cell.real, synthesize(cell, case.leg.arms[case.leg.mix])), (
             "A row for each class that has synthetic images. Left: real training images. Right: synthetic "
             "images of the same class, by a generator that saw nothing but such training images.")
     if picture := simulated(case):

@@ -850,19 +850,19 @@ def test_confusions_have_names_on_both_sides(tmp_path):
 
 def test_of_each_seed_generators_come_first_and_seeds_come_in_order(scenes_case):
     wanted = experiment.runs(scenes_case, scenes_case.arms, scenes_case.s.counts)
-    tasks = experiment.whole([scenes_case], {"scenes": wanted}, {})
+    tasks = experiment.whole([replace(scenes_case, runs=wanted)], {})
     assert len(wanted) == 40 and [task.cell[2] for task in tasks] == sorted(task.cell[2] for task in tasks)
     for seed in (0, 1):
         kinds = [(task.kind == "make", bool(task.after)) for task in tasks if task.cell[2] == seed]
         assert kinds == [(True, False)] * 2 + [(False, False)] * 10 + [(False, True)] * (10 + 2 * (seed == 0))
     missing = {run.name: {} for run in wanted[1:]}
-    assert experiment.whole([scenes_case], {"scenes": wanted[:1]}, missing) == wanted[:1]
+    assert experiment.whole([replace(scenes_case, runs=wanted[:1])], missing) == wanted[:1]
 
 
 def test_arms_of_two_names_that_are_the_same_run_are_run_once(smoke):
     case = case_of(smoke[0], study="share,soft")
     wanted = experiment.runs(case, case.arms, (4,))
-    tasks = [task for task in experiment.whole([case], {"scenes": wanted}, {}) if task.kind == "run"]
+    tasks = [task for task in experiment.whole([replace(case, runs=wanted)], {}) if task.kind == "run"]
     assert len(wanted) == 2 * 16 and len(tasks) == 2 * 13       # shares .5, 1 and soft: False are arms
     assert len({task.name for task in tasks}) == len(tasks)
 
@@ -875,7 +875,7 @@ def test_runs_of_different_seeds_are_not_compared(tmp_path):
 
 
 def test_a_task_waits_for_its_generator_and_no_more_run_than_jobs(scenes_case, tmp_path, monkeypatch):
-    case, events, lock = replace(scenes_case, out=tmp_path, runs=[], rows=[], judged={}), [], threading.Lock()
+    case, events, lock = replace(scenes_case, out=tmp_path, rows=[], judged={}), [], threading.Lock()
 
     def work(task):
         with lock:
@@ -885,19 +885,18 @@ def test_a_task_waits_for_its_generator_and_no_more_run_than_jobs(scenes_case, t
             events.append(("end", task))
         return dict(run=task.name, arm=task.title)
 
-    for name, instead in (("work", work), ("scores_of", lambda cell: ""), ("report", lambda *_: None),
-                          ("look", lambda *_: None)):
+    for name, instead in (("work", work), ("scores_of", lambda cell: ""), ("report", lambda *_: None)):
         monkeypatch.setattr(experiment, name, instead)
-    wanted, stored = experiment.runs(case, case.arms, case.s.counts), {}
+    case.runs, stored = experiment.runs(case, case.arms, case.s.counts), {}
     with ThreadPoolExecutor(8) as pool:
-        experiment.run_all([case], {"scenes": wanted}, stored, pool, 3)
+        experiment.run_all([case], stored, pool, 3)
     made = {task.name: k for k, (what, task) in enumerate(events) if what == "end" and task.kind == "make"}
     starts = {task: k for k, (what, task) in enumerate(events) if what == "start"}
     assert len(made) == 4 and all(made[task.after] < k for task, k in starts.items() if task.after)
     running = np.cumsum([1 if what == "start" else -1 for what, _ in events])
     assert running.max() == 3 and running[-1] == 0
-    assert set(stored) == {run.name for run in wanted} == {row["run"] for row in results(tmp_path)}
-    assert len(case.rows) == len(wanted)
+    assert set(stored) == {run.name for run in case.runs} == {row["run"] for row in results(tmp_path)}
+    assert len(case.rows) == len(case.runs)
 
 
 def test_what_a_process_cannot_do_is_one_line(smoke, tmp_path, capsys):
