@@ -253,9 +253,8 @@ class Config(data.Settings):
                                      ("scale", [self.scale], ["", *SCALES["scenes"]]),
                                      ("leg", [self.leg], ["", *LEGS]),
                                      ("label", [self.label], ["damage", "type"])):
-            if unknown := set(asked) - set(allowed):
-                unknown, allowed = (", ".join(filter(None, some)) for some in (sorted(unknown), allowed))
-                raise ValueError(f"unknown {what} {unknown}; known: {allowed}")
+            if unknown := sorted(set(asked) - set(allowed)):
+                raise ValueError(f"unknown {what} {unknown[0]}; known: {', '.join(filter(None, allowed))}")
         if ("clip" in listed(self.study)) != bool(self.init):
             raise ValueError("--study clip and --init WEIGHTS: both or none of them")
         if self.counts and not (self.data or self.leg):
@@ -331,15 +330,19 @@ class Case:
     judged: dict = field(default_factory=dict)                           # {count: what judge() found}
     memory: dict = field(default_factory=dict)                           # of sampled() and cell()
 
+    def __post_init__(self):
+        self.metric = self.leg.scores[0]                                 # the score that claims are about
+        self.val = self.at(self.parts["val"])                            # chosen on: recogniser and threshold
+        self.test = self.at(self.parts["test"])                          # what all arms are scored on
+        self.G = len(self.test.groups.unique())                          # its groups
+        of = np.array([data.event_of(name) for name in self.test.names] if self.leg.rare else [])
+        events = np.unique(of)                                           # {name: (N,) bool} if several
+        self.events = {event: of == event for event in events} if len(events) > 1 else {}
+
     def collect(self, stored):
         """Take the rows of the runs from all that are stored; a run may serve arms of several names."""
         self.rows = [stored[run.name] | dict(arm=run.title, count=run.cell[1], seed=run.cell[2])
                      for run in self.runs if run.name in stored]
-
-    @property
-    def metric(self):
-        """Name the score that claims are about."""
-        return self.leg.scores[0]
 
     def cell(self, count, seed):
         """Return the Cell of a count and a seed. The last one is kept: its images may be large."""
@@ -355,47 +358,13 @@ class Case:
             scenes.images = data.take(scenes.images, torch.tensor([0, 1, 2, 6]), dim=1)
         return scenes
 
-    def before(self, index):
-        """Return the buildings at these indices as they look before the disaster, and the mask: (N, 7, H, W).
-
-        Grey stands in the place of the picture from after it, -1 in that of the damage.
-        """
-        scenes = self.scenes[index]
-        images = scenes.images.clone()
-        images[:, :3] = 128
-        return replace(scenes, images=images, labels=torch.full_like(scenes.labels, -1))
-
     def choose(self, count, subset):
-        """Choose the real training images: their indices, they, and in random order what training leaves.
-
-        Doubles of the former are not among the latter: they would be no fresh images.
-        """
+        """Choose the real training images: their indices, they, and in random order what training leaves."""
         train = self.parts["train"]
         index = data.choose(self.scenes, train, count, subset)
-        others = train[~torch.isin(self.scenes.groups[train], self.scenes.groups[index])]
+        others = train[~torch.isin(self.scenes.groups[train], self.scenes.groups[index])]    # no doubles, too
         others = others[torch.randperm(len(others), generator=data.rng(subset))]
         return index, self.at(index), self.at(others)
-
-    @functools.cached_property
-    def G(self):
-        """Count the groups of test images."""
-        return len(self.test.groups.unique())
-
-    @functools.cached_property
-    def test(self):
-        """Return the images that all arms are scored on."""
-        return self.at(self.parts["test"])
-
-    @functools.cached_property
-    def val(self):
-        """Return the images on which the recogniser and its threshold are chosen."""
-        return self.at(self.parts["val"])
-
-    @functools.cached_property
-    def events(self):
-        """Say which test images are of which disaster, {name: (N,) bool}, if there are several."""
-        of = np.array([data.event_of(name) for name in self.test.names] if self.leg.rare else [])
-        return {event: of == event for event in np.unique(of)} if len(np.unique(of)) > 1 else {}
 
 
 @dataclass
@@ -416,10 +385,7 @@ class Cell:
         return f"{self.case.name}, {amount(self.case, self.count)}, {seed}"
 
     def possible(self, arm):
-        """Can it be run here? Without as many fresh images as real ones there is no ceiling.
-
-        Few of them, drawn again and again, would rather hurt. And only damage can be simulated.
-        """
+        """Can it be run here? Fewer fresh images than real ones, drawn again and again, would rather hurt."""
         have, need = (x.labels.bincount(minlength=len(self.real.classes)) for x in (self.fresh, self.real))
         return {"fresh": bool((have >= need).all()),
                 "simulated": self.real.classes == data.DAMAGE}.get(arm.source, True)
@@ -427,14 +393,17 @@ class Cell:
     def like(self, arm, classes):
         """Choose the real images that the synthetic ones of these classes (N,) start from. -> Scenes or None.
 
-        Damage is simulated on intact buildings, or on those of the event held out: how they look before it.
+        Damage is simulated on intact buildings, or on those of the event held out, as they look before it:
+        grey stands in the place of the picture from after it, -1 in that of the damage.
         """
         if not (arm.start or arm.source == "simulated"):
             return None
         some, index = self.real, torch.zeros_like(classes)
         if arm.source == "simulated":
             intact = self.index[self.real.labels == 0]
-            some = self.case.before(self.case.parts["test"] if self.case.cfg.hold_out else intact)
+            some = self.case.scenes[self.case.parts["test"] if self.case.cfg.hold_out else intact]
+            some.images[:, :3] = 128
+            some.labels[:] = -1
         for c in classes.unique():
             mine = torch.arange(len(some))
             if arm.start:
@@ -532,10 +501,7 @@ def second_opinion(case):
 
 
 def whole(cases, stored):
-    """List all that the runs which are not stored take. -> [Task]
-
-    Of each seed first the generators, then what needs none, at last what does.
-    """
+    """List all that the runs take which are not stored: of a seed generators, what needs none, the rest."""
     todo = {run.name: run for case in cases for run in case.runs if run.name not in stored}
     looks = {run.cell: replace(run, kind="judge", name="") for case in cases for run in case.runs
              if run.arms[0] == case.leg.arms[case.leg.mix] and run.cell[2] == 0
@@ -673,10 +639,7 @@ def rare(scenes):
 
 
 def synthesize(cell, arm):
-    """Make Scenes by a generator trained on the cell's real images alone, or read them if they are there.
-
-    Of rare classes by a generator of these classes: the common one would take most of its steps.
-    """
+    """Make Scenes by a generator trained on the cell's real images alone, or read them if they are there."""
     how, out = recipe(cell, arm), cell.case.out
     store = out / "synthetic" / f"{digest(how, cell.real.digest)}.pt"
     y = torch.tensor(how["classes"]).repeat_interleave(how["made"])
@@ -684,7 +647,7 @@ def synthesize(cell, arm):
     def make():
         like = cell.like(arm, y)
         real = cell.case.scenes[cell.index] if arm.source == "simulated" else cell.real
-        real = real[torch.isin(real.labels, torch.tensor(how["classes"]))]
+        real = real[torch.isin(real.labels, torch.tensor(how["classes"]))]       # others would take its steps
         generator = train_gen.train(real, how["gen"], out / "generators" / f"{generator_id(cell, arm)}.pt",
                                     title=f"generator, {cell.title}")
         images = train_gen.generate(generator, y, how["gen"].seed, how["calls"], how["w"], like, arm.start,
@@ -773,19 +736,17 @@ def score(cell, arm, title):
             model, seen = train_cls.tune(clip.head, real, pool, cfg, soft, title)
     else:
         model, seen = train_cls.fit(real, pool, cfg, soft=soft, title=title)
-    K, first = len(test.classes), SCORES[case.metric]
-    logits = {name: train_cls.outputs(model, scenes.images).log_softmax(1)
-              for name, scenes in (("train", real), ("val", val), ("test", test))}    # train: the real images
+    K, parts = len(test.classes), dict(train=real, val=val, test=test)               # train: the real images
+    logits = {part: train_cls.outputs(model, some.images).log_softmax(1) for part, some in parts.items()}
     if arm.balance:
         shift = train_cls.put_back(logits["val"], val.labels, real.labels.bincount(minlength=K))
-        logits = {name: each + shift for name, each in logits.items()}
+        logits = {part: each + shift for part, each in logits.items()}
+    counts = {part: totals(some.labels, logits[part].argmax(1), K) for part, some in parts.items()}
     predicted = logits["test"].argmax(1)
-    counts = totals(test.labels, predicted, K)
-    row = {name: float(of(counts)) for name, of in SCORES.items()}
+    row = {name: float(of(counts["test"])) for name, of in SCORES.items()}
     row["top5"] = train_cls.topk(logits["test"], test.labels)
-    for name, scenes in (("train", real), ("val", val)):
-        row[name] = float(first(totals(scenes.labels, logits[name].argmax(1), K)))
-    row |= {f"f1 {name}": float(v) for name, v in zip(test.classes, f1(counts), strict=True)}
+    row |= {part: float(SCORES[case.metric](counts[part])) for part in ("train", "val")}
+    row |= {f"f1 {name}": float(v) for name, v in zip(test.classes, f1(counts["test"]), strict=True)}
     for event, mine in case.events.items():
         row[f"macro_f1 {event}"] = float(macro_f1(totals(test.labels[mine], predicted[mine], K)))
     settings = dict(scale=asdict(case.s), arm=asdict(arm), label=case.cfg.label, hold_out=case.cfg.hold_out)
@@ -813,7 +774,7 @@ def plan(case, stored, jobs):
     """Say what is to be run, and from a few steps of each kind how long it takes here."""
     s, made, missing = case.s, {}, {run.name: run for run in case.runs if run.name not in stored}
     for run in missing.values():
-        if run.after:                                        # arms with the same images are told apart by it
+        if run.after:                                        # several arms may take the same images
             how = recipe(case.cell(*run.cell[1:]), run.arms[0])
             made[run.after, repr(how)] = how, how["made"] * len(how["classes"])
     networks = sum(run.arms[0].model != "linear" for run in missing.values())
@@ -859,12 +820,9 @@ def replicates(counts, statistic, B=1000, seed=0):
 
 @functools.cache
 def student(dof):
-    """x from 0 up, and P(T > x) for Student's t, by adding up its density: scipy is not among our packages.
-
-    With x = sinh(u) and u evenly spaced, the grid is dense at 0 and reaches as far as the heaviest tails.
-    """
+    """Tabulate x from 0 up and P(T > x) of Student's t, its density added up: without scipy."""
     u = np.linspace(0, 20, 20_001)
-    x = np.sinh(u)
+    x = np.sinh(u)                                           # dense at 0, and as far as the heaviest tails
     density = np.exp(-(dof + 1) / 2 * np.log1p(x**2 / dof)) * np.cosh(u)   # of u, but for a constant
     tail = np.append((density[1:] + density[:-1])[::-1].cumsum()[::-1], 0)
     return x, tail / tail[0] / 2                                           # P(T > 0) = 1/2 is the constant
@@ -949,8 +907,7 @@ def gain(a, b, G):
     dof = S - 1
     if seed < 1e-9 * rest:           # few seeds that agree do so by chance: rest, which seed contains, stays
         seed, dof = rest, (S - 1) * (G - 1)
-    parts = (float(seed), dof), (float(max(group - rest, 0)), G - 1)
-    return Gain(float(per_seed.mean()), parts)
+    return Gain(float(per_seed.mean()), ((float(seed), dof), (float(max(group - rest, 0)), G - 1)))
 
 
 def holm(ps):
@@ -996,9 +953,8 @@ def judge(cell, synthetic):
     def make():
         cfg = replace(case.s.cls, augment=OVERHEAD, balance=case.leg.rare)
         model, _ = train_cls.fit(teach, None, cfg, title=f"features, {cell.title}")
-        right = train_cls.predict(model, held.images) == held.labels
-        found = dict(tested=len(held), right=right.sum().item())
-        found["commonest"] = held.labels.bincount().max().item()
+        right = (train_cls.predict(model, held.images) == held.labels).sum().item()
+        found = dict(tested=len(held), right=right, commonest=held.labels.bincount().max().item())
         return found | compare(model.features, a, b, some) | copies(real, *alike(synthetic, held), sheet)
 
     if not data.decodes(sheet):
@@ -1109,7 +1065,7 @@ def copies(real, synthetic, held, sheet):
     class share the threshold that its held-out ones set.
     """
     over, null = 0, np.ones(1)                               # null[k]: probability of k such images by chance
-    near, turned, closest = [], [], []
+    found = []
     for c in synthetic.labels.unique():
         known, mine, others = (x.images[x.labels == c] for x in (real, synthetic, held))
         similarity, which, images = nearest(mine, known)
@@ -1117,11 +1073,10 @@ def copies(real, synthetic, held, sheet):
         s, n = len(mine), len(others)
         at_least = [math.comb(s, k) / math.comb(s + n, k) for k in range(s + 1)]
         null = np.convolve(null, -np.diff(at_least, append=0))
-        near.append(similarity)
-        turned.append(images)
-        closest.append(known[which])
-    worst = torch.cat(near).argsort(descending=True)[:16]
-    rows = {"synthetic": torch.cat(turned)[worst], "nearest real": torch.cat(closest)[worst]}
+        found.append((similarity, images, known[which]))
+    similarity, images, closest = map(torch.cat, zip(*found, strict=True))
+    worst = similarity.argsort(descending=True)[:16]
+    rows = {"synthetic": images[worst], "nearest real": closest[worst]}
     data.save_picture(album(rows, 16), sheet)
     tail = null[::-1].cumsum()[::-1]                          # tail[k]: probability of at least k
     return dict(trained_on=torch.isin(real.labels, synthetic.labels).sum().item(), looked_at=len(synthetic),
@@ -1213,14 +1168,15 @@ def runs_of(case, arm, count):
     return sorted(mine, key=lambda r: r["seed"])
 
 
-def values(case, arm, count, column):
-    """List a column of an arm's rows for each seed, per cent; [] if it was not run."""
-    return [100 * r[column] for r in runs_of(case, arm, count)]
+def values(case, arm, count, column=""):
+    """List a column of an arm's rows, or else the leg's first score, per cent; [] if it was not run."""
+    return [100 * r[column or case.metric] for r in runs_of(case, arm, count)]
 
 
-def sampled(case, arm, count, statistic):
-    """Take the replicates of a statistic of an arm, (seeds, 1 + B, ...); None if it was not run."""
+def sampled(case, arm, count, statistic=None):
+    """Take an arm's replicates of a statistic, or else of the first score: (seeds, 1 + B, ...) or None."""
     rows, test = runs_of(case, arm, count), case.test
+    statistic = statistic or SCORES[case.metric]
     key = statistic, *(r["run"] for r in rows)
     if rows and key not in case.memory:
         counts = [tally(test.labels, r["answers"], test.groups, len(test.classes)) for r in rows]
@@ -1228,20 +1184,15 @@ def sampled(case, arm, count, statistic):
     return case.memory.get(key)
 
 
-def difference(case, arm, base, count, statistic=None):
-    """Estimate what arm gains over base in a statistic, the leg's first score if none is given: a Gain.
+def difference(case, arm, base, count):
+    """Estimate what arm gains over base in the leg's first score: a Gain.
 
-    If it is of classes, a list of one for each. None unless both ran the same seeds, at least two, and there
-    are two groups of test images.
+    None unless both ran the same seeds, at least two, and there are two groups of test images.
     """
-    statistic, G = statistic or SCORES[case.metric], case.G
-    a, b = (sampled(case, name, count, statistic) for name in (arm, base))
     seeds, others = ([r["seed"] for r in runs_of(case, name, count)] for name in (arm, base))
-    if arm == base or seeds != others or len(seeds) < 2 or G < 2:
+    if arm == base or seeds != others or len(seeds) < 2 or case.G < 2:
         return None
-    a, b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
-    gains = [gain(a[..., k], b[..., k], G) for k in range(a.shape[2])]
-    return gains if statistic is f1 else gains[0]
+    return gain(sampled(case, arm, count), sampled(case, base, count), case.G)
 
 
 # What a recogniser can be believed about: one that is worse than a linear classifier on colours and edges, or
@@ -1256,7 +1207,7 @@ def standing(case, count, prefix, part="test"):
     names = [prefix + name if prefix == RESNET else name for name, arm in arms.items()
              if arm.source != "fresh" and (arm.model == "linear") == (prefix == LINEAR)
              and name.startswith(CLIP) == (prefix == CLIP)]
-    column = "val" if part == "val" else case.metric
+    column = "val" if part == "val" else ""
     means = {name: float(np.mean(found)) for name in names if (found := values(case, name, count, column))}
     best = max(means, key=means.get, default="")
     return best, means.get(best, 0.0)
@@ -1315,11 +1266,10 @@ def claims(case, prefix=None):
             if g := difference(case, mine + arm, mine + base, count):
                 asks = is_made(case.arms[arm])
                 found.append(Claim(count, mine + arm, mine + base, what, g, asks))
-    for family in (True, False):               # the question; and the controls, which only try the instrument
-        mine = [claim for claim in found if claim.asks == family]
-        for claim, p in zip(mine, holm([claim.gain.p for claim in mine]), strict=True):
-            claim.p = p
-            claim.family = len(mine)
+    for asks in (True, False):                 # the question; and the controls, which only try the instrument
+        family = [claim for claim in found if claim.asks == asks]
+        for claim, p in zip(family, holm([claim.gain.p for claim in family]), strict=True):
+            claim.p, claim.family = p, len(family)
             claim.word = verdict(case, claim)
     return found
 
@@ -1329,7 +1279,7 @@ def verdict(case, claim):
 
     That is where both arms are, or the best of the recogniser's arms but the ceiling is.
     """
-    scores = [values(case, name, claim.count, case.metric) for name in (claim.arm, claim.base)]
+    scores = [values(case, name, claim.count) for name in (claim.arm, claim.base)]
     if len(scores[0]) < 3:
         return "too few seeds"
     prefix = next((prefix for prefix in (RESNET, CLIP) if claim.arm.startswith(prefix)), "")
@@ -1342,12 +1292,11 @@ def footing(case, count):
     """Say what the recognisers can do: a warning, "" if the ViT's verdict counts, and their best scores."""
     who = {"": "the ViT", RESNET: "a small ResNet", CLIP: "CLIP",
            LINEAR: "a linear classifier on colours and edges"}
-    best = {title: (arm.removeprefix(prefix), score) for prefix, title in who.items()
-            for arm, score in [standing(case, count, prefix)] if arm}
-    parts = [f"{title} {score:.1f} % ({arm})" for title, (arm, score) in best.items()]
+    best = [f"{title} {score:.1f} % ({arm.removeprefix(prefix)})" for prefix, title in who.items()
+            for arm, score in [standing(case, count, prefix)] if arm]
     common, (score, *_) = trivial(case)
-    summary = (f"With {amount(case, count)}, {TITLES[case.metric]} at best: "
-               f"{', '.join([*parts, f'always {common} {score:.1f} %'])}.")
+    best.append(f"always {common} {score:.1f} %")
+    summary = f"With {amount(case, count)}, {TITLES[case.metric]} at best: {', '.join(best)}."
     chosen, warning = recogniser(case, count), ""
     if not (able(case, count, chosen, "test") or able(case, count, CLIP, "test")):
         warning = ("No network reaches what a linear classifier or the commonest class does, so nothing "
@@ -1375,13 +1324,12 @@ def answer(case, found):
             sentences.append(sentence[0].upper() + sentence[1:])
     done = len({r["seed"] for r in case.rows})
     so_far = [f"So far, with {done} of {case.s.seeds} seeds:"] * (done < case.s.seeds)
-    footings = {}                                                        # {warning: its summaries}
+    footings = {"": []}                                                  # {warning: it, and its summaries}
     for count in dict.fromkeys(claim.count for claim in found):
         warning, summary = footing(case, count)
-        footings.setdefault(warning, []).append(summary)
-    assurances = footings.pop("", [])
-    warnings = [part for warning, summaries in footings.items() for part in (warning, *summaries)]
-    return " ".join(so_far + warnings + sentences + assurances)
+        footings.setdefault(warning, [warning]).append(summary)
+    assurances = footings.pop("")
+    return " ".join([*so_far, *itertools.chain(*footings.values()), *sentences, *assurances])
 
 
 def worth(case, count):
@@ -1392,10 +1340,10 @@ def worth(case, count):
     of a gain. It ends where the curve ends. None unless both ran at two counts or more, with three seeds.
     """
     arm, base, _ = case.leg.claims[0]
-    counts, statistic = [n for n in case.s.counts if n], SCORES[case.metric]
-    curve = [sampled(case, base, n, statistic) for n in counts]
-    mix = sampled(case, arm, count, statistic)
-    if len(counts) < 2 or any(c is None or len(c) < 3 or c.shape != curve[0].shape for c in [mix, *curve]):
+    counts = [n for n in case.s.counts if n]
+    curve = [sampled(case, base, n) for n in counts]
+    mix = sampled(case, arm, count)
+    if len(counts) < 2 or any(c is None or len(c) < 3 or c.shape != mix.shape for c in [mix, *curve]):
         return None
     curve = np.maximum.accumulate(np.stack(curve, -1), -1)                       # more images never hurt
     logs = np.log(counts[::-1])        # backwards, since interp takes the last of equal scores, not the first
@@ -1407,13 +1355,12 @@ def worth(case, count):
 
 def worths(case):
     """Say what synthetic images are worth in real ones, a sentence for each count that allows it."""
-    lines = []
-    for count in filter(None, case.s.counts):
+    counts, lines = [n for n in case.s.counts if n], []
+    for count in counts:
         if found := worth(case, count):
             low, mean, high = (f"{x:.0f}" for x in found)
-            ends = f"the curve runs from {min(filter(None, case.s.counts))} to {max(case.s.counts)}"
             lines.append(f"{amount(case, count)} with synthetic ones are worth {mean} [{low}, {high}] real "
-                         f"ones ({ends}).")
+                         f"ones (the curve runs from {counts[0]} to {counts[-1]}).")
     return lines
 
 
@@ -1428,10 +1375,9 @@ def conditions(case):
                f"images per class; classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over "
                f"seeds and test {unit}")
     summary += ", which do not cover another draw of the training images" * (n == 1) + "."
-    ceilings = {name for name, arm in case.arms.items() if arm.source == "fresh"}
-    there = {n for n, name in present(case) if name in ceilings}
-    lacking = [n for n in s.counts if ceilings and n not in there]
-    if lacking and len({(row["count"], row["seed"]) for row in case.rows}) == len(s.counts) * s.seeds:
+    ceilings = {run.cell[1] for run in case.runs if run.arms[0].source == "fresh"}
+    asked = any(arm.source == "fresh" for arm in case.arms.values())
+    if lacking := [n for n in s.counts if asked and n not in ceilings]:
         summary += (f" No ceiling with {amount(case, *lacking)}: fewer real images are left over than are "
                     "trained on.")
     if not case.cfg.data:
@@ -1503,7 +1449,7 @@ def claim_rows(case, found):
 
 def detail_rows(case):
     """Tabulate F1 of each class, and macro-F1 of each event, per cent."""
-    tested = [name for c, name in enumerate(case.test.classes) if (case.test.labels == c).any()]
+    tested = [case.test.classes[c] for c in case.test.labels.unique()]
     columns = {f"f1 {name}": f"F1 {name}" for name in tested}
     columns |= {f"macro_f1 {event}": f"macro-F1 in {event}" for event in case.events}
     return ["arm", *columns.values()], [
@@ -1514,10 +1460,11 @@ def detail_rows(case):
 def class_rows(case):
     """Tabulate what the first claim's arm gains in each class at the largest count, most first."""
     (arm, base, _), count = case.leg.claims[0], case.s.counts[-1]
-    gains = difference(case, arm, base, count, f1) or []
-    there = [k for k in range(len(gains)) if (case.test.labels == k).any()]
-    rows = []
-    for k in sorted(there, key=lambda k: -gains[k].mean):
+    gains, rows = {}, []
+    if difference(case, arm, base, count):
+        a, b = (sampled(case, who, count, f1) for who in (arm, base))                # (seeds, 1 + B, classes)
+        gains = {k: gain(a[..., k], b[..., k], case.G) for k in case.test.labels.unique().tolist()}
+    for k in sorted(gains, key=lambda k: -gains[k].mean):
         name = case.test.classes[k]
         means = [mean_text(values(case, who, count, f"f1 {name}")) for who in (base, arm)]
         never = set(means) == {"–"}                                      # no gain, and nothing known of one
@@ -1527,13 +1474,13 @@ def class_rows(case):
 
 def protocol_rows(case):
     """Tabulate CLIP without and with synthetic images, as He et al. 2023 do in their table 1."""
-    pairs = [(claim, values(case, claim.base, claim.count, case.metric),
-              values(case, claim.arm, claim.count, case.metric))
-             for claim in claims(case) if claim.arm.startswith(CLIP)]
-    return ["CLIP, accuracy in %", "without", "with", "difference"], [
-        [named(case, f"{claim.base.removeprefix(CLIP)} / {claim.arm.removeprefix(CLIP)}", claim.count),
-         f"{np.mean(without):.1f}", f"{np.mean(those):.1f}", points(claim.gain)]
-        for claim, without, those in pairs]
+    rows = []
+    for claim in claims(case):
+        if claim.arm.startswith(CLIP):
+            means = [f"{np.mean(values(case, who, claim.count)):.1f}" for who in (claim.base, claim.arm)]
+            pair = f"{claim.base.removeprefix(CLIP)} / {claim.arm.removeprefix(CLIP)}"
+            rows.append([named(case, pair, claim.count), *means, points(claim.gain)])
+    return ["CLIP, accuracy in %", "without", "with", "difference"], rows
 
 
 # ---- what is said: one list of blocks, which the terminal and the page both print
@@ -1622,9 +1569,8 @@ def as_text(block):
     header, rows = block
     if not isinstance(rows, list) or not rows:
         return ""
-    rows = [row + [""] * (len(header) - len(row)) for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    widths = [max(map(len, column)) for column in itertools.zip_longest(header, *rows, fillvalue="")]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in [header, *rows])
 
 
 def as_html(block):
@@ -1686,14 +1632,14 @@ def command(cfg):
 
 def forest(case, found):
     """Plot the gains of the claims, and below them where the linear floor is."""
-    rows, compared = {}, [(claim.what, claim.count, claim.arm, claim.base, claim.gain) for claim in found]
+    rows, floors = {}, []
     for count in case.s.counts:
         floor, base = standing(case, count, LINEAR)[0], recogniser(case, count) + case.leg.claims[0][1]
         if floor and (g := difference(case, floor, base, count)):
-            compared.append(("the linear floor", count, floor, base, g))
-    for what, count, arm, base, g in compared:
-        pairs = zip(*(values(case, who, count, case.metric) for who in (arm, base)), strict=True)
-        rows.setdefault(f"{what}, against {base}", {})[count] = g, [a - b for a, b in pairs]
+            floors.append(Claim(count, floor, base, "the linear floor", g, asks=False))
+    for claim in found + floors:
+        a, b = (np.array(values(case, who, claim.count)) for who in (claim.arm, claim.base))
+        rows.setdefault(f"{claim.what}, against {claim.base}", {})[claim.count] = claim.gain, a - b
     return plot(rows, {count: amount(case, count) for count in case.s.counts}, {"": 0}, -100)
 
 
@@ -1701,10 +1647,9 @@ def standings(case, names):
     """Plot the first score of arms, with the bars that a recogniser must reach."""
     rows = {name: {} for name in names}
     for name, count in itertools.product(names, case.s.counts):
-        dots = values(case, name, count, case.metric)
+        dots = values(case, name, count)
         if len(dots) > 1 and case.G > 1:
-            found = sampled(case, name, count, SCORES[case.metric])
-            rows[name][count] = gain(found, 0, case.G), dots
+            rows[name][count] = gain(sampled(case, name, count), 0, case.G), dots
         elif dots:
             rows[name][count] = Gain(float(np.mean(dots)) / 100, ()), dots
     common, (score, *_) = trivial(case)

@@ -346,8 +346,9 @@ def test_a_class_that_no_arm_ever_recognises_has_no_gain(monkeypatch):
     for arm, f1 in scores.items():
         case.rows += [dict(arm=arm, count=4, seed=seed, **{f"f1 c{c:02d}": f1[c] for c in range(4)})
                       for seed in range(2)]
-    gains = [experiment.Gain(b - a, ((0.0, 1),)) for a, b in zip(*scores.values(), strict=True)]
-    monkeypatch.setattr(experiment, "difference", lambda *_: gains)
+    monkeypatch.setattr(experiment, "difference", lambda *_: True)
+    monkeypatch.setattr(experiment, "sampled", lambda case, arm, *_: np.array(scores[arm]))
+    monkeypatch.setattr(experiment, "gain", lambda a, b, G: experiment.Gain(a - b, ((0.0, 1),)))
     _, rows = experiment.class_rows(case)
     assert sorted(rows) == [
         ["c00", "–", "–", "–"], ["c01", "50.0", "60.0", "+10.0 [+10.0, +10.0]"],
@@ -537,11 +538,10 @@ def test_a_ceiling_takes_as_many_fresh_images_as_real_ones():
 
 
 def test_the_conditions_say_that_there_is_no_ceiling(scenes_case):
-    rows = [dict(arm=arm, count=n, seed=seed) for arm in scenes_case.arms for n in (4, 8) for seed in (0, 1)]
-    fewer = [row for row in rows if "fresh" not in row["arm"] or row["count"] == 4]
-    half = [row for row in fewer if row["seed"] == 0]
-    for there, said in ((rows, False), (fewer, True), (half, False)):                # not while it still runs
-        told = experiment.conditions(replace(scenes_case, rows=there))
+    runs = experiment.runs(scenes_case, scenes_case.arms, (4, 8))
+    fewer = [run for run in runs if "fresh" not in run.title or run.cell[1] == 4]
+    for planned, said in ((runs, False), (fewer, True)):                   # whether or not they are done yet
+        told = experiment.conditions(replace(scenes_case, runs=planned, rows=[]))
         assert ("No ceiling with 8 real images per class" in told) is ("No ceiling" in told) is said
 
 
@@ -598,8 +598,8 @@ def compared(out, rates, seeds=4, counts=(4,)):
 
     A share may be a pair, for test and val, or a dict with one for each count.
     """
-    case = case_by_hand(160, 4)
-    case.parts = dict(zip(("train", "val", "test"), torch.arange(160).split([80, 40, 40]), strict=True))
+    parts = dict(zip(("train", "val", "test"), torch.arange(160).split([80, 40, 40]), strict=True))
+    case = replace(case_by_hand(160, 4), parts=parts)
     case.out, case.s.counts, case.s.seeds = out, counts, seeds
     truth = case.test.labels.numpy()
     for k, (arm, rate) in enumerate(rates.items()):
