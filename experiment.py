@@ -45,8 +45,7 @@ from augment import AUGMENTATIONS, OVERHEAD
 from data import Problem, Scenes, flag
 from train_cls import accuracy, f1, harmonic_f1, macro_f1, macro_precision, macro_recall, tally, totals
 
-SCORES = dict(accuracy=accuracy, macro_f1=macro_f1, harmonic_f1=harmonic_f1, macro_precision=macro_precision,
-              macro_recall=macro_recall)
+SCORES = {of.__name__: of for of in (accuracy, macro_f1, harmonic_f1, macro_precision, macro_recall)}
 TITLES = dict(accuracy="accuracy", macro_f1="macro-F1", harmonic_f1="harmonic F1")
 
 
@@ -820,18 +819,13 @@ def replicates(counts, statistic, B=1000, seed=0):
 
 @functools.cache
 def student(dof):
-    """Tabulate x from 0 up and P(T > x) of Student's t, its density added up: without scipy."""
+    """Make the function of p >= .5 that is the p-quantile of Student's t: scipy is not among our packages."""
     u = np.linspace(0, 20, 20_001)
     x = np.sinh(u)                                           # dense at 0, and as far as the heaviest tails
     density = np.exp(-(dof + 1) / 2 * np.log1p(x**2 / dof)) * np.cosh(u)   # of u, but for a constant
     tail = np.append((density[1:] + density[:-1])[::-1].cumsum()[::-1], 0)
-    return x, tail / tail[0] / 2                                           # P(T > 0) = 1/2 is the constant
-
-
-def t_quantile(p, dof):
-    """Return the p-quantile of Student's t, p >= .5."""
-    x, tail = student(dof)
-    return float(np.interp(p - 1, -tail, x))
+    tail = tail / tail[0] / 2                                              # P(T > 0) = 1/2 is the constant
+    return lambda p: float(np.interp(p - 1, -tail, x))
 
 
 @dataclass
@@ -847,7 +841,7 @@ class Gain:
         seeds that estimate is too noisy: for uniform seed effects his interval covered the truth in 90.5 % of
         cases, this one in 94.2 %. The price: where seeds and images matter alike it covers 97 %.
         """
-        return np.sqrt(sum(t_quantile(1 - alpha / 2, dof) ** 2 * variance for variance, dof in self.parts))
+        return np.sqrt(sum(student(dof)(1 - alpha / 2) ** 2 * variance for variance, dof in self.parts))
 
     @property
     def half(self):
@@ -878,8 +872,8 @@ class Gain:
 def gain(a, b, G):
     """Estimate what an arm gains: a, b (S, 1 + B) replicates of it and its base, same seeds; G groups.
 
-    Both the seeds and the groups of test images are samples of what might have been. The variance of the
-    mean over both is told apart as in a two-way analysis of variance,
+    Seeds and groups of test images are both samples of what might have been. The variance of the mean is told
+    apart as in a two-way analysis of variance,
 
         seed:     what varies over the seeds / S, on S - 1 degrees of freedom
         group:    what the mean varies over the resampled test sets, on G - 1
@@ -889,11 +883,10 @@ def gain(a, b, G):
 
         half^2 = t(1 - alpha/2, S - 1)^2 seed + t(1 - alpha/2, G - 1)^2 max(group - rest, 0)
 
-    For a mean over answers, like accuracy, the variances are the classical estimates up to the noise of the
-    bootstrap; for any other statistic, the same to first order. With 3 seeds or more the 95 % interval covers
-    the truth in 94 to 98 % of cases, whichever of the three is the largest and whether seed effects are
-    normal or uniform (92 % if uniform seed effects are all there is). Against b = 0 it is the interval of an
-    arm's own score. Raises ValueError for fewer than two seeds.
+    Of a mean over answers, like accuracy, these are the classical estimates up to the noise of the bootstrap,
+    of another statistic to first order. With 3 seeds or more the 95 % interval covers the truth in 94 to 98 %
+    of cases, whichever is the largest, with normal seed effects or uniform ones (92 % if these are all there
+    is). Against b = 0 it is that of an arm's own score. ValueError for fewer than two seeds.
     """
     d = np.asarray(a) - b
     S = len(d)
@@ -934,9 +927,8 @@ def judge(cell, synthetic):
     """Compare synthetic images with real ones that their generator never saw. -> {name: number}, or {}.
 
     These, what training leaves over and val, are divided by group. A half trains a classifier for its
-    features. The other half tests it and is the reference: a quarter for the synthetic images, and a quarter
-    that stands in for them once more, since another real sample is the floor of every number.
-    {} if fewer than ten images would be compared.
+    features. The other half tests it: a quarter is the reference, and a quarter is compared to it as the
+    synthetic images are, the floor of every number. {} if fewer than ten images would be compared.
     """
     case, real, unseen = cell.case, cell.real, cell.fresh + cell.case.val
     unseen = unseen[torch.isin(unseen.labels, synthetic.labels)]
@@ -1116,32 +1108,26 @@ def nearest(images, known):
     return best, which[turn, place], eight[turn, place]
 
 
-def telling(found):
-    """Say if the features can tell: better than always the commonest class by more than chance, and no
-    number is as good for blurred images. Features that know no class, or no blur, measure neither."""
-    sees = [found[f"blurred {name}"] < found[f"real {name}"] for name in ("precision", "density", "coverage")]
+def fidelity(found):
+    """Set synthetic beside real images: (header, rows), and a sentence on who judges, and how well.
+
+    No rows if the features know no class (by more than chance), or find blurred images as good in a number.
+    """
+    n, names = found["tested"], ("precision", "recall", "density", "coverage")
+    header, rows = ["images", "Fréchet distance", *names], []
+    sees = [found[f"blurred {name}"] < found[f"real {name}"] for name in names if name != "recall"]
     sees.append(found["blurred frechet"] > found["real frechet"])
-    return wilson(found["right"], found["tested"])[0] > found["commonest"] / found["tested"] and all(sees)
-
-
-def judged_rows(found):
-    """Set synthetic beside real images: header and rows of text; no rows if the features cannot tell."""
-    names = "frechet", "precision", "recall", "density", "coverage"
+    sees.append(wilson(found["right"], n)[0] > found["commonest"] / n)
+    by = (f"features of a classifier that gets {100 * found['right'] / n:.0f} % of {n} held-out images right "
+          f"(always the commonest class: {100 * found['commonest'] / n:.0f} %)")
+    if not all(sees):
+        return (header, []), (f"Fidelity is not shown. It would be judged by {by}, which cannot tell "
+                              "classes or blurred images apart.")
     titles = dict(synthetic="synthetic", real="other real (floor)", blurred="the same, blurred")
-    rows = [[title, *(f"{found[f'{who} {name}']:.2f}" for name in names)] for who, title in titles.items()]
-    return ["images", "Fréchet distance", *names[1:]], rows if telling(found) else []
-
-
-def judging(found):
-    """Say in a sentence or two who judges, and how well."""
-    n = found["tested"]
-    good = (f"a classifier that gets {100 * found['right'] / n:.0f} % of {n} held-out images right (always "
-            f"the commonest class: {100 * found['commonest'] / n:.0f} %)")
-    if not telling(found):
-        return (f"Fidelity is not shown. It would be judged by features of {good}, which cannot tell classes "
-                "or blurred images apart.")
-    return (f"Each compared to {found['judged_by']} real images that the generator never saw, by features of "
-            f"{good} and by gradient energies at three scales, which see blur.")
+    for who, title in titles.items():
+        rows.append([title, *(f"{found[f'{who} {name}']:.2f}" for name in ("frechet", *names))])
+    return (header, rows), (f"Each compared to {found['judged_by']} real images that the generator never "
+                            f"saw, by {by} and by gradient energies at three scales, which see blur.")
 
 
 def copying(found):
@@ -1185,10 +1171,7 @@ def sampled(case, arm, count, statistic=None):
 
 
 def difference(case, arm, base, count):
-    """Estimate what arm gains over base in the leg's first score: a Gain.
-
-    None unless both ran the same seeds, at least two, and there are two groups of test images.
-    """
+    """Estimate a Gain of arm over base; None without the same seeds, two of them and of groups of images."""
     seeds, others = ([r["seed"] for r in runs_of(case, name, count)] for name in (arm, base))
     if arm == base or seeds != others or len(seeds) < 2 or case.G < 2:
         return None
@@ -1199,9 +1182,9 @@ def difference(case, arm, base, count):
 # than always the commonest class, has not learned the task, and its arms differ in how fast they begin to.
 
 def standing(case, count, prefix, part="test"):
-    """Find the best arm of a recogniser on a split, and its mean first score, %: ("", 0.0) if none ran.
+    """Find a recogniser's best arm on a split, and its mean first score, %: ("", 0.0) if none ran.
 
-    Of the ViT (prefix ""), the ResNet or the linear classifier; without the ceiling, which has more images.
+    The ViT's prefix is "". Without the ceiling, which has more images.
     """
     arms = case.arms if prefix == CLIP else case.leg.arms
     names = [prefix + name if prefix == RESNET else name for name, arm in arms.items()
@@ -1275,10 +1258,7 @@ def claims(case, prefix=None):
 
 
 def verdict(case, claim):
-    """Choose one of VERDICTS: none with fewer than three seeds, or below the bar.
-
-    That is where both arms are, or the best of the recogniser's arms but the ceiling is.
-    """
+    """Choose one of VERDICTS. Below the bar are both arms, or all of the recogniser's but the ceiling."""
     scores = [values(case, name, claim.count) for name in (claim.arm, claim.base)]
     if len(scores[0]) < 3:
         return "too few seeds"
@@ -1386,11 +1366,8 @@ def conditions(case):
 
 
 def points(g):
-    """Format a Gain as "+3.1 [+0.4, +5.8]", in percentage points; the bounds end at -100 and +100.
-
-    Scores lie in 0..1: no difference of two of them is larger, whatever few seeds leave open.
-    """
-    low, high = max(g.mean - g.half, -1), min(g.mean + g.half, 1)
+    """Format a Gain as "+3.1 [+0.4, +5.8]", in percentage points."""
+    low, high = max(g.mean - g.half, -1), min(g.mean + g.half, 1)        # no scores in 0..1 differ by more
     return f"{100 * g.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
@@ -1536,8 +1513,7 @@ def likeness(case):
     for count in filter(case.judged.get, case.s.counts):
         found = case.judged[count]
         yield f"### With {amount(case, count)}"
-        yield judged_rows(found)
-        yield judging(found)
+        yield from fidelity(found)
         yield copying(found)
         yield Path(found["sheet"]), ("Are they copies? The synthetic images nearest in structure to a "
                                      "training image of their class, turned as it is, above that image.")
@@ -1576,8 +1552,7 @@ def as_text(block):
 def as_html(block):
     """Write a block for the page."""
     if isinstance(block, str):
-        depth = len(block) - len(block.lstrip("#"))
-        tag = ("p", "h2", "h3", "h4")[depth]
+        tag = ("p", "h2", "h3", "h4")[len(block) - len(block.lstrip("#"))]
         return f"<{tag}>{html.escape(block.lstrip('# '))}</{tag}>"
     first, second = block
     if isinstance(second, list):
@@ -1594,15 +1569,12 @@ def as_html(block):
 
 STYLE = """:root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
-h2 + p { font-size: 1.2rem } figure { margin: 1.5rem 0 } figcaption { opacity: .8 }
-table { display: block; overflow-x: auto; border-collapse: collapse; font-variant-numeric: tabular-nums }
+h2 + p { font-size: 1.2rem } figure { margin: 1.5rem 0 } pre { overflow-x: auto }
+table { display: block; overflow-x: auto; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8886 }
-th { vertical-align: bottom } td { white-space: nowrap }
-td:first-child { white-space: normal; min-width: 9rem }
-:is(th, td):first-child { position: sticky; left: 0; background: Canvas }
+td + td { white-space: nowrap } td:first-child { min-width: 9rem }
 svg { width: 100%; max-width: 36rem; font-size: 11px; fill: currentColor; display: block }
-path { stroke: currentColor; fill: none } img { max-width: 100%; image-rendering: pixelated }
-pre { overflow-x: auto }"""
+path { stroke: currentColor; fill: none } img { max-width: 100%; image-rendering: pixelated }"""
 
 
 def report(cases, cfg, out):
@@ -1626,7 +1598,7 @@ def command(cfg):
     line = ["python", "experiment.py"]
     for f in fields(Config):
         if (value := getattr(cfg, f.name)) != f.default:
-            line += [f"--{f.name.replace('_', '-')}"] + [str(value)] * (value is not True)
+            line += [data.spelled(f)] + [str(value)] * (value is not True)
     return shlex.join(line)
 
 
@@ -1752,11 +1724,10 @@ def confusions(case):
     """Draw what was taken for what, rows adding up to 1: the first claim's base left, its arm right."""
     test, K, both = case.test, len(case.test.classes), []
     for who in reversed(case.leg.claims[0][:2]):
-        rows = runs_of(case, who, case.s.counts[-1])
-        if not rows:
+        predicted = [torch.tensor(r["answers"]) for r in runs_of(case, who, case.s.counts[-1])]
+        if not predicted:
             return None
-        predicted = torch.tensor([r["answers"] for r in rows]).flatten()
-        matrix = train_cls.confusion(test.labels.repeat(len(rows)), predicted, K).double()
+        matrix = sum(train_cls.confusion(test.labels, each, K) for each in predicted).double()
         both.append(matrix / matrix.sum(1, keepdim=True).clamp(min=1))
     shades = 255 - (255 * torch.cat([both[0], torch.zeros(K, 1), both[1]], 1)).round().to(torch.uint8)
     strips = [Image.fromarray(row.numpy()[None]).convert("RGB") for row in shades]

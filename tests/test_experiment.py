@@ -792,7 +792,7 @@ def test_terminal_and_page_say_the_same_and_the_terminal_ends_with_the_answer(tm
 
 def test_a_plot_puts_everything_where_its_value_is_and_its_axis_comes_from_what_is_shown():
     def gain(mean, half):
-        return experiment.Gain(mean / 100, ((np.square(half / 100 / experiment.t_quantile(0.975, 9)), 9),))
+        return experiment.Gain(mean / 100, ((np.square(half / 100 / experiment.student(9)(0.975)), 9),))
 
     rows = {"a": {1: (gain(9, 13), [9.0, 11.0])}, "b": {1: (gain(3, 0), []), 2: (gain(5, 1), [5.0])}}
     svg = experiment.plot(rows, {1: "few", 2: "many"}, {"": 0, "floor <": 12}, -100)
