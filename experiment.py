@@ -87,6 +87,7 @@ class Leg:
 AUGMENTED, BALANCED = Arm(augment=OVERHEAD), Arm(augment=OVERHEAD, balance=True)
 PASTED = replace(BALANCED, augment=f"{OVERHEAD},copypaste")
 ALONE = dict(source="", share=0.0)                       # no image of a source
+SYNTHETIC = "generator", "simulated"                     # the sources whose images are
 LINEAR, RESNET, CLIP = "linear: ", "resnet: ", "clip: "  # how names of arms with these recognisers begin
 CONTROLS = {"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True)}
 LEGS = {
@@ -392,8 +393,7 @@ class Cell:
     def like(self, arm, classes):
         """Choose the real images that the synthetic ones of these classes (N,) start from. -> Scenes or None.
 
-        Damage is simulated on intact buildings, or on those of the event held out, as they look before it:
-        grey stands in the place of the picture from after it, -1 in that of the damage.
+        Damage is simulated on intact buildings, or on those of the event held out, as they look before it.
         """
         if not (arm.start or arm.source == "simulated"):
             return None
@@ -401,8 +401,8 @@ class Cell:
         if arm.source == "simulated":
             intact = self.index[self.real.labels == 0]
             some = self.case.scenes[self.case.parts["test"] if self.case.cfg.hold_out else intact]
-            some.images[:, :3] = 128
-            some.labels[:] = -1
+            some.images[:, :3] = 128                         # the picture from after it
+            some.labels[:] = -1                              # and the damage are not told
         for c in classes.unique():
             mine = torch.arange(len(some))
             if arm.start:
@@ -485,7 +485,7 @@ def runs(case, arms, counts):
         cell = case.cell(count, seed)
         for name, arm in arms.items():
             if cell.possible(arm):
-                after = generator_id(cell, arm) if is_made(arm) else ""
+                after = generator_id(cell, arm) if arm.source in SYNTHETIC else ""
                 found.append(Task((case.name, count, seed), "run", name, (arm,), run_id(cell, arm), after))
     return found
 
@@ -493,8 +493,7 @@ def runs(case, arms, counts):
 def second_opinion(case):
     """List the runs of the claims' arms by a small ResNet, where the ViT is below the linear floor on val."""
     weak = [count for count in case.s.counts if case.rows and not able(case, count, "", "val")]
-    claimed = dict.fromkeys(name for arm, base, _ in case.leg.claims for name in (arm, base)
-                            if not name.startswith(CLIP))
+    claimed = [name for claim in case.leg.claims for name in claim[:2] if not name.startswith(CLIP)]
     arms = {RESNET + name: replace(case.arms[name], model="resnet") for name in claimed if name in case.arms}
     return runs(case, arms, weak)
 
@@ -518,8 +517,7 @@ def run_all(cases, stored, pool, jobs):
     """Do the runs that are not stored, `jobs` tasks at a time, each when what it needs is there."""
     waiting, running, done = whole(cases, stored), {}, {""}
     left, progress = Counter(task.cell for task in waiting), data.progress(None, "comparison", len(waiting))
-    cases = {case.name: case for case in cases}
-    for case in cases.values():
+    for case in cases:
         case.collect(stored)
     while waiting or running:
         for task in [task for task in waiting if task.after in done][:jobs - len(running)]:
@@ -528,18 +526,21 @@ def run_all(cases, stored, pool, jobs):
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             task, found = running.pop(future), future.result()
             name, count, seed = task.cell
+            case = CASES[name]
             if task.kind == "judge":
-                cases[name].judged[count] = found
+                case.judged[count] = found
             elif task.kind == "run":
                 stored[task.name] = found
-                cases[name].collect(stored)
+                case.collect(stored)
             done.add(task.name)
             left[task.cell] -= 1
             progress.update()
             if not left[task.cell]:                                     # half done, it has its table and page
-                print(scores_of(cases[name].cell(count, seed)), flush=True)
-                save_table(cases[name].out, stored)
-                report(cases.values(), cases[name].cfg, cases[name].out)
+                scored = [f"{row['arm']} {100 * row[case.metric]:.1f}" for row in case.rows
+                          if (row["count"], row["seed"]) == (count, seed)]
+                print(f"{case.cell(count, seed).title}: {', '.join(scored)}", flush=True)
+                save_table(case.out, stored)
+                report(cases, case.cfg, case.out)
     progress.close()
 
 
@@ -586,11 +587,6 @@ def check_leaks(cell):
         trained, tested = ({*map(data.event_of, x.names)} for x in (scenes, test)) if event else ({}, {event})
         if event in trained or tested != {event}:
             raise RuntimeError(f"{event} is to be held out, but is trained on, or is not what is tested on")
-
-
-def is_made(arm):
-    """Are its images synthetic?"""
-    return arm.source in ("generator", "simulated")
 
 
 def run_id(cell, arm):
@@ -666,7 +662,7 @@ def replacements(cell, arm):
     if not arm.source:
         return None, None
     how = recipe(cell, arm)
-    if is_made(arm):
+    if arm.source in SYNTHETIC:
         pool = synthesize(cell, arm)
     else:
         pool, most = (cell.real, None) if arm.source == "copies" else (cell.fresh, how["made"])
@@ -712,9 +708,8 @@ def weights(path):
 
 def grey_outside(scenes):
     """Grey the pixels outside the mask of the building in Scenes (C = 4)."""
-    images = torch.where(scenes.images[:, 3:] > 0, scenes.images, 128)
-    images[:, 3] = scenes.images[:, 3]
-    return replace(scenes, images=images)
+    colours, mask = scenes.images.split([3, 1], 1)
+    return replace(scenes, images=torch.cat([torch.where(mask > 0, colours, 128), mask], 1))
 
 
 def score(cell, arm, title):
@@ -900,7 +895,8 @@ def gain(a, b, G):
     dof = S - 1
     if seed < 1e-9 * rest:           # few seeds that agree do so by chance: rest, which seed contains, stays
         seed, dof = rest, (S - 1) * (G - 1)
-    return Gain(float(per_seed.mean()), ((float(seed), dof), (float(max(group - rest, 0)), G - 1)))
+    parts = (float(seed), dof), (float(max(group - rest, 0)), G - 1)
+    return Gain(float(per_seed.mean()), parts)
 
 
 def holm(ps):
@@ -972,8 +968,8 @@ def compare(embed, a, b, synthetic):
     """Compare with real images a: Fréchet distance, precision, recall, density, coverage. -> {name: number}
 
     Compared are synthetic images; other real ones b, the floor; and b blurred by 1 px in 24, a planted fault
-    (Scenes of N images each). Features of a classifier, embed(), know classes, but hardly see blur; gradient
-    energies do. Each kind is scaled to a variance of 1 over a, whatever its number of features.
+    (Scenes of N images each). Features of a classifier, embed(), know classes, and gradient energies blur.
+    Each kind is scaled to a variance of 1 over a, whatever its number of features.
     """
     N, blurred = len(a), blur(b.images, a.images.shape[-1] / 24)
     images = torch.cat([a.images, synthetic.images, b.images, blurred])
@@ -1079,9 +1075,8 @@ def copies(real, synthetic, held, sheet):
 def structure(images):
     """Make rows whose dot product is the correlation of two images: (N, C, H, W) uint8 -> (N, D).
 
-    Each channel of RGB is centred, which removes brightness and tint; the norm removes contrast. What is left
-    of a flat image is noise, which would be near to others or far from them by chance. With FLAT under the
-    root its row is short instead, and it is near to nothing.
+    Centring each channel of RGB removes brightness and tint, the norm contrast. What is left of a flat image
+    is noise, near to others by chance: with FLAT under the root its row is short, and near to nothing.
     """
     x = F.adaptive_avg_pool2d(images[:, :3].float(), CELLS).flatten(2)                   # (N, 3, CELLS^2)
     x = (x - x.mean(2, keepdim=True)).flatten(1)
@@ -1247,7 +1242,7 @@ def claims(case, prefix=None):
         for arm, base, what in case.leg.claims:
             mine = "" if arm.startswith(CLIP) else chosen
             if g := difference(case, mine + arm, mine + base, count):
-                asks = is_made(case.arms[arm])
+                asks = case.arms[arm].source in SYNTHETIC
                 found.append(Claim(count, mine + arm, mine + base, what, g, asks))
     for asks in (True, False):                 # the question; and the controls, which only try the instrument
         family = [claim for claim in found if claim.asks == asks]
@@ -1504,8 +1499,8 @@ def likeness(case):
         yield "## What the synthetic images are like"
         cell = case.cell([count for count in case.s.counts if count in case.judged][-1], 0)
         yield side_by_side(cell.real, synthesize(cell, case.leg.arms[case.leg.mix])), (
-            "A row for each class that has synthetic images. Left: real training images. Right: synthetic "
-            "images of the same class, by a generator that saw nothing but such training images.")
+            "A row for each class that has synthetic images. Left: real training images. Right: images by a "
+            "generator that saw nothing but such.")
     if picture := simulated(case):
         whose = "of the event held out" if case.cfg.hold_out else "that stay intact"
         yield picture, (f"Simulated damage: buildings {whose}, as they look before, and what the generator, "
@@ -1528,13 +1523,6 @@ def tell(cases, out):
         print(as_text(title), *filter(None, map(as_text, rest)), sep="\n\n", end="\n\n\n")
     print(*heads, sep="\n\n")
     print(f"\nThe page: {out / 'report.html'}   Every run: {out / 'results.csv'}")
-
-
-def scores_of(cell):
-    """Say what the arms of a cell that is done scored."""
-    case = cell.case
-    mine = [row for row in case.rows if (row["count"], row["seed"]) == (cell.count, cell.seed)]
-    return f"{cell.title}: " + ", ".join(f"{row['arm']} {100 * row[case.metric]:.1f}" for row in mine)
 
 
 def as_text(block):
@@ -1567,30 +1555,30 @@ def as_html(block):
     return f"<figure>{first}<figcaption>{html.escape(second)}</figcaption></figure>"
 
 
-STYLE = """:root { color-scheme: light dark }
+HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><style>
+:root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
 h2 + p { font-size: 1.2rem } figure { margin: 1.5rem 0 } pre { overflow-x: auto }
-table { display: block; overflow-x: auto; font-variant-numeric: tabular-nums }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8886 }
-td + td { white-space: nowrap } td:first-child { min-width: 9rem }
+td + td { white-space: nowrap }
+:is(th, td):first-child { position: sticky; left: 0; min-width: 9rem; background: Canvas }
 svg { width: 100%; max-width: 36rem; font-size: 11px; fill: currentColor; display: block }
-path { stroke: currentColor; fill: none } img { max-width: 100%; image-rendering: pixelated }"""
+path { stroke: currentColor; fill: none } img { max-width: 100%; image-rendering: pixelated }
+</style><title>Does synthetic data help to recognise what is seen from above?</title>
+<h1>Does synthetic data help to recognise what is seen from above?</h1>"""
 
 
 def report(cases, cfg, out):
     """Write report.html, which needs no other file, from what was run so far."""
-    title = "Does synthetic data help to recognise what is seen from above?"
     shown = [case for case in cases if case.rows]
-    made_by = sorted({f"{row['commit'] or 'unknown'} on {row['device']}"
-                      for case in shown for row in case.rows})
+    by = sorted({f"{row['commit'] or 'unknown'} on {row['device']}" for case in shown for row in case.rows})
     body = [as_html(block) for case in shown for block in blocks(case)]
     body += ["<h2>Again</h2>", f"<pre>{html.escape(command(cfg))}</pre>", as_html(
-        f"Classifiers trained by commit {', '.join(made_by)}; page by commit {commit() or 'unknown'}, torch "
+        f"Classifiers trained by commit {', '.join(by)}; page by commit {commit() or 'unknown'}, torch "
         f"{torch.__version__}. Every run, with all its settings, is a row of results.csv.")]
-    data.write(out / "report.html", '<!doctype html><html lang="en"><meta charset="utf-8">'
-                                    '<meta name="viewport" content="width=device-width">'
-                                    f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
-                                    + "\n".join(body))
+    data.write(out / "report.html", HEAD + "\n".join(body))
 
 
 def command(cfg):

@@ -883,10 +883,11 @@ def test_a_task_waits_for_its_generator_and_no_more_run_than_jobs(scenes_case, t
         time.sleep(0.1 if task.kind == "make" else 0.001)
         with lock:
             events.append(("end", task))
-        return dict(run=task.name, arm=task.title)
+        return dict(run=task.name, arm=task.title, accuracy=0.5)
 
-    for name, instead in (("work", work), ("scores_of", lambda cell: ""), ("report", lambda *_: None)):
-        monkeypatch.setattr(experiment, name, instead)
+    monkeypatch.setattr(experiment, "CASES", {case.name: case})
+    monkeypatch.setattr(experiment, "work", work)
+    monkeypatch.setattr(experiment, "report", lambda *_: None)
     case.runs, stored = experiment.runs(case, case.arms, case.s.counts), {}
     with ThreadPoolExecutor(8) as pool:
         experiment.run_all([case], stored, pool, 3)
