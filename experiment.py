@@ -87,7 +87,7 @@ class Leg:
 AUGMENTED, BALANCED = Arm(augment=OVERHEAD), Arm(augment=OVERHEAD, balance=True)
 PASTED = replace(BALANCED, augment=f"{OVERHEAD},copypaste")
 ALONE = dict(source="", share=0.0)                       # no image of a source
-SYNTHETIC = "generator", "simulated"                     # the sources whose images are
+SYNTHETIC = "generator", "simulated"                     # sources of synthetic images
 LINEAR, RESNET, CLIP = "linear: ", "resnet: ", "clip: "  # how names of arms with these recognisers begin
 CONTROLS = {"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True)}
 LEGS = {
@@ -359,10 +359,10 @@ class Case:
         return scenes
 
     def choose(self, count, subset):
-        """Choose the real training images: their indices, they, and in random order what training leaves."""
+        """Choose the training images: their indices, they, and shuffled, all others but their doubles."""
         train = self.parts["train"]
         index = data.choose(self.scenes, train, count, subset)
-        others = train[~torch.isin(self.scenes.groups[train], self.scenes.groups[index])]    # no doubles, too
+        others = train[~torch.isin(self.scenes.groups[train], self.scenes.groups[index])]
         others = others[torch.randperm(len(others), generator=data.rng(subset))]
         return index, self.at(index), self.at(others)
 
@@ -391,14 +391,11 @@ class Cell:
                 "simulated": self.real.classes == data.DAMAGE}.get(arm.source, True)
 
     def like(self, arm, classes):
-        """Choose the real images that the synthetic ones of these classes (N,) start from. -> Scenes or None.
-
-        Damage is simulated on intact buildings, or on those of the event held out, as they look before it.
-        """
+        """Choose the real images that synthetic ones of these classes (N,) start from. -> Scenes or None."""
         if not (arm.start or arm.source == "simulated"):
             return None
         some, index = self.real, torch.zeros_like(classes)
-        if arm.source == "simulated":
+        if arm.source == "simulated":                        # on intact buildings, or of the event held out
             intact = self.index[self.real.labels == 0]
             some = self.case.scenes[self.case.parts["test"] if self.case.cfg.hold_out else intact]
             some.images[:, :3] = 128                         # the picture from after it
@@ -612,13 +609,10 @@ def digest(*what):
 
 
 def recipe(cell, arm):
-    """Say how the images of an arm's source are made: settings of the generator, then of the images.
-
-    classes: those in which they take the place of real ones. Only a generator's may be the rare ones alone:
-    of fresh images, which come from elsewhere, a classifier would learn that what lies there is damaged.
-    """
+    """Say how what takes the place of real images is made: settings of the generator, and of the images."""
     s, like = cell.case.s, arm.start
     gen = replace(s.gen, seed=cell.subset + 1000 * arm.generator)
+    # Of fresh images of rare classes alone, a classifier would learn that what lies elsewhere is damaged.
     only_rare = cell.case.leg.rare and arm.source == "generator"
     classes = rare(cell.real) if only_rare else list(range(len(cell.real.classes)))
     if arm.source == "simulated":
@@ -856,12 +850,9 @@ class Gain:
         return high
 
     def detectable(self, family=1):
-        """Return the smallest difference that this comparison would find in 4 of 5 cases, at most 1.
-
-        That is (t_(1 - alpha/2) + t_.8) standard errors (Bloom 1995). As one claim of a family: Holm's first
-        step divides the 5 % by their number.
-        """
-        return min(self.reach(0.05 / family) + self.reach(0.4), 1.0)             # P(|T| > t_.8) = .4
+        """Return the smallest difference that would be found in 4 of 5 such cases, at most 1: Bloom 1995."""
+        alpha = 0.05 / family                                            # as in Holm's first step
+        return min(self.reach(alpha) + self.reach(0.4), 1.0)             # t_(1 - alpha/2) and t_.8 errors
 
 
 def gain(a, b, G):
@@ -984,15 +975,12 @@ def compare(embed, a, b, synthetic):
 
 
 def gradient_energy(images, scales=3):
-    """Measure sharpness: log mean squared difference of neighbouring pixels, at 1, 1/2 and 1/4 of the size.
-
-    images (N, C, H, W) uint8 -> (N, scales). One grey level squared is added: a flat image has 0.
-    """
+    """Measure sharpness, (N, scales): log mean squared difference of pixels at 1, 1/2 and 1/4 of the size."""
     x, energies = images[:, :3].float(), []
     for _ in range(scales):
         energies.append(sum(x.diff(dim=d).square().mean((1, 2, 3)) for d in (2, 3)))
         x = F.avg_pool2d(x, 2)
-    return torch.stack(energies, 1).add(1).log()
+    return torch.stack(energies, 1).add(1).log()                                # of a flat image 0
 
 
 def blur(images, sigma):
@@ -1104,12 +1092,10 @@ def nearest(images, known):
 
 
 def fidelity(found):
-    """Set synthetic beside real images: (header, rows), and a sentence on who judges, and how well.
-
-    No rows if the features know no class (by more than chance), or find blurred images as good in a number.
-    """
+    """Set synthetic beside real images, (header, rows), if features can tell; say who judges, how well."""
     n, names = found["tested"], ("precision", "recall", "density", "coverage")
     header, rows = ["images", "Fréchet distance", *names], []
+    # Features to which blurred images are as good, or classes the same, measure neither.
     sees = [found[f"blurred {name}"] < found[f"real {name}"] for name in names if name != "recall"]
     sees.append(found["blurred frechet"] > found["real frechet"])
     sees.append(wilson(found["right"], n)[0] > found["commonest"] / n)
@@ -1177,10 +1163,7 @@ def difference(case, arm, base, count):
 # than always the commonest class, has not learned the task, and its arms differ in how fast they begin to.
 
 def standing(case, count, prefix, part="test"):
-    """Find a recogniser's best arm on a split, and its mean first score, %: ("", 0.0) if none ran.
-
-    The ViT's prefix is "". Without the ceiling, which has more images.
-    """
+    """Find the best arm of a recogniser, but for the ceiling, and its mean score on a split, %; or "", 0."""
     arms = case.arms if prefix == CLIP else case.leg.arms
     names = [prefix + name if prefix == RESNET else name for name, arm in arms.items()
              if arm.source != "fresh" and (arm.model == "linear") == (prefix == LINEAR)
@@ -1247,7 +1230,8 @@ def claims(case, prefix=None):
     for asks in (True, False):                 # the question; and the controls, which only try the instrument
         family = [claim for claim in found if claim.asks == asks]
         for claim, p in zip(family, holm([claim.gain.p for claim in family]), strict=True):
-            claim.p, claim.family = p, len(family)
+            claim.p = p
+            claim.family = len(family)
             claim.word = verdict(case, claim)
     return found
 
@@ -1287,15 +1271,14 @@ def answer(case, found):
         return "No answer yet: it takes two seeds, and both arms of a claim."
     sentences = []
     for word, sentence in VERDICTS.items():
-        wheres = {}
-        for claim in found:
-            if claim.word == word:
-                where = f"{claim.arm} against {claim.base} with {amount(case, claim.count)}"
-                wheres.setdefault(claim.what, []).append(where)
-        listing = "; ".join(what if len(where) == sum(claim.what == what for claim in found) else
-                            f"{what} ({', '.join(where)})" for what, where in wheres.items())
-        if listing:
-            sentence = sentence.format(listing)
+        parts = []
+        for what in dict.fromkeys(claim.what for claim in found if claim.word == word):
+            mine = [claim for claim in found if claim.what == what]
+            where = [f"{claim.arm} against {claim.base} with {amount(case, claim.count)}"
+                     for claim in mine if claim.word == word]
+            parts.append(what if len(where) == len(mine) else f"{what} ({', '.join(where)})")
+        if parts:
+            sentence = sentence.format("; ".join(parts))
             sentences.append(sentence[0].upper() + sentence[1:])
     done = len({r["seed"] for r in case.rows})
     so_far = [f"So far, with {done} of {case.s.seeds} seeds:"] * (done < case.s.seeds)
@@ -1392,10 +1375,10 @@ def present(case):
 
 def main_rows(case):
     """Tabulate the scores of each arm and count, below those of always the commonest class."""
-    leg, rows, there = case.leg, [], {arm for _, arm in present(case)}
+    leg, there = case.leg, {arm for _, arm in present(case)}
     bases = [base for base in leg.bases if base in there]
     name, scores = trivial(case)
-    rows.append([f"always {name}", *(f"{score:.1f}" for score in scores)])
+    rows = [[f"always {name}", *(f"{score:.1f}" for score in scores)]]
     for count, arm in present(case):
         cells = []
         for column in (*leg.scores, "train"):
@@ -1510,8 +1493,8 @@ def likeness(case):
         yield f"### With {amount(case, count)}"
         yield from fidelity(found)
         yield copying(found)
-        yield Path(found["sheet"]), ("Are they copies? The synthetic images nearest in structure to a "
-                                     "training image of their class, turned as it is, above that image.")
+        yield Image.open(found["sheet"]), ("Are they copies? The synthetic images nearest in structure to a "
+                                           "training image of their class, turned as it is, and above it.")
 
 
 def tell(cases, out):
@@ -1547,9 +1530,9 @@ def as_html(block):
         lines = [f"<tr><th>{'<th>'.join(map(html.escape, first))}"] * bool(second)
         lines += [f"<tr><td>{'<td>'.join(map(html.escape, row))}" for row in second]
         return f"<table>{''.join(lines)}</table>"
-    if not isinstance(first, str):                                       # not SVG: PIL, or the path of a PNG
+    if not isinstance(first, str):                                       # not SVG but PIL
         file = io.BytesIO()
-        (Image.open(first) if isinstance(first, Path) else first).save(file, "png")
+        first.save(file, "png")
         png = base64.b64encode(file.getvalue()).decode()
         first = f'<img alt="{html.escape(second)}" src="data:image/png;base64,{png}">'
     return f"<figure>{first}<figcaption>{html.escape(second)}</figcaption></figure>"
