@@ -401,9 +401,7 @@ class Cell:
             some.images[:, :3] = 128                         # the picture from after it
             some.labels[:] = -1                              # and the damage are not told
         for c in classes.unique():
-            mine = torch.arange(len(some))
-            if arm.start:
-                mine = mine[some.labels == c]
+            mine = (some.labels == c).nonzero().flatten() if arm.start else torch.arange(len(some))
             index[classes == c] = mine[torch.arange(int((classes == c).sum())) % len(mine)]
         return some[index]
 
@@ -1483,7 +1481,7 @@ def likeness(case):
         cell = case.cell([count for count in case.s.counts if count in case.judged][-1], 0)
         yield side_by_side(cell.real, synthesize(cell, case.leg.arms[case.leg.mix])), (
             "A row for each class that has synthetic images. Left: real training images. Right: images by a "
-            "generator that saw nothing but such.")
+            "generator that saw nothing but such training images.")
     if picture := simulated(case):
         whose = "of the event held out" if case.cfg.hold_out else "that stay intact"
         yield picture, (f"Simulated damage: buildings {whose}, as they look before, and what the generator, "
@@ -1555,9 +1553,8 @@ path { stroke: currentColor; fill: none } img { max-width: 100%; image-rendering
 
 def report(cases, cfg, out):
     """Write report.html, which needs no other file, from what was run so far."""
-    shown = [case for case in cases if case.rows]
-    by = sorted({f"{row['commit'] or 'unknown'} on {row['device']}" for case in shown for row in case.rows})
-    body = [as_html(block) for case in shown for block in blocks(case)]
+    by = sorted({f"{row['commit'] or 'unknown'} on {row['device']}" for case in cases for row in case.rows})
+    body = [as_html(block) for case in cases if case.rows for block in blocks(case)]
     body += ["<h2>Again</h2>", f"<pre>{html.escape(command(cfg))}</pre>", as_html(
         f"Classifiers trained by commit {', '.join(by)}; page by commit {commit() or 'unknown'}, torch "
         f"{torch.__version__}. Every run, with all its settings, is a row of results.csv.")]
