@@ -45,8 +45,7 @@ from augment import AUGMENTATIONS, OVERHEAD
 from data import Problem, Scenes, flag
 from train_cls import accuracy, f1, harmonic_f1, macro_f1, macro_precision, macro_recall, tally, totals
 
-SCORES = dict(accuracy=accuracy, macro_f1=macro_f1, harmonic_f1=harmonic_f1, macro_precision=macro_precision,
-              macro_recall=macro_recall)
+SCORES = {of.__name__: of for of in (accuracy, macro_f1, harmonic_f1, macro_precision, macro_recall)}
 TITLES = dict(accuracy="accuracy", macro_f1="macro-F1", harmonic_f1="harmonic F1")
 
 
@@ -76,7 +75,7 @@ class Arm:
 class Leg:
     """One half of the comparison: what is recognised, by which arms, and what is claimed of them."""
     arms: dict
-    mix: str                      # the arm that the studies vary
+    mix: str                      # the arm that the studies vary, and the first claim is about
     bases: tuple                  # the table says what each arm gains over these
     claims: tuple                 # the verdict: (arm, base, what is in question)
     controls: dict                # of --study controls, changes of the mix
@@ -86,7 +85,9 @@ class Leg:
 
 
 AUGMENTED, BALANCED = Arm(augment=OVERHEAD), Arm(augment=OVERHEAD, balance=True)
+PASTED = replace(BALANCED, augment=f"{OVERHEAD},copypaste")
 ALONE = dict(source="", share=0.0)                       # no image of a source
+SYNTHETIC = "generator", "simulated"                     # sources of synthetic images
 LINEAR, RESNET, CLIP = "linear: ", "resnet: ", "clip: "  # how names of arms with these recognisers begin
 CONTROLS = {"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True)}
 LEGS = {
@@ -120,9 +121,8 @@ LEGS = {
             "balanced":                        BALANCED,
             "balanced + synthetic":            replace(BALANCED, source="generator", share=0.5),
             "balanced + simulated damage":     replace(BALANCED, source="simulated", share=0.5),
-            "balanced + copy-paste":           replace(BALANCED, augment=f"{OVERHEAD},copypaste"),
-            "balanced + pasted synthetic":     replace(BALANCED, source="generator", share=0.5,
-                                                       augment=f"{OVERHEAD},copypaste"),
+            "balanced + copy-paste":           PASTED,
+            "balanced + pasted synthetic":     replace(PASTED, source="generator", share=0.5),
             "balanced + fresh real":           replace(BALANCED, source="fresh", share=0.5),
             "balanced + copies":               replace(BALANCED, source="copies", share=0.5),
             "linear: balanced":                Arm(balance=True, model="linear"),
@@ -178,18 +178,18 @@ class Scale:
     w: float                                  # guidance scale
     drawn: int                                # scenes per class, or tiles, where no data are given
     curve: tuple                              # the counts of the study of that name
-    arms: tuple                               # which arms are run if none are asked for (empty: all)
     gen: train_gen.Config
     cls: train_cls.Config
+    arms: tuple = ()                          # which arms are run if none are asked for (empty: all)
 
 
 _SMOKE = Scale(
-    counts=(4, 8), seeds=2, subsets=2, made=8, calls=4, w=1.5, drawn=30, curve=(2, 4), arms=(),
+    counts=(4, 8), seeds=2, subsets=2, made=8, calls=4, w=1.5, drawn=30, curve=(2, 4),
     gen=train_gen.Config(size=16, width=16, mults=(1, 2), blocks=1, steps=10, batch=16, warmup=5,
                          augment="none"),
     cls=train_cls.Config(size=16, patch=4, dim=32, depth=1, heads=2, steps=10, batch=32, warmup=5))
 _SMALL = Scale(
-    counts=(4,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(2, 4, 10, 20, 40), arms=(),
+    counts=(4,), seeds=5, subsets=1, made=60, calls=12, w=1.5, drawn=160, curve=(2, 4, 10, 20, 40),
     gen=train_gen.Config(size=24, width=32, mults=(1, 2, 4), blocks=1, patch=2, predict="x0", steps=800,
                          batch=32, lr=2e-3, warmup=50, ema=0.99, augment="none"),
     cls=train_cls.Config(size=24, patch=4, dim=64, depth=1, heads=2, steps=200, batch=64, lr=4e-3, warmup=50))
@@ -201,7 +201,6 @@ _MEDIUM = replace(
 # A generator that saw its images turned and flipped would bring this augmentation to arms that have none.
 _FULL = Scale(
     counts=(10, 70, 400), seeds=5, subsets=5, made=700, calls=12, w=1.5, drawn=700, curve=(5, 20, 40, 150),
-    arms=(),
     gen=train_gen.Config(augment="none"), cls=train_cls.Config())
 SCALES = {
     "scenes": dict(smoke=_SMOKE, small=_SMALL, medium=_MEDIUM, full=_FULL),
@@ -254,9 +253,8 @@ class Config(data.Settings):
                                      ("scale", [self.scale], ["", *SCALES["scenes"]]),
                                      ("leg", [self.leg], ["", *LEGS]),
                                      ("label", [self.label], ["damage", "type"])):
-            if unknown := set(asked) - set(allowed):
-                unknown, allowed = (", ".join(filter(None, some)) for some in (sorted(unknown), allowed))
-                raise ValueError(f"unknown {what} {unknown}; known: {allowed}")
+            if unknown := sorted(set(asked) - set(allowed)):
+                raise ValueError(f"unknown {what} {unknown[0]}; known: {', '.join(filter(None, allowed))}")
         if ("clip" in listed(self.study)) != bool(self.init):
             raise ValueError("--study clip and --init WEIGHTS: both or none of them")
         if self.counts and not (self.data or self.leg):
@@ -287,20 +285,18 @@ class Config(data.Settings):
         """Find the Scale of a leg that these flags stand for."""
         usual = "medium" if self.data and torch.cuda.is_available() else "small"
         s = SCALES[leg]["smoke" if self.smoke else self.scale or usual]
-        asked = {k: getattr(self, k) for k in ("seeds", "subsets", "made") if getattr(self, k)}
-        if self.w is not None:
-            asked["w"] = self.w
         counts = data.integers(self.counts) if self.counts else s.counts
         if "counts" in listed(self.study):
             counts += s.curve
-        asked["counts"] = tuple(sorted(set(counts), key=lambda n: n or math.inf))       # 0, all, is the most
-        seeds = asked.get("seeds", s.seeds)
-        asked.setdefault("subsets", s.subsets if s.subsets == 1 else seeds)
-        asked["subsets"] = min(asked["subsets"], seeds)
+        counts = tuple(sorted(set(counts), key=lambda n: n or math.inf))                # 0, all, is the most
+        seeds = self.seeds or s.seeds
+        subsets = min(self.subsets or (1 if s.subsets == 1 else seeds), seeds)
         size = self.size or s.gen.size
         scaled = int(s.cls.patch * 2.0 ** round(math.log2(size / s.gen.size)))
         patch = math.gcd(size, max(2, scaled))                         # about as many tokens at any size
-        return replace(s, **asked, gen=replace(s.gen, size=size, steps=self.gen_steps or s.gen.steps),
+        return replace(s, counts=counts, seeds=seeds, subsets=subsets, made=self.made or s.made,
+                       w=s.w if self.w is None else self.w,
+                       gen=replace(s.gen, size=size, steps=self.gen_steps or s.gen.steps),
                        cls=replace(s.cls, size=size, patch=patch, steps=self.cls_steps or s.cls.steps))
 
     def wanted(self, leg):
@@ -332,18 +328,21 @@ class Case:
     runs: list = field(default_factory=list)                             # Tasks, done or not
     rows: list = field(default_factory=list)                             # of these runs, with their answers
     judged: dict = field(default_factory=dict)                           # {count: what judge() found}
-    shown: tuple = ()                                                    # real, synthetic Scenes for the page
     memory: dict = field(default_factory=dict)                           # of sampled() and cell()
+
+    def __post_init__(self):
+        self.metric = self.leg.scores[0]                                 # the score that claims are about
+        self.val = self.at(self.parts["val"])                            # chosen on: recogniser and threshold
+        self.test = self.at(self.parts["test"])                          # what all arms are scored on
+        self.G = len(self.test.groups.unique())                          # its groups
+        of = np.array([data.event_of(name) for name in self.test.names] if self.leg.rare else [])
+        events = np.unique(of)                                           # {name: (N,) bool} if several
+        self.events = {event: of == event for event in events} if len(events) > 1 else {}
 
     def collect(self, stored):
         """Take the rows of the runs from all that are stored; a run may serve arms of several names."""
         self.rows = [stored[run.name] | dict(arm=run.title, count=run.cell[1], seed=run.cell[2])
                      for run in self.runs if run.name in stored]
-
-    @property
-    def metric(self):
-        """Name the score that claims are about."""
-        return self.leg.scores[0]
 
     def cell(self, count, seed):
         """Return the Cell of a count and a seed. The last one is kept: its images may be large."""
@@ -359,47 +358,13 @@ class Case:
             scenes.images = data.take(scenes.images, torch.tensor([0, 1, 2, 6]), dim=1)
         return scenes
 
-    def before(self, index):
-        """Return the buildings at these indices as they look before the disaster, and the mask: (N, 7, H, W).
-
-        Grey stands in the place of the picture from after it, -1 in that of the damage.
-        """
-        scenes = self.scenes[index]
-        images = scenes.images.clone()
-        images[:, :3] = 128
-        return replace(scenes, images=images, labels=torch.full_like(scenes.labels, -1))
-
     def choose(self, count, subset):
-        """Choose the real training images: their indices, they, and in random order what training leaves.
-
-        Doubles of the former are not among the latter: they would be no fresh images.
-        """
+        """Choose the training images: their indices, they, and shuffled, all others but their doubles."""
         train = self.parts["train"]
         index = data.choose(self.scenes, train, count, subset)
         others = train[~torch.isin(self.scenes.groups[train], self.scenes.groups[index])]
         others = others[torch.randperm(len(others), generator=data.rng(subset))]
         return index, self.at(index), self.at(others)
-
-    @functools.cached_property
-    def G(self):
-        """Count the groups of test images."""
-        return len(self.test.groups.unique())
-
-    @functools.cached_property
-    def test(self):
-        """Return the images that all arms are scored on."""
-        return self.at(self.parts["test"])
-
-    @functools.cached_property
-    def val(self):
-        """Return the images on which the recogniser and its threshold are chosen."""
-        return self.at(self.parts["val"])
-
-    @functools.cached_property
-    def events(self):
-        """Say which test images are of which disaster, {name: (N,) bool}, if there are several."""
-        of = np.array([data.event_of(name) for name in self.test.names] if self.leg.rare else [])
-        return {event: of == event for event in np.unique(of)} if len(np.unique(of)) > 1 else {}
 
 
 @dataclass
@@ -419,39 +384,24 @@ class Cell:
         seed = f"seed {self.seed + 1} of {self.case.s.seeds}"
         return f"{self.case.name}, {amount(self.case, self.count)}, {seed}"
 
-    def replaced(self, arm):
-        """List the classes in which images of the arm's source take the place of real ones.
-
-        Of rare classes alone they must come from where the others do. Fresh ones do not: a classifier would
-        learn that what lies elsewhere is damaged.
-        """
-        is_rare = self.case.leg.rare and arm.source == "generator"
-        return rare(self.real) if is_rare else list(range(len(self.real.classes)))
-
     def possible(self, arm):
-        """Can it be run here? Without as many fresh images as real ones there is no ceiling.
-
-        Few of them, drawn again and again, would rather hurt. And only damage can be simulated.
-        """
+        """Can it be run here? Fewer fresh images than real ones, drawn again and again, would rather hurt."""
         have, need = (x.labels.bincount(minlength=len(self.real.classes)) for x in (self.fresh, self.real))
         return {"fresh": bool((have >= need).all()),
                 "simulated": self.real.classes == data.DAMAGE}.get(arm.source, True)
 
     def like(self, arm, classes):
-        """Choose the real images that the synthetic ones of these classes (N,) start from. -> Scenes or None.
-
-        Damage is simulated on intact buildings, or on those of the event held out: how they look before it.
-        """
+        """Choose the real images that synthetic ones of these classes (N,) start from. -> Scenes or None."""
         if not (arm.start or arm.source == "simulated"):
             return None
         some, index = self.real, torch.zeros_like(classes)
-        if arm.source == "simulated":
+        if arm.source == "simulated":                        # on intact buildings, or of the event held out
             intact = self.index[self.real.labels == 0]
-            some = self.case.before(self.case.parts["test"] if self.case.cfg.hold_out else intact)
+            some = self.case.scenes[self.case.parts["test"] if self.case.cfg.hold_out else intact]
+            some.images[:, :3] = 128                         # the picture from after it
+            some.labels[:] = -1                              # and the damage are not told
         for c in classes.unique():
-            mine = torch.arange(len(some))
-            if arm.start:
-                mine = mine[some.labels == c]
+            mine = (some.labels == c).nonzero().flatten() if arm.start else torch.arange(len(some))
             index[classes == c] = mine[torch.arange(int((classes == c).sum())) % len(mine)]
         return some[index]
 
@@ -476,14 +426,17 @@ def main(cfg):
     CASES.clear()
     enter(cfg)
     cases, stored = list(CASES.values()), read_runs(out)
-    planned = {case.name: runs(case, case.arms, case.s.counts) for case in cases}
+    for case in cases:
+        case.runs = runs(case, case.arms, case.s.counts)
     with data.pool(jobs, enter, cfg) as pool:
         for case in cases:
-            plan(case, planned[case.name], stored, jobs)
+            plan(case, stored, jobs)
         if cfg.dry_run:
             return cases
-        run_all(cases, planned, stored, pool, jobs)
-        run_all(cases, {case.name: second_opinion(case) for case in cases}, stored, pool, jobs)
+        run_all(cases, stored, pool, jobs)
+        for case in cases:
+            case.runs += second_opinion(case)
+        run_all(cases, stored, pool, jobs)
     for case in cases:
         budgets = {(row["steps"], row["images"]) for row in case.rows if row["steps"]}
         assert len(budgets) <= 1, f"arms of unequal budget: {budgets}"
@@ -527,7 +480,7 @@ def runs(case, arms, counts):
         cell = case.cell(count, seed)
         for name, arm in arms.items():
             if cell.possible(arm):
-                after = generator_id(cell, arm) if is_made(arm) else ""
+                after = generator_id(cell, arm) if arm.source in SYNTHETIC else ""
                 found.append(Task((case.name, count, seed), "run", name, (arm,), run_id(cell, arm), after))
     return found
 
@@ -535,20 +488,17 @@ def runs(case, arms, counts):
 def second_opinion(case):
     """List the runs of the claims' arms by a small ResNet, where the ViT is below the linear floor on val."""
     weak = [count for count in case.s.counts if case.rows and not able(case, count, "", "val")]
-    claimed = dict.fromkeys(name for arm, base, _ in case.leg.claims for name in (arm, base)
-                            if not name.startswith(CLIP))
+    claimed = [name for claim in case.leg.claims for name in claim[:2] if not name.startswith(CLIP)]
     arms = {RESNET + name: replace(case.arms[name], model="resnet") for name in claimed if name in case.arms}
     return runs(case, arms, weak)
 
 
-def whole(cases, planned, stored):
-    """List what the planned runs, {case name: [Task]}, that are not stored take, in a good order. -> [Task]
-
-    Of each seed first the generators, then what needs none, at last what does.
-    """
-    todo = {run.name: run for case in cases for run in planned[case.name] if run.name not in stored}
-    looks = {run.cell: replace(run, kind="judge", name="") for case in cases for run in planned[case.name]
-             if run.arms == (case.leg.arms[case.leg.mix],) and run.cell[2] == 0}
+def whole(cases, stored):
+    """List all that the runs take which are not stored: of a seed generators, what needs none, the rest."""
+    todo = {run.name: run for case in cases for run in case.runs if run.name not in stored}
+    looks = {run.cell: replace(run, kind="judge", name="") for case in cases for run in case.runs
+             if run.arms[0] == case.leg.arms[case.leg.mix] and run.cell[2] == 0
+             and run.cell[1] not in case.judged}
     todo, looks = list(todo.values()), list(looks.values())      # arms of several names may be the same run
     waiting = {}
     for task in todo + looks:
@@ -558,13 +508,11 @@ def whole(cases, planned, stored):
     return sorted(makes + looks + todo, key=lambda task: (task.cell[2], task.kind != "make", task.after > ""))
 
 
-def run_all(cases, planned, stored, pool, jobs):
-    """Do what is missing of the planned runs, `jobs` tasks at a time, each when what it needs is there."""
-    waiting, running, done = whole(cases, planned, stored), {}, {""}
+def run_all(cases, stored, pool, jobs):
+    """Do the runs that are not stored, `jobs` tasks at a time, each when what it needs is there."""
+    waiting, running, done = whole(cases, stored), {}, {""}
     left, progress = Counter(task.cell for task in waiting), data.progress(None, "comparison", len(waiting))
-    cases = {case.name: case for case in cases}
-    for name, case in cases.items():
-        case.runs += planned[name]
+    for case in cases:
         case.collect(stored)
     while waiting or running:
         for task in [task for task in waiting if task.after in done][:jobs - len(running)]:
@@ -573,18 +521,21 @@ def run_all(cases, planned, stored, pool, jobs):
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             task, found = running.pop(future), future.result()
             name, count, seed = task.cell
+            case = CASES[name]
             if task.kind == "judge":
-                look(cases[name].cell(count, seed), task.arms[0], found)
+                case.judged[count] = found
             elif task.kind == "run":
                 stored[task.name] = found
-                cases[name].collect(stored)
+                case.collect(stored)
             done.add(task.name)
             left[task.cell] -= 1
             progress.update()
             if not left[task.cell]:                                     # half done, it has its table and page
-                print(scores_of(cases[name].cell(count, seed)), flush=True)
-                save_table(cases[name].out, stored)
-                report(cases.values(), cases[name].cfg, cases[name].out)
+                scored = [f"{row['arm']} {100 * row[case.metric]:.1f}" for row in case.rows
+                          if (row["count"], row["seed"]) == (count, seed)]
+                print(f"{case.cell(count, seed).title}: {', '.join(scored)}", flush=True)
+                save_table(case.out, stored)
+                report(cases, case.cfg, case.out)
     progress.close()
 
 
@@ -602,14 +553,6 @@ def work(task):
         synthetic = synthesize(cell, arm)
     if task.kind == "judge":
         return judge(cell, synthetic)
-
-
-def look(cell, arm, found):
-    """Keep what judge() found for the page, and the images of the largest count."""
-    case = cell.case
-    case.judged[cell.count] = found
-    if cell.count == case.s.counts[-1] or not case.shown:
-        case.shown = cell.real, synthesize(cell, arm)                       # they are on the disk by now
 
 
 def read_runs(out):
@@ -641,11 +584,6 @@ def check_leaks(cell):
             raise RuntimeError(f"{event} is to be held out, but is trained on, or is not what is tested on")
 
 
-def is_made(arm):
-    """Are its images synthetic?"""
-    return arm.source in ("generator", "simulated")
-
-
 def run_id(cell, arm):
     """Hash everything but the code that determines a run's result: a stored run is not repeated."""
     how = recipe(cell, arm)
@@ -669,12 +607,15 @@ def digest(*what):
 
 
 def recipe(cell, arm):
-    """Say how the synthetic images of an arm are made: settings of the generator, then of the images."""
+    """Say how what takes the place of real images is made: settings of the generator, and of the images."""
     s, like = cell.case.s, arm.start
     gen = replace(s.gen, seed=cell.subset + 1000 * arm.generator)
+    # Of fresh images of rare classes alone, a classifier would learn that what lies elsewhere is damaged.
+    only_rare = cell.case.leg.rare and arm.source == "generator"
+    classes = rare(cell.real) if only_rare else list(range(len(cell.real.classes)))
     if arm.source == "simulated":
         gen, like = replace(gen, given="pre,mask"), (cell.case.cfg.hold_out, cell.case.scenes.digest)
-    return dict(gen=gen, classes=cell.replaced(arm), w=s.w if arm.w is None else arm.w,
+    return dict(gen=gen, classes=classes, w=s.w if arm.w is None else arm.w,
                 calls=arm.calls or s.calls, made=arm.made or s.made, like=like)
 
 
@@ -685,10 +626,7 @@ def rare(scenes):
 
 
 def synthesize(cell, arm):
-    """Make Scenes by a generator trained on the cell's real images alone, or read them if they are there.
-
-    Of rare classes by a generator of these classes: the common one would take most of its steps.
-    """
+    """Make Scenes by a generator trained on the cell's real images alone, or read them if they are there."""
     how, out = recipe(cell, arm), cell.case.out
     store = out / "synthetic" / f"{digest(how, cell.real.digest)}.pt"
     y = torch.tensor(how["classes"]).repeat_interleave(how["made"])
@@ -696,7 +634,7 @@ def synthesize(cell, arm):
     def make():
         like = cell.like(arm, y)
         real = cell.case.scenes[cell.index] if arm.source == "simulated" else cell.real
-        real = real[torch.isin(real.labels, torch.tensor(how["classes"]))]
+        real = real[torch.isin(real.labels, torch.tensor(how["classes"]))]       # others would take its steps
         generator = train_gen.train(real, how["gen"], out / "generators" / f"{generator_id(cell, arm)}.pt",
                                     title=f"generator, {cell.title}")
         images = train_gen.generate(generator, y, how["gen"].seed, how["calls"], how["w"], like, arm.start,
@@ -716,7 +654,7 @@ def replacements(cell, arm):
     if not arm.source:
         return None, None
     how = recipe(cell, arm)
-    if is_made(arm):
+    if arm.source in SYNTHETIC:
         pool = synthesize(cell, arm)
     else:
         pool, most = (cell.real, None) if arm.source == "copies" else (cell.fresh, how["made"])
@@ -726,21 +664,17 @@ def replacements(cell, arm):
         pool = replace(pool, labels=pool.labels[order])
     if not (arm.keep or arm.soft):
         return pool, None
-    logits = train_cls.outputs(teacher(cell, arm), pool.images)
+    if arm.tune:                                              # CLIP by names alone is the teacher
+        model = tuned(cell.case)
+    else:                                                     # or one that was trained on the real images
+        cfg = replace(cell.case.s.cls, seed=cell.seed, augment=OVERHEAD, balance=arm.balance)
+        path = cell.case.out / "teachers" / f"{digest(cfg, cell.real.digest)}.pt"
+        model, _ = train_cls.fit(cell.real, None, cfg, path, title=f"teacher, {cell.title}")
+    logits = train_cls.outputs(model, pool.images)
     of_class = F.one_hot(pool.labels, logits.shape[1])
     kept = (logits.softmax(1) * of_class).sum(1) > arm.keep / logits.shape[1]
     soft = (of_class + (logits / 2).softmax(1)) / 2                     # He et al. 2023: T = 2, half and half
     return pool[kept], soft[kept] if arm.soft else None
-
-
-def teacher(cell, arm):
-    """Return who judges the synthetic images of an arm: CLIP by names alone, or trained on real images."""
-    case = cell.case
-    if arm.tune:
-        return tuned(case)
-    cfg = replace(case.s.cls, seed=cell.seed, augment=OVERHEAD, balance=arm.balance)
-    path = case.out / "teachers" / f"{digest(cfg, cell.real.digest)}.pt"
-    return train_cls.fit(cell.real, None, cfg, path, title=f"teacher, {cell.title}")[0]
 
 
 def tuned(case):
@@ -749,24 +683,11 @@ def tuned(case):
     return model.to(data.pick_device()).eval()
 
 
-def on_features(cell, arm, cfg, soft, title, *several):
-    """Score a frozen tower, and train its head, on the features of several Scenes: real, pool, test, val.
-
-    They are kept on the disk, so that the tower looks at each image once. -> head, its budget, the features
-    """
-    model, found = tuned(cell.case), []
-    for scenes in several:
-        if not scenes:
-            found.append(None)
-            continue
-        stamp = digest(weights(cell.case.cfg.init), scenes.digest)
-        features = data.kept(cell.case.out / "features" / f"{stamp}.pt", stamp,
-                             lambda scenes=scenes: train_cls.embed(model, scenes).images)
-        found.append(replace(scenes, images=features))
-    if arm.tune == "none":
-        return model.head, dict(steps=0, images=0, synthetic=0), found
-    real, pool, *_ = found
-    return *train_cls.tune(model.head, real, pool, cfg, soft, title), found
+def featured(case, model, scenes):
+    """Put the features of a frozen model in the place of images. The disk keeps them: it sees each once."""
+    stamp = digest(weights(case.cfg.init), scenes.digest)
+    path = case.out / "features" / f"{stamp}.pt"
+    return replace(scenes, images=data.kept(path, stamp, lambda: train_cls.embed(model, scenes).images))
 
 
 @functools.cache
@@ -779,9 +700,8 @@ def weights(path):
 
 def grey_outside(scenes):
     """Grey the pixels outside the mask of the building in Scenes (C = 4)."""
-    images = torch.where(scenes.images[:, 3:] > 0, scenes.images, 128)
-    images[:, 3] = scenes.images[:, 3]
-    return replace(scenes, images=images)
+    colours, mask = scenes.images.split([3, 1], 1)
+    return replace(scenes, images=torch.cat([torch.where(mask > 0, colours, 128), mask], 1))
 
 
 def score(cell, arm, title):
@@ -795,22 +715,24 @@ def score(cell, arm, title):
     cfg = replace(cls, seed=cell.seed, share=share, augment=arm.augment, balance=arm.balance,
                   pretrain=arm.pretrain, model=arm.model or cls.model, dim=round(cls.dim * arm.wide))
     if arm.tune:
-        model, seen, (real, pool, test, val) = on_features(cell, arm, cfg, soft, title, real, pool, test, val)
+        clip = tuned(case)
+        real, pool, test, val = (some and featured(case, clip, some) for some in (real, pool, test, val))
+        model, seen = clip.head, dict(steps=0, images=0, synthetic=0)
+        if arm.tune == "head":
+            model, seen = train_cls.tune(clip.head, real, pool, cfg, soft, title)
     else:
         model, seen = train_cls.fit(real, pool, cfg, soft=soft, title=title)
-    K, first = len(test.classes), SCORES[case.metric]
-    logits = {name: train_cls.outputs(model, scenes.images).log_softmax(1)
-              for name, scenes in (("train", real), ("val", val), ("test", test))}    # train: the real images
+    K, parts = len(test.classes), dict(train=real, val=val, test=test)               # train: the real images
+    logits = {part: train_cls.outputs(model, some.images).log_softmax(1) for part, some in parts.items()}
     if arm.balance:
         shift = train_cls.put_back(logits["val"], val.labels, real.labels.bincount(minlength=K))
-        logits = {name: each + shift for name, each in logits.items()}
+        logits = {part: each + shift for part, each in logits.items()}
+    counts = {part: totals(some.labels, logits[part].argmax(1), K) for part, some in parts.items()}
     predicted = logits["test"].argmax(1)
-    counts = totals(test.labels, predicted, K)
-    row = {name: float(of(counts)) for name, of in SCORES.items()}
+    row = {name: float(of(counts["test"])) for name, of in SCORES.items()}
     row["top5"] = train_cls.topk(logits["test"], test.labels)
-    for name, scenes in (("train", real), ("val", val)):
-        row[name] = float(first(totals(scenes.labels, logits[name].argmax(1), K)))
-    row |= {f"f1 {name}": float(v) for name, v in zip(test.classes, f1(counts), strict=True)}
+    row |= {part: float(SCORES[case.metric](counts[part])) for part in ("train", "val")}
+    row |= {f"f1 {name}": float(v) for name, v in zip(test.classes, f1(counts["test"]), strict=True)}
     for event, mine in case.events.items():
         row[f"macro_f1 {event}"] = float(macro_f1(totals(test.labels[mine], predicted[mine], K)))
     settings = dict(scale=asdict(case.s), arm=asdict(arm), label=case.cfg.label, hold_out=case.cfg.hold_out)
@@ -834,11 +756,11 @@ def amount(case, *counts):
     return f"{' and '.join(str(n or 'all') for n in counts)} {case.leg.per}"
 
 
-def plan(case, planned, stored, jobs):
+def plan(case, stored, jobs):
     """Say what is to be run, and from a few steps of each kind how long it takes here."""
-    s, made, missing = case.s, {}, {run.name: run for run in planned if run.name not in stored}
+    s, made, missing = case.s, {}, {run.name: run for run in case.runs if run.name not in stored}
     for run in missing.values():
-        if run.after:                                        # arms with the same images are told apart by it
+        if run.after:                                        # several arms may take the same images
             how = recipe(case.cell(*run.cell[1:]), run.arms[0])
             made[run.after, repr(how)] = how, how["made"] * len(how["classes"])
     networks = sum(run.arms[0].model != "linear" for run in missing.values())
@@ -884,21 +806,13 @@ def replicates(counts, statistic, B=1000, seed=0):
 
 @functools.cache
 def student(dof):
-    """x from 0 up, and P(T > x) for Student's t, by adding up its density: scipy is not among our packages.
-
-    With x = sinh(u) and u evenly spaced, the grid is dense at 0 and reaches as far as the heaviest tails.
-    """
+    """Make the function of p >= .5 that is the p-quantile of Student's t: scipy is not among our packages."""
     u = np.linspace(0, 20, 20_001)
-    x = np.sinh(u)
+    x = np.sinh(u)                                           # dense at 0, and as far as the heaviest tails
     density = np.exp(-(dof + 1) / 2 * np.log1p(x**2 / dof)) * np.cosh(u)   # of u, but for a constant
     tail = np.append((density[1:] + density[:-1])[::-1].cumsum()[::-1], 0)
-    return x, tail / tail[0] / 2                                           # P(T > 0) = 1/2 is the constant
-
-
-def t_quantile(p, dof):
-    """Return the p-quantile of Student's t, p >= .5."""
-    x, tail = student(dof)
-    return float(np.interp(p - 1, -tail, x))
+    tail = tail / tail[0] / 2                                              # P(T > 0) = 1/2 is the constant
+    return lambda p: float(np.interp(p - 1, -tail, x))
 
 
 @dataclass
@@ -914,7 +828,7 @@ class Gain:
         seeds that estimate is too noisy: for uniform seed effects his interval covered the truth in 90.5 % of
         cases, this one in 94.2 %. The price: where seeds and images matter alike it covers 97 %.
         """
-        return np.sqrt(sum(t_quantile(1 - alpha / 2, dof) ** 2 * variance for variance, dof in self.parts))
+        return np.sqrt(sum(student(dof)(1 - alpha / 2) ** 2 * variance for variance, dof in self.parts))
 
     @property
     def half(self):
@@ -934,19 +848,16 @@ class Gain:
         return high
 
     def detectable(self, family=1):
-        """Return the smallest difference that this comparison would find in 4 of 5 cases, at most 1.
-
-        That is (t_(1 - alpha/2) + t_.8) standard errors (Bloom 1995). As one claim of a family: Holm's first
-        step divides the 5 % by their number.
-        """
-        return min(self.reach(0.05 / family) + self.reach(0.4), 1.0)             # P(|T| > t_.8) = .4
+        """Return the smallest difference that would be found in 4 of 5 such cases, at most 1: Bloom 1995."""
+        alpha = 0.05 / family                                            # as in Holm's first step
+        return min(self.reach(alpha) + self.reach(0.4), 1.0)             # t_(1 - alpha/2) and t_.8 errors
 
 
 def gain(a, b, G):
     """Estimate what an arm gains: a, b (S, 1 + B) replicates of it and its base, same seeds; G groups.
 
-    Both the seeds and the groups of test images are samples of what might have been. The variance of the
-    mean over both is told apart as in a two-way analysis of variance,
+    Seeds and groups of test images are both samples of what might have been. The variance of the mean is told
+    apart as in a two-way analysis of variance,
 
         seed:     what varies over the seeds / S, on S - 1 degrees of freedom
         group:    what the mean varies over the resampled test sets, on G - 1
@@ -956,11 +867,10 @@ def gain(a, b, G):
 
         half^2 = t(1 - alpha/2, S - 1)^2 seed + t(1 - alpha/2, G - 1)^2 max(group - rest, 0)
 
-    For a mean over answers, like accuracy, the variances are the classical estimates up to the noise of the
-    bootstrap; for any other statistic, the same to first order. With 3 seeds or more the 95 % interval covers
-    the truth in 94 to 98 % of cases, whichever of the three is the largest and whether seed effects are
-    normal or uniform (92 % if uniform seed effects are all there is). Against b = 0 it is the interval of an
-    arm's own score. Raises ValueError for fewer than two seeds.
+    Of a mean over answers, like accuracy, these are the classical estimates up to the noise of the bootstrap,
+    of another statistic to first order. With 3 seeds or more the 95 % interval covers the truth in 94 to 98 %
+    of cases, whichever is the largest, with normal seed effects or uniform ones (92 % if these are all there
+    is). Against b = 0 it is that of an arm's own score. ValueError for fewer than two seeds.
     """
     d = np.asarray(a) - b
     S = len(d)
@@ -1002,9 +912,8 @@ def judge(cell, synthetic):
     """Compare synthetic images with real ones that their generator never saw. -> {name: number}, or {}.
 
     These, what training leaves over and val, are divided by group. A half trains a classifier for its
-    features. The other half tests it and is the reference: a quarter for the synthetic images, and a quarter
-    that stands in for them once more, since another real sample is the floor of every number.
-    {} if fewer than ten images would be compared.
+    features. The other half tests it: a quarter is the reference, and a quarter is compared to it as the
+    synthetic images are, the floor of every number. {} if fewer than ten images would be compared.
     """
     case, real, unseen = cell.case, cell.real, cell.fresh + cell.case.val
     unseen = unseen[torch.isin(unseen.labels, synthetic.labels)]
@@ -1021,9 +930,8 @@ def judge(cell, synthetic):
     def make():
         cfg = replace(case.s.cls, augment=OVERHEAD, balance=case.leg.rare)
         model, _ = train_cls.fit(teach, None, cfg, title=f"features, {cell.title}")
-        right = train_cls.predict(model, held.images) == held.labels
-        found = dict(tested=len(held), right=right.sum().item())
-        found["commonest"] = held.labels.bincount().max().item()
+        right = (train_cls.predict(model, held.images) == held.labels).sum().item()
+        found = dict(tested=len(held), right=right, commonest=held.labels.bincount().max().item())
         return found | compare(model.features, a, b, some) | copies(real, *alike(synthetic, held), sheet)
 
     if not data.decodes(sheet):
@@ -1049,8 +957,8 @@ def compare(embed, a, b, synthetic):
     """Compare with real images a: Fréchet distance, precision, recall, density, coverage. -> {name: number}
 
     Compared are synthetic images; other real ones b, the floor; and b blurred by 1 px in 24, a planted fault
-    (Scenes of N images each). Features of a classifier, embed(), know classes, but hardly see blur; gradient
-    energies do. Each kind is scaled to a variance of 1 over a, whatever its number of features.
+    (Scenes of N images each). Features of a classifier, embed(), know classes, and gradient energies blur.
+    Each kind is scaled to a variance of 1 over a, whatever its number of features.
     """
     N, blurred = len(a), blur(b.images, a.images.shape[-1] / 24)
     images = torch.cat([a.images, synthetic.images, b.images, blurred])
@@ -1065,15 +973,12 @@ def compare(embed, a, b, synthetic):
 
 
 def gradient_energy(images, scales=3):
-    """Measure sharpness: log mean squared difference of neighbouring pixels, at 1, 1/2 and 1/4 of the size.
-
-    images (N, C, H, W) uint8 -> (N, scales). One grey level squared is added: a flat image has 0.
-    """
+    """Measure sharpness, (N, scales): log mean squared difference of pixels at 1, 1/2 and 1/4 of the size."""
     x, energies = images[:, :3].float(), []
     for _ in range(scales):
         energies.append(sum(x.diff(dim=d).square().mean((1, 2, 3)) for d in (2, 3)))
         x = F.avg_pool2d(x, 2)
-    return torch.stack(energies, 1).add(1).log()
+    return torch.stack(energies, 1).add(1).log()                                # of a flat image 0
 
 
 def blur(images, sigma):
@@ -1134,7 +1039,7 @@ def copies(real, synthetic, held, sheet):
     class share the threshold that its held-out ones set.
     """
     over, null = 0, np.ones(1)                               # null[k]: probability of k such images by chance
-    near, turned, closest = [], [], []
+    found = []
     for c in synthetic.labels.unique():
         known, mine, others = (x.images[x.labels == c] for x in (real, synthetic, held))
         similarity, which, images = nearest(mine, known)
@@ -1142,11 +1047,10 @@ def copies(real, synthetic, held, sheet):
         s, n = len(mine), len(others)
         at_least = [math.comb(s, k) / math.comb(s + n, k) for k in range(s + 1)]
         null = np.convolve(null, -np.diff(at_least, append=0))
-        near.append(similarity)
-        turned.append(images)
-        closest.append(known[which])
-    worst = torch.cat(near).argsort(descending=True)[:16]
-    rows = {"synthetic": torch.cat(turned)[worst], "nearest real": torch.cat(closest)[worst]}
+        found.append((similarity, images, known[which]))
+    similarity, images, closest = map(torch.cat, zip(*found, strict=True))
+    worst = similarity.argsort(descending=True)[:16]
+    rows = {"synthetic": images[worst], "nearest real": closest[worst]}
     data.save_picture(album(rows, 16), sheet)
     tail = null[::-1].cumsum()[::-1]                          # tail[k]: probability of at least k
     return dict(trained_on=torch.isin(real.labels, synthetic.labels).sum().item(), looked_at=len(synthetic),
@@ -1157,9 +1061,8 @@ def copies(real, synthetic, held, sheet):
 def structure(images):
     """Make rows whose dot product is the correlation of two images: (N, C, H, W) uint8 -> (N, D).
 
-    Each channel of RGB is centred, which removes brightness and tint; the norm removes contrast. What is left
-    of a flat image is noise, which would be near to others or far from them by chance. With FLAT under the
-    root its row is short instead, and it is near to nothing.
+    Centring each channel of RGB removes brightness and tint, the norm contrast. What is left of a flat image
+    is noise, near to others by chance: with FLAT under the root its row is short, and near to nothing.
     """
     x = F.adaptive_avg_pool2d(images[:, :3].float(), CELLS).flatten(2)                   # (N, 3, CELLS^2)
     x = (x - x.mean(2, keepdim=True)).flatten(1)
@@ -1186,32 +1089,24 @@ def nearest(images, known):
     return best, which[turn, place], eight[turn, place]
 
 
-def telling(found):
-    """Say if the features can tell: better than always the commonest class by more than chance, and no
-    number is as good for blurred images. Features that know no class, or no blur, measure neither."""
-    sees = [found[f"blurred {name}"] < found[f"real {name}"] for name in ("precision", "density", "coverage")]
+def fidelity(found):
+    """Set synthetic beside real images, (header, rows), if features can tell; say who judges, how well."""
+    n, names = found["tested"], ("precision", "recall", "density", "coverage")
+    header, rows = ["images", "Fréchet distance", *names], []
+    # Features to which blurred images are as good, or classes the same, measure neither.
+    sees = [found[f"blurred {name}"] < found[f"real {name}"] for name in names if name != "recall"]
     sees.append(found["blurred frechet"] > found["real frechet"])
-    return wilson(found["right"], found["tested"])[0] > found["commonest"] / found["tested"] and all(sees)
-
-
-def judged_rows(found):
-    """Set synthetic beside real images: header and rows of text; no rows if the features cannot tell."""
-    names = "frechet", "precision", "recall", "density", "coverage"
+    sees.append(wilson(found["right"], n)[0] > found["commonest"] / n)
+    by = (f"features of a classifier that gets {100 * found['right'] / n:.0f} % of {n} held-out images right "
+          f"(always the commonest class: {100 * found['commonest'] / n:.0f} %)")
+    if not all(sees):
+        return (header, []), (f"Fidelity is not shown. It would be judged by {by}, which cannot tell "
+                              "classes or blurred images apart.")
     titles = dict(synthetic="synthetic", real="other real (floor)", blurred="the same, blurred")
-    rows = [[title, *(f"{found[f'{who} {name}']:.2f}" for name in names)] for who, title in titles.items()]
-    return ["images", "Fréchet distance", *names[1:]], rows if telling(found) else []
-
-
-def judging(found):
-    """Say in a sentence or two who judges, and how well."""
-    n = found["tested"]
-    good = (f"a classifier that gets {100 * found['right'] / n:.0f} % of {n} held-out images right (always "
-            f"the commonest class: {100 * found['commonest'] / n:.0f} %)")
-    if not telling(found):
-        return (f"Fidelity is not shown. It would be judged by features of {good}, which cannot tell classes "
-                "or blurred images apart.")
-    return (f"Each compared to {found['judged_by']} real images that the generator never saw, by features of "
-            f"{good} and by gradient energies at three scales, which see blur.")
+    for who, title in titles.items():
+        rows.append([title, *(f"{found[f'{who} {name}']:.2f}" for name in ("frechet", *names))])
+    return (header, rows), (f"Each compared to {found['judged_by']} real images that the generator never "
+                            f"saw, by {by} and by gradient energies at three scales, which see blur.")
 
 
 def copying(found):
@@ -1238,14 +1133,15 @@ def runs_of(case, arm, count):
     return sorted(mine, key=lambda r: r["seed"])
 
 
-def values(case, arm, count, column):
-    """List a column of an arm's rows for each seed, per cent; [] if it was not run."""
-    return [100 * r[column] for r in runs_of(case, arm, count)]
+def values(case, arm, count, column=""):
+    """List a column of an arm's rows, or else the leg's first score, per cent; [] if it was not run."""
+    return [100 * r[column or case.metric] for r in runs_of(case, arm, count)]
 
 
-def sampled(case, arm, count, statistic):
-    """Take the replicates of a statistic of an arm, (seeds, 1 + B, ...); None if it was not run."""
+def sampled(case, arm, count, statistic=None):
+    """Take an arm's replicates of a statistic, or else of the first score: (seeds, 1 + B, ...) or None."""
     rows, test = runs_of(case, arm, count), case.test
+    statistic = statistic or SCORES[case.metric]
     key = statistic, *(r["run"] for r in rows)
     if rows and key not in case.memory:
         counts = [tally(test.labels, r["answers"], test.groups, len(test.classes)) for r in rows]
@@ -1253,35 +1149,24 @@ def sampled(case, arm, count, statistic):
     return case.memory.get(key)
 
 
-def difference(case, arm, base, count, statistic=None):
-    """Estimate what arm gains over base in a statistic, the leg's first score if none is given: a Gain.
-
-    If it is of classes, a list of one for each. None unless both ran the same seeds, at least two, and there
-    are two groups of test images.
-    """
-    statistic, G = statistic or SCORES[case.metric], case.G
-    a, b = (sampled(case, name, count, statistic) for name in (arm, base))
+def difference(case, arm, base, count):
+    """Estimate a Gain of arm over base; None without the same seeds, two of them and of groups of images."""
     seeds, others = ([r["seed"] for r in runs_of(case, name, count)] for name in (arm, base))
-    if arm == base or seeds != others or len(seeds) < 2 or G < 2:
+    if arm == base or seeds != others or len(seeds) < 2 or case.G < 2:
         return None
-    a, b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
-    gains = [gain(a[..., k], b[..., k], G) for k in range(a.shape[2])]
-    return gains if statistic is f1 else gains[0]
+    return gain(sampled(case, arm, count), sampled(case, base, count), case.G)
 
 
 # What a recogniser can be believed about: one that is worse than a linear classifier on colours and edges, or
 # than always the commonest class, has not learned the task, and its arms differ in how fast they begin to.
 
 def standing(case, count, prefix, part="test"):
-    """Find the best arm of a recogniser on a split, and its mean first score, %: ("", 0.0) if none ran.
-
-    Of the ViT (prefix ""), the ResNet or the linear classifier; without the ceiling, which has more images.
-    """
+    """Find the best arm of a recogniser, but for the ceiling, and its mean score on a split, %; or "", 0."""
     arms = case.arms if prefix == CLIP else case.leg.arms
     names = [prefix + name if prefix == RESNET else name for name, arm in arms.items()
              if arm.source != "fresh" and (arm.model == "linear") == (prefix == LINEAR)
              and name.startswith(CLIP) == (prefix == CLIP)]
-    column = "val" if part == "val" else case.metric
+    column = "val" if part == "val" else ""
     means = {name: float(np.mean(found)) for name in names if (found := values(case, name, count, column))}
     best = max(means, key=means.get, default="")
     return best, means.get(best, 0.0)
@@ -1338,23 +1223,20 @@ def claims(case, prefix=None):
         for arm, base, what in case.leg.claims:
             mine = "" if arm.startswith(CLIP) else chosen
             if g := difference(case, mine + arm, mine + base, count):
-                asks = is_made(case.arms[arm])
+                asks = case.arms[arm].source in SYNTHETIC
                 found.append(Claim(count, mine + arm, mine + base, what, g, asks))
-    for family in (True, False):               # the question; and the controls, which only try the instrument
-        mine = [claim for claim in found if claim.asks == family]
-        for claim, p in zip(mine, holm([claim.gain.p for claim in mine]), strict=True):
+    for asks in (True, False):                 # the question; and the controls, which only try the instrument
+        family = [claim for claim in found if claim.asks == asks]
+        for claim, p in zip(family, holm([claim.gain.p for claim in family]), strict=True):
             claim.p = p
-            claim.family = len(mine)
+            claim.family = len(family)
             claim.word = verdict(case, claim)
     return found
 
 
 def verdict(case, claim):
-    """Choose one of VERDICTS: none with fewer than three seeds, or below the bar.
-
-    That is where both arms are, or the best of the recogniser's arms but the ceiling is.
-    """
-    scores = [values(case, name, claim.count, case.metric) for name in (claim.arm, claim.base)]
+    """Choose one of VERDICTS. Below the bar are both arms, or all of the recogniser's but the ceiling."""
+    scores = [values(case, name, claim.count) for name in (claim.arm, claim.base)]
     if len(scores[0]) < 3:
         return "too few seeds"
     prefix = next((prefix for prefix in (RESNET, CLIP) if claim.arm.startswith(prefix)), "")
@@ -1367,12 +1249,11 @@ def footing(case, count):
     """Say what the recognisers can do: a warning, "" if the ViT's verdict counts, and their best scores."""
     who = {"": "the ViT", RESNET: "a small ResNet", CLIP: "CLIP",
            LINEAR: "a linear classifier on colours and edges"}
-    best = {title: (arm.removeprefix(prefix), score) for prefix, title in who.items()
-            for arm, score in [standing(case, count, prefix)] if arm}
-    parts = [f"{title} {score:.1f} % ({arm})" for title, (arm, score) in best.items()]
+    best = [f"{title} {score:.1f} % ({arm.removeprefix(prefix)})" for prefix, title in who.items()
+            for arm, score in [standing(case, count, prefix)] if arm]
     common, (score, *_) = trivial(case)
-    summary = (f"With {amount(case, count)}, {TITLES[case.metric]} at best: "
-               f"{', '.join([*parts, f'always {common} {score:.1f} %'])}.")
+    best.append(f"always {common} {score:.1f} %")
+    summary = f"With {amount(case, count)}, {TITLES[case.metric]} at best: {', '.join(best)}."
     chosen, warning = recogniser(case, count), ""
     if not (able(case, count, chosen, "test") or able(case, count, CLIP, "test")):
         warning = ("No network reaches what a linear classifier or the commonest class does, so nothing "
@@ -1388,25 +1269,23 @@ def answer(case, found):
         return "No answer yet: it takes two seeds, and both arms of a claim."
     sentences = []
     for word, sentence in VERDICTS.items():
-        wheres = {}
-        for claim in found:
-            if claim.word == word:
-                where = f"{claim.arm} against {claim.base} with {amount(case, claim.count)}"
-                wheres.setdefault(claim.what, []).append(where)
-        listing = "; ".join(what if len(where) == sum(claim.what == what for claim in found) else
-                            f"{what} ({', '.join(where)})" for what, where in wheres.items())
-        if listing:
-            sentence = sentence.format(listing)
+        parts = []
+        for what in dict.fromkeys(claim.what for claim in found if claim.word == word):
+            mine = [claim for claim in found if claim.what == what]
+            where = [f"{claim.arm} against {claim.base} with {amount(case, claim.count)}"
+                     for claim in mine if claim.word == word]
+            parts.append(what if len(where) == len(mine) else f"{what} ({', '.join(where)})")
+        if parts:
+            sentence = sentence.format("; ".join(parts))
             sentences.append(sentence[0].upper() + sentence[1:])
     done = len({r["seed"] for r in case.rows})
     so_far = [f"So far, with {done} of {case.s.seeds} seeds:"] * (done < case.s.seeds)
-    footings = {}                                                        # {warning: its summaries}
+    footings = {"": []}                                                  # {warning: it, and its summaries}
     for count in dict.fromkeys(claim.count for claim in found):
         warning, summary = footing(case, count)
-        footings.setdefault(warning, []).append(summary)
-    assurances = footings.pop("", [])
-    warnings = [part for warning, summaries in footings.items() for part in (warning, *summaries)]
-    return " ".join(so_far + warnings + sentences + assurances)
+        footings.setdefault(warning, [warning]).append(summary)
+    assurances = footings.pop("")
+    return " ".join([*so_far, *itertools.chain(*footings.values()), *sentences, *assurances])
 
 
 def worth(case, count):
@@ -1416,11 +1295,11 @@ def worth(case, count):
     the score of the mix; found in every seed and every resampled test set, so that its interval is like that
     of a gain. It ends where the curve ends. None unless both ran at two counts or more, with three seeds.
     """
-    arm, base = next((arm, base) for arm, base, _ in case.leg.claims if arm == case.leg.mix)
-    counts, statistic = [n for n in case.s.counts if n], SCORES[case.metric]
-    curve = [sampled(case, base, n, statistic) for n in counts]
-    mix = sampled(case, arm, count, statistic)
-    if len(counts) < 2 or any(c is None or len(c) < 3 or c.shape != curve[0].shape for c in [mix, *curve]):
+    arm, base, _ = case.leg.claims[0]
+    counts = [n for n in case.s.counts if n]
+    curve = [sampled(case, base, n) for n in counts]
+    mix = sampled(case, arm, count)
+    if len(counts) < 2 or any(c is None or len(c) < 3 or c.shape != mix.shape for c in [mix, *curve]):
         return None
     curve = np.maximum.accumulate(np.stack(curve, -1), -1)                       # more images never hurt
     logs = np.log(counts[::-1])        # backwards, since interp takes the last of equal scores, not the first
@@ -1432,13 +1311,12 @@ def worth(case, count):
 
 def worths(case):
     """Say what synthetic images are worth in real ones, a sentence for each count that allows it."""
-    lines = []
-    for count in filter(None, case.s.counts):
+    counts, lines = [n for n in case.s.counts if n], []
+    for count in counts:
         if found := worth(case, count):
             low, mean, high = (f"{x:.0f}" for x in found)
-            ends = f"the curve runs from {min(filter(None, case.s.counts))} to {max(case.s.counts)}"
             lines.append(f"{amount(case, count)} with synthetic ones are worth {mean} [{low}, {high}] real "
-                         f"ones ({ends}).")
+                         f"ones (the curve runs from {counts[0]} to {counts[-1]}).")
     return lines
 
 
@@ -1453,10 +1331,9 @@ def conditions(case):
                f"images per class; classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over "
                f"seeds and test {unit}")
     summary += ", which do not cover another draw of the training images" * (n == 1) + "."
-    ceilings = {name for name, arm in case.arms.items() if arm.source == "fresh"}
-    there = {n for n, name in present(case) if name in ceilings}
-    lacking = [n for n in s.counts if ceilings and n not in there]
-    if lacking and len({(row["count"], row["seed"]) for row in case.rows}) == len(s.counts) * s.seeds:
+    ceilings = {run.cell[1] for run in case.runs if run.arms[0].source == "fresh"}
+    asked = any(arm.source == "fresh" for arm in case.arms.values())
+    if lacking := [n for n in s.counts if asked and n not in ceilings]:
         summary += (f" No ceiling with {amount(case, *lacking)}: fewer real images are left over than are "
                     "trained on.")
     if not case.cfg.data:
@@ -1465,11 +1342,8 @@ def conditions(case):
 
 
 def points(g):
-    """Format a Gain as "+3.1 [+0.4, +5.8]", in percentage points; the bounds end at -100 and +100.
-
-    Scores lie in 0..1: no difference of two of them is larger, whatever few seeds leave open.
-    """
-    low, high = max(g.mean - g.half, -1), min(g.mean + g.half, 1)
+    """Format a Gain as "+3.1 [+0.4, +5.8]", in percentage points."""
+    low, high = max(g.mean - g.half, -1), min(g.mean + g.half, 1)        # no scores in 0..1 differ by more
     return f"{100 * g.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
@@ -1499,10 +1373,10 @@ def present(case):
 
 def main_rows(case):
     """Tabulate the scores of each arm and count, below those of always the commonest class."""
-    leg, rows, there = case.leg, [], {arm for _, arm in present(case)}
+    leg, there = case.leg, {arm for _, arm in present(case)}
     bases = [base for base in leg.bases if base in there]
     name, scores = trivial(case)
-    rows.append([f"always {name}", *(f"{score:.1f}" for score in scores)])
+    rows = [[f"always {name}", *(f"{score:.1f}" for score in scores)]]
     for count, arm in present(case):
         cells = []
         for column in (*leg.scores, "train"):
@@ -1528,7 +1402,7 @@ def claim_rows(case, found):
 
 def detail_rows(case):
     """Tabulate F1 of each class, and macro-F1 of each event, per cent."""
-    tested = [name for c, name in enumerate(case.test.classes) if (case.test.labels == c).any()]
+    tested = [case.test.classes[c] for c in case.test.labels.unique()]
     columns = {f"f1 {name}": f"F1 {name}" for name in tested}
     columns |= {f"macro_f1 {event}": f"macro-F1 in {event}" for event in case.events}
     return ["arm", *columns.values()], [
@@ -1539,10 +1413,11 @@ def detail_rows(case):
 def class_rows(case):
     """Tabulate what the first claim's arm gains in each class at the largest count, most first."""
     (arm, base, _), count = case.leg.claims[0], case.s.counts[-1]
-    gains = difference(case, arm, base, count, f1) or []
-    there = [k for k in range(len(gains)) if (case.test.labels == k).any()]
-    rows = []
-    for k in sorted(there, key=lambda k: -gains[k].mean):
+    gains, rows = {}, []
+    if difference(case, arm, base, count):
+        a, b = (sampled(case, who, count, f1) for who in (arm, base))                # (seeds, 1 + B, classes)
+        gains = {k: gain(a[..., k], b[..., k], case.G) for k in case.test.labels.unique().tolist()}
+    for k in sorted(gains, key=lambda k: -gains[k].mean):
         name = case.test.classes[k]
         means = [mean_text(values(case, who, count, f"f1 {name}")) for who in (base, arm)]
         never = set(means) == {"–"}                                      # no gain, and nothing known of one
@@ -1552,13 +1427,13 @@ def class_rows(case):
 
 def protocol_rows(case):
     """Tabulate CLIP without and with synthetic images, as He et al. 2023 do in their table 1."""
-    pairs = [(claim, values(case, claim.base, claim.count, case.metric),
-              values(case, claim.arm, claim.count, case.metric))
-             for claim in claims(case) if claim.arm.startswith(CLIP)]
-    return ["CLIP, accuracy in %", "without", "with", "difference"], [
-        [named(case, f"{claim.base.removeprefix(CLIP)} / {claim.arm.removeprefix(CLIP)}", claim.count),
-         f"{np.mean(without):.1f}", f"{np.mean(those):.1f}", points(claim.gain)]
-        for claim, without, those in pairs]
+    rows = []
+    for claim in claims(case):
+        if claim.arm.startswith(CLIP):
+            means = [f"{np.mean(values(case, who, claim.count)):.1f}" for who in (claim.base, claim.arm)]
+            pair = f"{claim.base.removeprefix(CLIP)} / {claim.arm.removeprefix(CLIP)}"
+            rows.append([named(case, pair, claim.count), *means, points(claim.gain)])
+    return ["CLIP, accuracy in %", "without", "with", "difference"], rows
 
 
 # ---- what is said: one list of blocks, which the terminal and the page both print
@@ -1601,11 +1476,12 @@ def blocks(case):
 
 def likeness(case):
     """Yield what the synthetic images are like: pictures, and numbers where enough real ones are left."""
-    if case.shown:
+    if case.judged:
         yield "## What the synthetic images are like"
-        yield side_by_side(*case.shown), (
-            "A row for each class that has synthetic images. Left: real training images. Right: synthetic "
-            "images of the same class, by a generator that saw nothing but such training images.")
+        cell = case.cell([count for count in case.s.counts if count in case.judged][-1], 0)
+        yield side_by_side(cell.real, synthesize(cell, case.leg.arms[case.leg.mix])), (
+            "A row for each class that has synthetic images. Left: real training images. Right: images by a "
+            "generator that saw nothing but such training images.")
     if picture := simulated(case):
         whose = "of the event held out" if case.cfg.hold_out else "that stay intact"
         yield picture, (f"Simulated damage: buildings {whose}, as they look before, and what the generator, "
@@ -1613,11 +1489,10 @@ def likeness(case):
     for count in filter(case.judged.get, case.s.counts):
         found = case.judged[count]
         yield f"### With {amount(case, count)}"
-        yield judged_rows(found)
-        yield judging(found)
+        yield from fidelity(found)
         yield copying(found)
-        yield Path(found["sheet"]), ("Are they copies? The synthetic images nearest in structure to a "
-                                     "training image of their class, turned as it is, above that image.")
+        yield Image.open(found["sheet"]), ("Are they copies? The synthetic images nearest in structure to a "
+                                           "training image of their class, turned as it is, and above it.")
 
 
 def tell(cases, out):
@@ -1631,13 +1506,6 @@ def tell(cases, out):
     print(f"\nThe page: {out / 'report.html'}   Every run: {out / 'results.csv'}")
 
 
-def scores_of(cell):
-    """Say what the arms of a cell that is done scored."""
-    case = cell.case
-    mine = [row for row in case.rows if (row["count"], row["seed"]) == (cell.count, cell.seed)]
-    return f"{cell.title}: " + ", ".join(f"{row['arm']} {100 * row[case.metric]:.1f}" for row in mine)
-
-
 def as_text(block):
     """Write a block for the terminal, which shows no pictures: "" for one."""
     if isinstance(block, str):
@@ -1646,57 +1514,51 @@ def as_text(block):
     header, rows = block
     if not isinstance(rows, list) or not rows:
         return ""
-    rows = [row + [""] * (len(header) - len(row)) for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    widths = [max(map(len, column)) for column in itertools.zip_longest(header, *rows, fillvalue="")]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in [header, *rows])
 
 
 def as_html(block):
     """Write a block for the page."""
     if isinstance(block, str):
-        depth = len(block) - len(block.lstrip("#"))
-        tag = ("p", "h2", "h3", "h4")[depth]
+        tag = ("p", "h2", "h3", "h4")[len(block) - len(block.lstrip("#"))]
         return f"<{tag}>{html.escape(block.lstrip('# '))}</{tag}>"
     first, second = block
     if isinstance(second, list):
         lines = [f"<tr><th>{'<th>'.join(map(html.escape, first))}"] * bool(second)
         lines += [f"<tr><td>{'<td>'.join(map(html.escape, row))}" for row in second]
         return f"<table>{''.join(lines)}</table>"
-    if not isinstance(first, str):                                       # not SVG: PIL, or the path of a PNG
+    if not isinstance(first, str):                                       # not SVG but PIL
         file = io.BytesIO()
-        (Image.open(first) if isinstance(first, Path) else first).save(file, "png")
+        first.save(file, "png")
         png = base64.b64encode(file.getvalue()).decode()
         first = f'<img alt="{html.escape(second)}" src="data:image/png;base64,{png}">'
     return f"<figure>{first}<figcaption>{html.escape(second)}</figcaption></figure>"
 
 
-STYLE = """:root { color-scheme: light dark }
+HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><style>
+:root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
-h2 + p { font-size: 1.2rem } figure { margin: 1.5rem 0 } figcaption { opacity: .8 }
+h2 + p { font-size: 1.2rem } figure { margin: 1.5rem 0 } pre { overflow-x: auto }
 table { display: block; overflow-x: auto; border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8886 }
-th { vertical-align: bottom } td { white-space: nowrap }
-td:first-child { white-space: normal; min-width: 9rem }
-:is(th, td):first-child { position: sticky; left: 0; background: Canvas }
+td + td { white-space: nowrap }
+:is(th, td):first-child { position: sticky; left: 0; min-width: 9rem; background: Canvas }
 svg { width: 100%; max-width: 36rem; font-size: 11px; fill: currentColor; display: block }
 path { stroke: currentColor; fill: none } img { max-width: 100%; image-rendering: pixelated }
-pre { overflow-x: auto }"""
+</style><title>Does synthetic data help to recognise what is seen from above?</title>
+<h1>Does synthetic data help to recognise what is seen from above?</h1>"""
 
 
 def report(cases, cfg, out):
     """Write report.html, which needs no other file, from what was run so far."""
-    title = "Does synthetic data help to recognise what is seen from above?"
-    shown = [case for case in cases if case.rows]
-    made_by = sorted({f"{row['commit'] or 'unknown'} on {row['device']}"
-                      for case in shown for row in case.rows})
-    body = [as_html(block) for case in shown for block in blocks(case)]
+    by = sorted({f"{row['commit'] or 'unknown'} on {row['device']}" for case in cases for row in case.rows})
+    body = [as_html(block) for case in cases if case.rows for block in blocks(case)]
     body += ["<h2>Again</h2>", f"<pre>{html.escape(command(cfg))}</pre>", as_html(
-        f"Classifiers trained by commit {', '.join(made_by)}; page by commit {commit() or 'unknown'}, torch "
+        f"Classifiers trained by commit {', '.join(by)}; page by commit {commit() or 'unknown'}, torch "
         f"{torch.__version__}. Every run, with all its settings, is a row of results.csv.")]
-    data.write(out / "report.html", '<!doctype html><html lang="en"><meta charset="utf-8">'
-                                    '<meta name="viewport" content="width=device-width">'
-                                    f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
-                                    + "\n".join(body))
+    data.write(out / "report.html", HEAD + "\n".join(body))
 
 
 def command(cfg):
@@ -1704,20 +1566,20 @@ def command(cfg):
     line = ["python", "experiment.py"]
     for f in fields(Config):
         if (value := getattr(cfg, f.name)) != f.default:
-            line += [f"--{f.name.replace('_', '-')}"] + [str(value)] * (value is not True)
+            line += [data.spelled(f)] + [str(value)] * (value is not True)
     return shlex.join(line)
 
 
 def forest(case, found):
     """Plot the gains of the claims, and below them where the linear floor is."""
-    rows, compared = {}, [(claim.what, claim.count, claim.arm, claim.base, claim.gain) for claim in found]
+    rows, floors = {}, []
     for count in case.s.counts:
         floor, base = standing(case, count, LINEAR)[0], recogniser(case, count) + case.leg.claims[0][1]
         if floor and (g := difference(case, floor, base, count)):
-            compared.append(("the linear floor", count, floor, base, g))
-    for what, count, arm, base, g in compared:
-        pairs = zip(*(values(case, who, count, case.metric) for who in (arm, base)), strict=True)
-        rows.setdefault(f"{what}, against {base}", {})[count] = g, [a - b for a, b in pairs]
+            floors.append(Claim(count, floor, base, "the linear floor", g, asks=False))
+    for claim in found + floors:
+        a, b = (np.array(values(case, who, claim.count)) for who in (claim.arm, claim.base))
+        rows.setdefault(f"{claim.what}, against {claim.base}", {})[claim.count] = claim.gain, a - b
     return plot(rows, {count: amount(case, count) for count in case.s.counts}, {"": 0}, -100)
 
 
@@ -1725,10 +1587,9 @@ def standings(case, names):
     """Plot the first score of arms, with the bars that a recogniser must reach."""
     rows = {name: {} for name in names}
     for name, count in itertools.product(names, case.s.counts):
-        dots = values(case, name, count, case.metric)
+        dots = values(case, name, count)
         if len(dots) > 1 and case.G > 1:
-            found = sampled(case, name, count, SCORES[case.metric])
-            rows[name][count] = gain(found, 0, case.G), dots
+            rows[name][count] = gain(sampled(case, name, count), 0, case.G), dots
         elif dots:
             rows[name][count] = Gain(float(np.mean(dots)) / 100, ()), dots
     common, (score, *_) = trivial(case)
@@ -1831,11 +1692,10 @@ def confusions(case):
     """Draw what was taken for what, rows adding up to 1: the first claim's base left, its arm right."""
     test, K, both = case.test, len(case.test.classes), []
     for who in reversed(case.leg.claims[0][:2]):
-        rows = runs_of(case, who, case.s.counts[-1])
-        if not rows:
+        predicted = [torch.tensor(r["answers"]) for r in runs_of(case, who, case.s.counts[-1])]
+        if not predicted:
             return None
-        predicted = torch.tensor([r["answers"] for r in rows]).flatten()
-        matrix = train_cls.confusion(test.labels.repeat(len(rows)), predicted, K).double()
+        matrix = sum(train_cls.confusion(test.labels, each, K) for each in predicted).double()
         both.append(matrix / matrix.sum(1, keepdim=True).clamp(min=1))
     shades = 255 - (255 * torch.cat([both[0], torch.zeros(K, 1), both[1]], 1)).round().to(torch.uint8)
     strips = [Image.fromarray(row.numpy()[None]).convert("RGB") for row in shades]

@@ -346,8 +346,9 @@ def test_a_class_that_no_arm_ever_recognises_has_no_gain(monkeypatch):
     for arm, f1 in scores.items():
         case.rows += [dict(arm=arm, count=4, seed=seed, **{f"f1 c{c:02d}": f1[c] for c in range(4)})
                       for seed in range(2)]
-    gains = [experiment.Gain(b - a, ((0.0, 1),)) for a, b in zip(*scores.values(), strict=True)]
-    monkeypatch.setattr(experiment, "difference", lambda *_: gains)
+    monkeypatch.setattr(experiment, "difference", lambda *_: True)
+    monkeypatch.setattr(experiment, "sampled", lambda case, arm, *_: np.array(scores[arm]))
+    monkeypatch.setattr(experiment, "gain", lambda a, b, G: experiment.Gain(a - b, ((0.0, 1),)))
     _, rows = experiment.class_rows(case)
     assert sorted(rows) == [
         ["c00", "–", "–", "–"], ["c01", "50.0", "60.0", "+10.0 [+10.0, +10.0]"],
@@ -537,11 +538,10 @@ def test_a_ceiling_takes_as_many_fresh_images_as_real_ones():
 
 
 def test_the_conditions_say_that_there_is_no_ceiling(scenes_case):
-    rows = [dict(arm=arm, count=n, seed=seed) for arm in scenes_case.arms for n in (4, 8) for seed in (0, 1)]
-    fewer = [row for row in rows if "fresh" not in row["arm"] or row["count"] == 4]
-    half = [row for row in fewer if row["seed"] == 0]
-    for there, said in ((rows, False), (fewer, True), (half, False)):                # not while it still runs
-        told = experiment.conditions(replace(scenes_case, rows=there))
+    runs = experiment.runs(scenes_case, scenes_case.arms, (4, 8))
+    fewer = [run for run in runs if "fresh" not in run.title or run.cell[1] == 4]
+    for planned, said in ((runs, False), (fewer, True)):                   # whether or not they are done yet
+        told = experiment.conditions(replace(scenes_case, runs=planned, rows=[]))
         assert ("No ceiling with 8 real images per class" in told) is ("No ceiling" in told) is said
 
 
@@ -598,8 +598,8 @@ def compared(out, rates, seeds=4, counts=(4,)):
 
     A share may be a pair, for test and val, or a dict with one for each count.
     """
-    case = case_by_hand(160, 4)
-    case.parts = dict(zip(("train", "val", "test"), torch.arange(160).split([80, 40, 40]), strict=True))
+    parts = dict(zip(("train", "val", "test"), torch.arange(160).split([80, 40, 40]), strict=True))
+    case = replace(case_by_hand(160, 4), parts=parts)
     case.out, case.s.counts, case.s.seeds = out, counts, seeds
     truth = case.test.labels.numpy()
     for k, (arm, rate) in enumerate(rates.items()):
@@ -792,7 +792,7 @@ def test_terminal_and_page_say_the_same_and_the_terminal_ends_with_the_answer(tm
 
 def test_a_plot_puts_everything_where_its_value_is_and_its_axis_comes_from_what_is_shown():
     def gain(mean, half):
-        return experiment.Gain(mean / 100, ((np.square(half / 100 / experiment.t_quantile(0.975, 9)), 9),))
+        return experiment.Gain(mean / 100, ((np.square(half / 100 / experiment.student(9)(0.975)), 9),))
 
     rows = {"a": {1: (gain(9, 13), [9.0, 11.0])}, "b": {1: (gain(3, 0), []), 2: (gain(5, 1), [5.0])}}
     svg = experiment.plot(rows, {1: "few", 2: "many"}, {"": 0, "floor <": 12}, -100)
@@ -850,19 +850,19 @@ def test_confusions_have_names_on_both_sides(tmp_path):
 
 def test_of_each_seed_generators_come_first_and_seeds_come_in_order(scenes_case):
     wanted = experiment.runs(scenes_case, scenes_case.arms, scenes_case.s.counts)
-    tasks = experiment.whole([scenes_case], {"scenes": wanted}, {})
+    tasks = experiment.whole([replace(scenes_case, runs=wanted)], {})
     assert len(wanted) == 40 and [task.cell[2] for task in tasks] == sorted(task.cell[2] for task in tasks)
     for seed in (0, 1):
         kinds = [(task.kind == "make", bool(task.after)) for task in tasks if task.cell[2] == seed]
         assert kinds == [(True, False)] * 2 + [(False, False)] * 10 + [(False, True)] * (10 + 2 * (seed == 0))
     missing = {run.name: {} for run in wanted[1:]}
-    assert experiment.whole([scenes_case], {"scenes": wanted[:1]}, missing) == wanted[:1]
+    assert experiment.whole([replace(scenes_case, runs=wanted[:1])], missing) == wanted[:1]
 
 
 def test_arms_of_two_names_that_are_the_same_run_are_run_once(smoke):
     case = case_of(smoke[0], study="share,soft")
     wanted = experiment.runs(case, case.arms, (4,))
-    tasks = [task for task in experiment.whole([case], {"scenes": wanted}, {}) if task.kind == "run"]
+    tasks = [task for task in experiment.whole([replace(case, runs=wanted)], {}) if task.kind == "run"]
     assert len(wanted) == 2 * 16 and len(tasks) == 2 * 13       # shares .5, 1 and soft: False are arms
     assert len({task.name for task in tasks}) == len(tasks)
 
@@ -875,7 +875,7 @@ def test_runs_of_different_seeds_are_not_compared(tmp_path):
 
 
 def test_a_task_waits_for_its_generator_and_no_more_run_than_jobs(scenes_case, tmp_path, monkeypatch):
-    case, events, lock = replace(scenes_case, out=tmp_path, runs=[], rows=[], judged={}), [], threading.Lock()
+    case, events, lock = replace(scenes_case, out=tmp_path, rows=[], judged={}), [], threading.Lock()
 
     def work(task):
         with lock:
@@ -883,21 +883,21 @@ def test_a_task_waits_for_its_generator_and_no_more_run_than_jobs(scenes_case, t
         time.sleep(0.1 if task.kind == "make" else 0.001)
         with lock:
             events.append(("end", task))
-        return dict(run=task.name, arm=task.title)
+        return dict(run=task.name, arm=task.title, accuracy=0.5)
 
-    for name, instead in (("work", work), ("scores_of", lambda cell: ""), ("report", lambda *_: None),
-                          ("look", lambda *_: None)):
-        monkeypatch.setattr(experiment, name, instead)
-    wanted, stored = experiment.runs(case, case.arms, case.s.counts), {}
+    monkeypatch.setattr(experiment, "CASES", {case.name: case})
+    monkeypatch.setattr(experiment, "work", work)
+    monkeypatch.setattr(experiment, "report", lambda *_: None)
+    case.runs, stored = experiment.runs(case, case.arms, case.s.counts), {}
     with ThreadPoolExecutor(8) as pool:
-        experiment.run_all([case], {"scenes": wanted}, stored, pool, 3)
+        experiment.run_all([case], stored, pool, 3)
     made = {task.name: k for k, (what, task) in enumerate(events) if what == "end" and task.kind == "make"}
     starts = {task: k for k, (what, task) in enumerate(events) if what == "start"}
     assert len(made) == 4 and all(made[task.after] < k for task, k in starts.items() if task.after)
     running = np.cumsum([1 if what == "start" else -1 for what, _ in events])
     assert running.max() == 3 and running[-1] == 0
-    assert set(stored) == {run.name for run in wanted} == {row["run"] for row in results(tmp_path)}
-    assert len(case.rows) == len(wanted)
+    assert set(stored) == {run.name for run in case.runs} == {row["run"] for row in results(tmp_path)}
+    assert len(case.rows) == len(case.runs)
 
 
 def test_what_a_process_cannot_do_is_one_line(smoke, tmp_path, capsys):

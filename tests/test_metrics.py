@@ -161,12 +161,12 @@ def test_numbers_are_shown_only_from_features_that_can_tell():
                for name in ("precision", "recall", "density", "coverage")}
     numbers |= {"real frechet": 0.1, "blurred frechet": 2.0, "synthetic frechet": 1.0, "judged_by": 60}
     good = numbers | dict(tested=100, right=40, commonest=20)
-    assert len(experiment.judged_rows(good)[1]) == 3 and "gets 40 % of 100" in experiment.judging(good)
-    assert "commonest class: 20 %" in experiment.judging(good)
+    (_, rows), said = experiment.fidelity(good)
+    assert len(rows) == 3 and "gets 40 % of 100" in said and "commonest class: 20 %" in said
     for change in (dict(right=25), {"blurred frechet": 0.1}, {"blurred coverage": 0.9}):
         bad = good | change
-        assert not experiment.judged_rows(bad)[1] and "not shown" in experiment.judging(bad)
-        assert f"gets {bad['right']} % of 100" in experiment.judging(bad)
+        (_, rows), said = experiment.fidelity(bad)
+        assert not rows and "not shown" in said and f"gets {bad['right']} % of 100" in said
 
 
 # ---- copies

@@ -139,8 +139,8 @@ def two_way(d):
     (1, 12.7062, 1.37638), (2, 4.30265, 1.06066), (4, 2.77645, 0.94096), (10, 2.22814, 0.87906),
     (1e6, 1.95997, 0.84162)])
 def test_t_is_the_tables(dof, q975, q80):
-    assert stats.t_quantile(0.975, dof) == pytest.approx(q975, rel=1e-5)
-    assert stats.t_quantile(0.8, dof) == pytest.approx(q80, rel=2e-5) and stats.t_quantile(0.5, dof) == 0
+    assert stats.student(dof)(0.975) == pytest.approx(q975, rel=1e-5)
+    assert stats.student(dof)(0.8) == pytest.approx(q80, rel=2e-5) and stats.student(dof)(0.5) == 0
     assert stats.Gain(-q975, ((1.0, dof),)).p == pytest.approx(0.05, rel=1e-4)
     closed_form = 1 - 4 / math.sqrt(2 + 16)                              # at 2 degrees of freedom
     assert stats.Gain(2.0, ((0.25, 2),)).p == pytest.approx(closed_form)
