@@ -24,6 +24,7 @@ import io
 import itertools
 import json
 import math
+import re
 import shlex
 import subprocess
 import textwrap
@@ -753,7 +754,8 @@ def commit():
 
 def amount(case, *counts):
     """Put numbers of real images into words: "5 and 20 real images per class", "all training tiles"."""
-    return f"{' and '.join(str(n or 'all') for n in counts)} {case.leg.per}"
+    per = re.sub("(image|tile)s", r"\1", case.leg.per) if counts == (1,) else case.leg.per
+    return f"{' and '.join(str(n or 'all') for n in counts)} {per}"
 
 
 def plan(case, stored, jobs):

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,6 +154,13 @@ def trees(out):
     scenes = data.read_folder(out / "drawn-scenes-30", 8, cache=out / "cache")
     buildings = data.read_xbd(out / "drawn-buildings-64", 8, mask=True, cache=out / "cache")
     return (scenes, data.split(scenes), (4, 8)), (buildings, data.split(buildings), (12,))
+
+
+@pytest.mark.parametrize("leg, counts, words", [
+    ("scenes", (1,), "1 real image per class"), ("scenes", (1, 4), "1 and 4 real images per class"),
+    ("buildings", (1,), "1 training tile"), ("buildings", (0,), "all training tiles")])
+def test_numbers_of_images_are_put_into_words(leg, counts, words):
+    assert experiment.amount(SimpleNamespace(leg=LEGS[leg]), *counts) == words
 
 
 def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, monkeypatch, capsys):
