@@ -186,25 +186,25 @@ def download(name, folder):
         if target.exists():
             continue
         part = fetch(f"{address}/{Path(file).name}", Path(folder) / f"{Path(file).name}.part", md5)
-        new = part
-        if file.endswith(".zip"):
-            new = part.with_suffix(".new") / target.name
-            with refusing(part, "does not unpack", "remove it"), zipfile.ZipFile(part) as archive:
-                archive.extractall(new.parent)                           # of "/x" and "../x" it makes x
-        os.replace(new, target)
-        if new != part:
-            shutil.rmtree(new.parent)
-            part.unlink()
+        if not file.endswith(".zip"):
+            os.replace(part, target)
+            continue
+        unpacked = part.with_suffix(".new")
+        with refusing(part, "does not unpack", "remove it"), zipfile.ZipFile(part) as archive:
+            archive.extractall(unpacked)                                 # of "/x" and "../x" it makes x
+        os.replace(unpacked / target.name, target)
+        shutil.rmtree(unpacked)
+        part.unlink()
     print(f"{name}, with the right checksums, is in {folder}")
 
 
 def fetch(address, part, md5):
-    """Fetch a file of this md5 to part: in five attempts, each from where the last was cut off. -> part"""
+    """Fetch a file of this md5 to part: in six attempts, each from where the last was cut off. -> part"""
     part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
     size = math.inf
     for _ in range(6):
-        with open(part, "rb+") as file:
+        with open(part, "ab+") as file:                                  # it writes at the end
+            file.seek(0)
             if hashlib.file_digest(file, "md5").hexdigest() == md5:
                 return part
             have = file.tell()
@@ -217,7 +217,6 @@ def fetch(address, part, md5):
                     have *= answer.status == 206                         # else it comes from its beginning
                     size, why = have + int(answer.headers["Content-Length"]), "cut off"
                     file.truncate(have)
-                    file.seek(have)
                     for _ in progress(range(have, size, 2**18), f"fetching {part.stem}, 256 kB each"):
                         file.write(answer.read(2**18))
             except (HTTPException, OSError, TypeError, ValueError) as error:     # refused, cut off, too slow
@@ -228,30 +227,45 @@ def fetch(address, part, md5):
 
 
 def read_folder(root, size, skip_broken=False, cache="runs/cache", least=2):
-    """Read a tree with a folder for each of at least `least` classes, images (N, 3, size, size), cached.
-
-    Exact doubles are a group. Parts are given by the official lists (Neumann et al. 2019), if they are there.
-    """
+    """Read a tree with a folder for each of at least `least` classes: Scenes, images (N, 3, size, size)."""
     root = Path(root)
-    files, how = find_pictures(root, least), dict(size=size, skip_broken=skip_broken)
-    scenes = Scenes(**cached(lambda: decode_tree(root, files, least, **how), root, cache, how, files))
-    scenes.official = read_lists(root, scenes.names)
+    found = decode_tree(root, find_pictures(root, least), size, skip_broken, cache)
+    kinds = [name.split("/")[0] for name in found["names"]]
+    if len({*kinds}) < least:
+        raise Problem(f"{root}: fewer than {least} classes have pictures that decode: mend or replace them")
+    scenes = Scenes(**found, **number(kinds), official=read_lists(root, found["names"]))
     return with_numbers(scenes, root)
 
 
+def decode_tree(root, files, size, skip_broken, cache):
+    """Decode files below root -> images, names and groups of Scenes, cached. Exact doubles are a group."""
+    def make():
+        images, whole = decode_all(files, size, f"reading {root.name}", skip_broken)
+        names = [file.relative_to(root).as_posix() for file in whole]
+        return dict(images=images, names=names, groups=doubles(images))
+
+    return cached(make, root, cache, dict(size=size, skipped=skip_broken), files)
+
+
+def number(kinds, classes=None):
+    """Number the classes of images by name, if not in this order -> labels and classes of Scenes."""
+    classes = classes or sorted({*kinds})
+    return dict(labels=torch.tensor([classes.index(kind) for kind in kinds]), classes=classes)
+
+
 def read_lists(root, names):
-    """Return the official part of each of these pictures, (N,) int64. Problem if the lists are of others."""
+    """Read the official lists (Neumann et al. 2019), if they are there -> the part of each picture, (N,)."""
     lists = [root / f"resisc45-{part}.txt" for part in PARTS]
     if not any(path.exists() for path in lists):
-        return torch.full((len(names),), UNSAID)
+        return None
     part_of, known = {}, Counter(Path(name).name for name in names)
     for k, path in enumerate(lists):
         with refusing(path, "does not do", "give the three official lists of this data set, or none"):
-            listed = [Path(line.strip()).name for line in path.read_text("utf-8-sig").splitlines()]
-            part_of |= {name: k for name in listed}
-            if not known.keys() & {*listed}:
+            listed = {Path(line.strip()).name: k for line in path.read_text("utf-8-sig").splitlines()}
+            part_of |= listed
+            if not known.keys() & listed.keys():
                 raise ValueError("it names no picture here")
-            if several := sorted(name for name in {*listed} if known[name] > 1):
+            if several := sorted(name for name in listed if known[name] > 1):
                 raise ValueError(f"it may mean several pictures by {some_of(several)}")
     if absent := sorted(part_of.keys() - known.keys() - {""}):
         warn(f"{root}: its lists name {len(absent)} pictures that are not there: {some_of(absent)}")
@@ -272,11 +286,7 @@ def read_pictures(path, size, skip_broken=False, pre=False, mask=False, cache="r
 
 
 def with_numbers(scenes, root):
-    """Return scenes with the metadata of root/numbers.csv, if there is one.
-
-    Its first column is the picture's path in root, the others are numbers; an empty cell is not known, nor
-    are those of a picture without a row. Raises Problem if it is broken or names no picture.
-    """
+    """Return scenes with the metadata of root/numbers.csv, if it is there: its rows begin with a path."""
     path = root / "numbers.csv"
     if not path.is_file():
         return scenes
@@ -289,7 +299,7 @@ def with_numbers(scenes, root):
 
 
 def read_numbers(path):
-    """Read a table of metadata -> the names of its columns but the first, {first cell: [float]}."""
+    """Read a table of metadata -> names of its columns but the first, {first cell: [float]}; nan if empty."""
     with (refusing(path, "is no table of numbers", "give a header, and in each row a picture and numbers"),
           open(path, newline="", encoding="utf-8-sig") as file):
         header, *rows = csv.reader(file)
@@ -349,17 +359,6 @@ def decode_all(files, size, title, skip_broken=False):
     keep = [i for i in range(len(files)) if i not in broken]
     whole = take(images, torch.tensor(keep, dtype=torch.int64)) if broken else images
     return whole, [files[i] for i in keep]
-
-
-def decode_tree(root, files, least, size, skip_broken):
-    """Decode the pictures of a tree with a folder per class into the fields of Scenes."""
-    images, files = decode_all(files, size, f"reading {root.name}", skip_broken)
-    names = [path.relative_to(root).as_posix() for path in files]
-    classes = sorted({name.split("/")[0] for name in names})
-    if len(classes) < least:
-        raise Problem(f"{root}: fewer than {least} classes have pictures that decode: mend or replace them")
-    labels = torch.tensor([classes.index(name.split("/")[0]) for name in names])
-    return dict(images=images, labels=labels, classes=classes, names=names, groups=doubles(images))
 
 
 def doubles(images):
@@ -450,7 +449,7 @@ def find_captions(root):
 def read_captions(root, size, skip_broken=False, cache="runs/cache"):
     """Read a caption set, its images wherever they are below root, as Scenes with captions and its own parts.
 
-    Images (N, 3, size, size) are cached, exact doubles a group. Those of no class are of the class NO_CLASS.
+    Those of no class are of the class NO_CLASS.
     """
     root, rows = Path(root), {}
     path = find_captions(root)
@@ -461,21 +460,13 @@ def read_captions(root, size, skip_broken=False, cache="runs/cache"):
         raise Problem(f"{root} has not {len(missing)} of the {len(rows)} pictures of {path.name} "
                       f"({some_of(missing)}): unpack them into it, or give --skip-broken")
     files = [found[name] for name in rows if name in found]
-
-    def decode_set():
-        images, kept = decode_all(files, size, f"reading {root.name}", skip_broken)
-        return dict(images=images, names=[file.relative_to(root).as_posix() for file in kept],
-                    groups=doubles(images))
-
-    how = dict(size=size, skip_broken=skip_broken, captions=True)
-    content = cached(decode_set, root, cache, how, files)
+    content = decode_tree(root, files, size, skip_broken, cache)
     if not content["names"]:
         raise Problem(f"{root}: no picture of {path.name} decodes: unpack them again")
     parts, kinds, captions = zip(*[rows[Path(name).name] for name in content["names"]], strict=True)
-    classes = sorted(set(kinds))
-    labels, captions = torch.tensor([classes.index(kind) for kind in kinds]), [*map(tuple, captions)]
-    return with_numbers(Scenes(**content, labels=labels, classes=classes, official=torch.tensor(parts),
-                               captions=captions), root)
+    captions = [tuple(sentences) for sentences in captions]
+    scenes = Scenes(**content, **number(kinds), official=torch.tensor(parts), captions=captions)
+    return with_numbers(scenes, root)
 
 
 def caption_rows(path):
@@ -701,13 +692,10 @@ def split(scenes, seed=0, hold_out=""):
     part = torch.full_like(heads, UNSAID).scatter_reduce(0, group, official, "amax")       # of each group
     shares = (0.6, 0.2) if TEST in part else (0.6, 0.2, 0.2)
     first = torch.full_like(heads, len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
-    stratum = torch.zeros_like(heads) if scenes.tiles else scenes.labels[first]
-    keys = [(seed,)] if scenes.tiles else [(seed, c) for c in range(len(scenes.classes))]
-    for c, key in enumerate(keys if ours else ()):
-        mine = ((stratum == c) & (part == UNSAID)).nonzero().flatten()
-        mine = mine[torch.randperm(len(mine), generator=rng(*key))]
-        cuts = [round(len(mine) * sum(shares[:k]) / sum(shares)) for k in range(1, len(shares))]
-        for k, chunk in enumerate(mine.tensor_split(cuts)):
+    free = (part == UNSAID).nonzero().flatten()
+    for pool in shuffled(scenes, free, first[free], seed).values() if ours else ():
+        cuts = [round(len(pool) * sum(shares[:k]) / sum(shares)) for k in range(1, len(shares))]
+        for k, chunk in enumerate(pool.tensor_split(cuts)):
             part[chunk] = k
     kept = (official == part[group]) | ((official == UNSAID) & ours)
     parts = {name: (kept & (part[group] == k)).nonzero().flatten() for k, name in enumerate(PARTS)}
@@ -717,23 +705,29 @@ def split(scenes, seed=0, hold_out=""):
     return parts
 
 
+def shuffled(scenes, units, images, seed):
+    """Shuffle units (n,), of which these are images, by seed: {"images of forest": (m,), ...}, or {"tiles"}."""
+    if scenes.tiles:
+        return {"tiles": units[torch.randperm(len(units), generator=rng(seed))]}
+    pools = {}
+    for c, name in enumerate(scenes.classes):
+        pool = units[scenes.labels[images] == c]
+        pools[f"images of {name}"] = pool[torch.randperm(len(pool), generator=rng(seed, c))]
+    return pools
+
+
 def choose(scenes, index, count, seed):
     """Choose `count` images of each class, or whole tiles, out of index by seed; 0 is all: (m,) int64.
 
     Nested: the subset of 10 is part of the subset of 40. Raises Problem if there are too few.
     """
-    if scenes.tiles:
-        tiles = scenes.groups[index].unique()
-        some = tiles[torch.randperm(len(tiles), generator=rng(seed))][:count or None]
-        chosen = index[torch.isin(scenes.groups[index], some)]
-        there = {"tiles": len(tiles)}
-    else:
-        pools = [index[scenes.labels[index] == c] for c in range(len(scenes.classes))]
-        chosen = torch.cat([pool[torch.randperm(len(pool), generator=rng(seed, c))][:count or None]
-                            for c, pool in enumerate(pools)])
-        there = {f"images of {name}": len(pool) for name, pool in zip(scenes.classes, pools, strict=True)}
-    if short := [f"{n} {what}" for what, n in there.items() if n < count]:
+    tiles = scenes.groups[index]
+    pools = shuffled(scenes, tiles.unique() if scenes.tiles else index, index, seed)
+    if short := [f"{len(pool)} {what}" for what, pool in pools.items() if len(pool) < count]:
         raise Problem(f"{count} asked for, but there are {some_of(short)} to train on: ask for fewer")
+    chosen = torch.cat([pool[:count or None] for pool in pools.values()])
+    if scenes.tiles:
+        chosen = index[torch.isin(tiles, chosen)]
     if absent := sorted(set(range(len(scenes.classes))) - set(scenes.labels[chosen].tolist())):
         raise Problem(f"no image to train on is {some_of(scenes.classes[c] for c in absent)}: "
                       "ask for more, or hold out another event")
