@@ -31,6 +31,7 @@ from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Lock, RLock
 from time import perf_counter, sleep
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -135,8 +136,8 @@ def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache
     """Read Scenes: the buildings of an xBD tree by damage; of captions or a folder per class RGB alone."""
     if is_xbd(root):
         return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
-    if find_captions(root):
-        return read_captions(root, size, skip_broken, cache)
+    if captions := [path for name in ("dataset*.json", "captions.json") for path in Path(root).glob(name)]:
+        return read_captions(captions[0], size, skip_broken, cache)
     return read_folder(root, size, skip_broken, cache, least)
 
 
@@ -310,10 +311,7 @@ def read_numbers(path):
 
 
 def find_pictures(root, least):
-    """List the pictures in the class folders of root, by class, then by name. Problem if there are too few.
-
-    Whatever else lies in root is counted on stderr.
-    """
+    """List the pictures in folders of root, by class, then by name; count on stderr what else there is."""
     if not root.is_dir():
         raise Problem(f"no folder {root}: give one with a folder of pictures per class "
                       "(python data.py tells how to get RESISC45)")
@@ -337,10 +335,7 @@ def find_pictures(root, least):
 
 
 def decode_all(files, size, title, skip_broken=False):
-    """Decode files, on all cores: images (n, 3, size, size) uint8, and which of the files these are, [n].
-
-    Raises Problem if one is broken, unless those are to be skipped.
-    """
+    """Decode files, on all cores -> images (n, 3, size, size) uint8, and their files; Problem if broken."""
     images, broken = roomy(torch.uint8, len(files), 3, size, size), {}
 
     def fill(i):
@@ -432,7 +427,7 @@ def as_rgb(pil, white):
 UC_MERCED = """agricultural, airplane, baseball diamond, beach, buildings, chaparral, dense residential,
 forest, freeway, golf course, harbor, intersection, medium residential, mobile home park, overpass,
 parking lot, river, runway, sparse residential, storage tanks, tennis court""".replace("\n", " ").split(", ")
-NO_CLASS = "scene"                                       # a name, as images made of it go to its folder
+NO_CLASS = "scene"                                       # of images of no class: a name, as of a folder
 
 
 def in_words(name):
@@ -441,18 +436,9 @@ def in_words(name):
     return known.get(name) or re.sub("(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
 
 
-def find_captions(root):
-    """Return the JSON that makes a folder a caption set, or None."""
-    return next((path for name in ("dataset*.json", "captions.json") for path in Path(root).glob(name)), None)
-
-
-def read_captions(root, size, skip_broken=False, cache="runs/cache"):
-    """Read a caption set, its images wherever they are below root, as Scenes with captions and its own parts.
-
-    Those of no class are of the class NO_CLASS.
-    """
-    root, rows = Path(root), {}
-    path = find_captions(root)
+def read_captions(path, size, skip_broken=False, cache="runs/cache"):
+    """Read a caption set, a JSON and images in its folder or below: Scenes with captions and given parts."""
+    root, rows = path.parent, {}
     for name, part, kind, sentences in caption_rows(path):
         rows.setdefault(name, (part, kind, []))[2].extend(sentences)
     found = {file.name: file for file in pictures_in(root)}
@@ -514,7 +500,6 @@ def read_xbd(root, size, label="damage", pre=False, mask=False, cache="runs/cach
 
     images (N, C, size, size) are RGB after the disaster, with pre also before it, with mask at last the
     building's own mask: C is 3, 4, 6 or 7. label: "damage" (4 classes), or "type", that of the disaster.
-    Raises Problem if a file is broken, or if there is no building with a class.
     """
     root, tiles = Path(root), find_tiles(root)
     how = dict(size=size, label=label, pre=pre, mask=mask)
@@ -554,7 +539,7 @@ def event_of(name):
 
 def cut_tree(root, tiles, size, label, pre, mask):
     """Read all labels, then cut all buildings -> the fields of Scenes, and a summary of what is left out."""
-    names, answers, groups, numbers, tasks = [], [], [], [], []
+    rows, tasks = [], []
     number_of, left_out = {}, Counter()                              # {tile: its group}, {reason: how many}
     needed = ["post.json", "post.png", "pre.png"][:2 + pre]
     for tile, files in progress(tiles.items(), "reading labels"):
@@ -565,29 +550,27 @@ def cut_tree(root, tiles, size, label, pre, mask):
         usable = [p for p in polygons if p[1] in DAMAGE and area(p[2]) >= MIN_AREA]
         unknown = sum(subtype == UNKNOWN for _, subtype, _ in polygons)
         left_out += Counter({UNKNOWN: unknown, "too small": len(polygons) - len(usable) - unknown})
-        names += [f"{tile}/{uid}" for uid, _, _ in usable]
-        answers += [dict(damage=subtype, type=kind)[label] for _, subtype, _ in usable]
-        groups += [number_of.setdefault(tile.split("/")[1], len(number_of))] * len(usable)
-        numbers += [measured] * len(usable)
+        group = number_of.setdefault(tile.split("/")[1], len(number_of))
+        rows += [(f"{tile}/{uid}", subtype if label == "damage" else kind, group, measured)
+                 for uid, subtype, _ in usable]
         tasks.append((files, [rings for _, _, rings in usable], extent))
     reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "nothing"
-    if not names:
+    if not rows:
         raise Problem(f"{root}: no building with a damage class in {len(tiles)} tiles (left out: {reasons}): "
                       "unpack images and labels of the same split side by side")
-    images = roomy(torch.uint8, len(names), 3 + 3 * pre + mask, size, size)
+    images = roomy(torch.uint8, len(rows), 3 + 3 * pre + mask, size, size)
     parts = images.split([len(buildings) for _, buildings, _ in tasks])
     in_threads(lambda k: cut_tile(parts[k], *tasks[k], pre, mask), range(len(tasks)), "cutting buildings")
-    classes = DAMAGE if label == "damage" else sorted(set(answers))
-    return dict(images=images, labels=torch.tensor([classes.index(answer) for answer in answers]),
-                classes=classes, names=names, groups=torch.tensor(groups), numbers=torch.tensor(numbers),
-                summary=f"{root.name}: {len(names)} buildings of {len(tasks)} tiles; left out: {reasons}")
+    names, kinds, groups, numbers = zip(*rows, strict=True)
+    return dict(images=images, names=[*names], groups=torch.tensor(groups), numbers=torch.tensor(numbers),
+                **number(kinds, DAMAGE if label == "damage" else None),
+                summary=f"{root.name}: {len(rows)} buildings of {len(tasks)} tiles; left out: {reasons}")
 
 
 def read_label(path):
     """Read a label -> its polygons [(uid, subtype, rings)], the disaster's type, (width, height), MEASURES.
 
-    Lengths are in pixels (metadata.gsd is that of another band than the pictures'); points off the tile are
-    moved to its edge. Raises Problem if the file is broken.
+    Lengths are in pixels (metadata.gsd is of another band); points off the tile are moved to its edge.
     """
     with refusing(path, "is not an xBD label", "unpack it again, or remove it"):
         content = json.loads(path.read_bytes())
@@ -706,7 +689,7 @@ def split(scenes, seed=0, hold_out=""):
 
 
 def shuffled(scenes, units, images, seed):
-    """Shuffle units (n,), of which these are images, by seed: {"images of forest": (m,), ...}, or {"tiles"}."""
+    """Shuffle units (n,), with an image of each, by seed: {"tiles": (n,)}, or {"images of a": (m,), ...}."""
     if scenes.tiles:
         return {"tiles": units[torch.randperm(len(units), generator=rng(seed))]}
     pools = {}
@@ -717,10 +700,7 @@ def shuffled(scenes, units, images, seed):
 
 
 def choose(scenes, index, count, seed):
-    """Choose `count` images of each class, or whole tiles, out of index by seed; 0 is all: (m,) int64.
-
-    Nested: the subset of 10 is part of the subset of 40. Raises Problem if there are too few.
-    """
+    """Choose so many images of each class, or whole tiles, of index by seed (0: all). 10 are part of 40."""
     tiles = scenes.groups[index]
     pools = shuffled(scenes, tiles.unique() if scenes.tiles else index, index, seed)
     if short := [f"{len(pool)} {what}" for what, pool in pools.items() if len(pool) < count]:
@@ -938,10 +918,7 @@ def draw_scene(name, dice, size=128):
 
 
 def draw_tree(root, per_class, seed=0, size=128):
-    """Draw root/<class>/<class>_001.jpg ..., unless they are there: k is of (seed, class, k). -> root
-
-    Their metadata are in root/numbers.csv.
-    """
+    """Draw root/<class>/<class>_001.jpg ... by (seed, class, k), unless they are there, and numbers.csv."""
     table = Path(root) / "numbers.csv"
     known = read_numbers(table)[1] if table.exists() else {}
     for name, k in progress([*product(SCENES, range(1, per_class + 1))], "drawing scenes"):
@@ -1016,7 +993,7 @@ def draw_tile(event, dice, side):
 
 
 def draw_xbd(root, tiles=24, seed=0, side=256):
-    """Draw tiles as an xBD tree, a quarter in test, unless they are there: k is of (seed, k). -> root"""
+    """Draw tiles as an xBD tree, a quarter in test, by (seed, k), unless they are there."""
     for k in progress(range(tiles), "drawing disasters"):
         event = list(EVENTS)[k % len(EVENTS)]
         folder = Path(root) / ("test" if k // len(EVENTS) % 4 == 3 else "train")
@@ -1056,11 +1033,10 @@ def lr_at(step, steps, lr, warmup):
 
 
 def descend(model, optimizer, loss, step, cfg):
-    """Take one optimizer step; cfg has steps, lr and warmup.
+    """Take one optimizer step; cfg has steps, lr and warmup. Problem if the loss is not finite.
 
-    loss is a sum over this process's images, divided by the images of all processes. Gradients are clipped to
-    norm 1, so that one odd batch cannot throw the weights far. Problem if the loss is not finite: looked at
-    in one step of 50.
+    loss: a sum over this process's images, divided by the images of all. Gradients are clipped to norm 1, so
+    that one odd batch cannot throw the weights far.
     """
     rate = lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
     if step % 50 == 49 and not loss.isfinite():              # to look at every step is to wait for the GPU
@@ -1086,10 +1062,7 @@ def seconds_per_step(run, cfg):
 
 
 def forecast(run, cfg, small):
-    """Say where run(cfg) trains, and on a CPU, from a few steps of 4 images, what time and memory it takes.
-
-    small: flags for a CPU, which are named where that is more than an hour.
-    """
+    """Say where run(cfg) trains; on a CPU, by a few steps, what it takes, and if long, flags for less."""
     said, kept, few = f"{cfg.steps} steps of {cfg.batch} images on {pick_device()}", {}, replace(cfg, batch=4)
     if pick_device().type == "cpu" and cfg.steps > 50 and not dist.is_initialized():
         with torch.autograd.graph.saved_tensors_hooks(
@@ -1115,10 +1088,7 @@ def autocast(device):
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary name beside path: its file takes path's place at the end, but not after an error.
-
-    What processes that died left in this folder is removed. Raises OSError, which names path.
-    """
+    """Yield a temporary name beside path: its file takes path's place at the end, but not after an error."""
     path = Path(path)
     temporary = path.with_name(f".{HOST}-{os.getpid()}.{path.name}")
     try:
@@ -1132,7 +1102,7 @@ def replacing(path):
         cause = error if isinstance(error, OSError) else error.__context__       # torch.save says little
         if not isinstance(cause, OSError):
             raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
+        raise OSError(cause.errno, cause.strerror, str(path)) from None          # not the temporary name
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -1189,13 +1159,10 @@ def save(path, content):
 
 
 def load(path, mmap=False):
-    """Read what save() wrote. Nothing in the file is executed, nor unpacked: its size is what it takes.
-
-    Raises any kind of error if it is broken.
-    """
+    """Read what save() wrote: nothing in it is executed or unpacked. Any kind of error if it is broken."""
     with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > os.stat(path).st_size:
-            raise ValueError("it is compressed")
+            raise ValueError("it is compressed")                         # its size is what it takes in memory
         if broken := archive.testzip():
             raise ValueError(f"{broken} is not what was written")
     return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
@@ -1245,16 +1212,13 @@ def load_checkpoint(path, *kinds):
     """Load what save_checkpoint wrote. Nothing in the file is executed. Problem if it is of no such kind."""
     if not Path(path).is_file():
         raise Problem(f"no checkpoint at {path}: train one first, or give another path")
-    try:
+    needed = f"a {' or '.join(kinds)} is needed, give another path"
+    with refusing(path, "is no checkpoint of ours", needed):
         content = load(path)
-        found = str(content["kind"])
-        unsafe = [name for name in content.get("classes", ()) if not is_name(name)]
-    except Exception as error:                                           # files break in dozens of ways
-        found = f"no checkpoint of ours ({reason(error)})"
-    if found not in kinds:
-        raise Problem(f"{path} is {found}, a {' or '.join(kinds)} is needed: give another path")
-    if unsafe:                                                           # they become folders
-        raise Problem(f"{path} has a class {unsafe[0]!r}, which is no name of a folder: give another path")
+        if str(content["kind"]) not in kinds:
+            raise Problem(f"{path} is a {content['kind']}: {needed}")
+        if odd := [name for name in content.get("classes", ()) if not is_name(name)]:    # they become folders
+            raise Problem(f"{path} has a class {odd[0]!r}, which is no name of a folder: give another path")
     return content
 
 
@@ -1267,8 +1231,7 @@ def is_name(text):
 def resume(path, kind, identity, parts, fresh):
     """Give the parts {name: module or optimizer} the state they had in the checkpoint. -> it, or fresh.
 
-    fresh: of a run that begins, {name: what else is in a checkpoint}. Raises Problem if the checkpoint is of
-    a run with another identity, {name: value}, or if something in it is missing or of another kind.
+    fresh: of a run that begins, {name: what else is in a checkpoint}. Problem if its identity is another.
     """
     saved = load_checkpoint(path, kind) if path and Path(path).exists() else None
     if dist.is_initialized():                                            # have all processes read the same?
@@ -1345,9 +1308,8 @@ def total(x):
 def sum_gradients(model):
     """Add up the gradients of all processes, in one message.
 
-    Each is of the sum over that process's images, divided by the images of all: so the sum is the gradient
-    of the whole batch, even if it does not divide evenly. (DistributedDataParallel takes means, and hides
-    the sending behind the backward pass; that pays between machines, and costs a wrapped model.)
+    The sum is the gradient of the whole batch, even if it does not divide evenly. (DistributedDataParallel
+    takes means, and hides the sending behind the backward pass: it pays between machines.)
     """
     if dist.is_initialized():
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
@@ -1379,14 +1341,11 @@ def jobs(asked):
     return asked or (allowed if pick_device().type == "cpu" else 1)
 
 
-class Inline:
-    """The pool of one: a call is done at once, in this process."""
-
-    def submit(self, function, *args):
-        """Call function(*args). -> a Future that is done; an exception is raised here."""
-        future = Future()
-        future.set_result(function(*args))
-        return future
+def at_once(function, *args):
+    """Call function(*args) in this process. -> a Future that is done; an exception is raised here."""
+    future = Future()
+    future.set_result(function(*args))
+    return future
 
 
 def _enter(enter, *args):
@@ -1402,14 +1361,14 @@ def pool(jobs, enter, *args):
     """Have `submit(function, *args) -> Future` done by `jobs` processes, each after a call of enter(*args).
 
     One job is this process itself, which must have entered. On a CPU every task computes in one thread: small
-    networks gain nothing from more, and results do not depend on `jobs`. Problem if a process dies.
+    networks gain nothing from more, and results do not depend on `jobs`.
     """
     threads = torch.get_num_threads()
     try:
         if pick_device().type == "cpu":
             torch.set_num_threads(1)
         if jobs == 1:
-            yield Inline()
+            yield SimpleNamespace(submit=at_once)
         else:
             with ProcessPoolExecutor(jobs, get_context("spawn"), _enter, (enter, *args)) as workers:
                 try:
@@ -1428,10 +1387,7 @@ def pool(jobs, enter, *args):
 # ---- shared by all scripts: the command line
 
 def flag(default, help, least=-math.inf, most=math.inf, bare=False, alone=False):
-    """Declare a field of a script's Config, which is also its --flag, or if bare an unnamed argument.
-
-    Numbers are from least to most. alone: it names a folder to which no other run may write at the time.
-    """
+    """Declare a field of a Config and its --flag, or if bare an argument. alone: a folder of one run only."""
     bounds = (f"; {least:g} to {most:g}" if most < math.inf else
               f"; at least {least:g}" if least > -math.inf else "")
     return field(default=default, metadata=dict(help=help + bounds, least=least, most=most, bare=bare,
@@ -1509,21 +1465,15 @@ def parser_of(config, title):
     return parser
 
 
-def stop(number, _):
-    """End by a signal as by Ctrl-C."""
-    raise KeyboardInterrupt(number)
-
-
 def launch(main, config, argv=None, several=False):
-    """Run main(config of these flags), if `several` by torchrun too.
-
-    Whatever ends it early is one line: a mistake or a disk that is full with exit code 2, Ctrl-C with 130, a
-    SIGTERM with 143.
-    """
+    """Run main(config of these flags), if `several` by torchrun too. What ends it early is said in a line."""
     def refuse(message, code=2):
         if int(os.environ.get("RANK", 0)):
             sleep(2)                 # process 0 most likely says the same, and torchrun then ends this one
         parser.exit(code, f"{parser.prog}: {plain(message)}\n")
+
+    def stop(number, _):
+        raise KeyboardInterrupt(number)
 
     parser = parser_of(config, sys.modules[main.__module__].__doc__.split("\n\n")[0])
     parser.error = lambda message: refuse(f"{message} (--help lists the flags)")
