@@ -313,24 +313,22 @@ def read_numbers(path):
 def find_pictures(root, least):
     """List the pictures in folders of root, by class, then by name; count on stderr what else there is."""
     if not root.is_dir():
-        raise Problem(f"no folder {root}: give one with a folder of pictures per class "
-                      "(python data.py tells how to get RESISC45)")
+        raise Problem(f"no folder {root}: give one of class folders (python data.py tells how to get one)")
     if (root / "images").is_dir() and ((root / "labels").is_dir() or (root / "targets").is_dir()):
-        raise Problem(f"{root} looks like a split of xBD: give the folder that holds it, where it is called "
-                      f"one of {', '.join(FOLDERS)}")
-    there = [p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root).as_posix()}"]
+        raise Problem(f"{root} looks like a split of xBD: give what holds it as {' or '.join(FOLDERS)}")
+    there = {p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root).as_posix()}"}
     files = sorted(p for p in there if p.parent.parent == root and p.suffix.lower() in SUFFIXES)
-    folders = {p.parent for p in files}
-    if own := [folder for folder in sorted(folders) if any((folder / name).exists() for name in OUTPUT)]:
+    folders = sorted({p.parent for p in files})
+    if own := [folder for folder in folders if any((folder / name).exists() for name in OUTPUT)]:
         raise Problem(f"{own[0]} is the output of a run, no class: move it elsewhere, or give another folder")
     if len(folders) < least:
         wrong = f"only one class with pictures, {files[0].parent.name}" if files else "no pictures in folders"
         inside = sorted(p.parent for p in root.glob("[!.]*/*") if p.is_dir())
         hint = f"; did you mean {inside[0]}?" if inside else ""
         raise Problem(f"{root}: {wrong}; a folder per class, at least {least}, is needed{hint}")
-    if rest := sorted(p for p in {*there} - {*files} - {root / name for name in BESIDE} if not p.is_dir()):
-        warn(f"{root}: {len(rest)} files are not read, as they are no pictures or not in a class's folder: "
-             f"{some_of(p.relative_to(root) for p in rest)}")
+    beside = there - {*files} - {root / name for name in BESIDE}
+    if rest := sorted(p.relative_to(root) for p in beside if not p.is_dir()):
+        warn(f"{root}: {len(rest)} files are not read (no pictures, or not in a class): {some_of(rest)}")
     return files
 
 
@@ -342,15 +340,15 @@ def decode_all(files, size, title, skip_broken=False):
         try:
             images[i] = torch.from_numpy(decode(files[i], size))
         except Exception as error:                                       # Pillow raises a dozen kinds
-            broken[i] = error
+            broken[i] = f"{files[i]}: {reason(error)}"
 
     in_threads(fill, range(len(files)), title)
-    if broken and not skip_broken:
-        raise Problem(f"{len(broken)} of {len(files)} pictures do not decode "
-                      f"({some_of(files[i] for i in sorted(broken))}; the first: "
-                      f"{reason(broken[min(broken)])}): mend or remove them, or give --skip-broken")
-    for i, error in sorted(broken.items()):
-        warn(f"skipped {files[i]}: {reason(error)}")
+    told = [broken[i] for i in sorted(broken)]
+    if told and not skip_broken:
+        raise Problem(f"{len(told)} of {len(files)} pictures do not decode ({some_of(told)}): "
+                      "mend or remove them, or give --skip-broken")
+    for line in told:
+        warn(f"skipped {line}")
     keep = [i for i in range(len(files)) if i not in broken]
     whole = take(images, torch.tensor(keep, dtype=torch.int64)) if broken else images
     return whole, [files[i] for i in keep]
@@ -581,16 +579,12 @@ def read_label(path):
             if subtype not in (*DAMAGE, UNKNOWN) and "_post_" in path.name:
                 raise ValueError(f"no subtype {subtype!r} is known")
             polygons.append((uid, subtype, [ring.clip(0, extent) for ring in wkt_polygon(p["wkt"])]))
-        return polygons, about["disaster_type"], extent, measure(content)
-
-
-def measure(content):
-    """Take the MEASURES from a label, [float], nan if there is none; the place is its first building's."""
-    about, places = content["metadata"], content["features"].get("lng_lat", [])
-    place = wkt_polygon(places[0]["wkt"])[0].mean(0).tolist() if places else [math.nan] * 2
-    month = (about.get("capture_date") or "")[5:7]
-    known = [about.get(name) for name in MEASURES[2:5]] + [month or None]
-    return place + [math.nan if value is None else float(value) for value in known]
+        places = content["features"].get("lng_lat")
+        place = wkt_polygon(places[0]["wkt"])[0].mean(0).tolist() if places else [math.nan] * 2
+        month = (about.get("capture_date") or "")[5:7]
+        known = [about.get(name) for name in MEASURES[2:5]] + [month or None]
+        measures = place + [math.nan if value is None else float(value) for value in known]
+        return polygons, about["disaster_type"], extent, measures
 
 
 def wkt_polygon(text):
@@ -622,9 +616,8 @@ def cut_tile(images, files, buildings, extent, pre, mask):
     for path in [files[name] for name in ("post.png", "pre.png")[:1 + pre]]:
         with refusing(path, "does not decode", "unpack it again, or remove the tile"), opened(path) as pil:
             pixels = np.asarray(pil)
-        if pixels.shape[1::-1] != extent:
-            raise Problem(f"{path} has {pixels.shape[1::-1]} pixels, its label says {extent}: "
-                          "give the original picture")
+        if pil.size != extent:
+            raise Problem(f"{path} has {pil.size} pixels, its label says {extent}: give the original picture")
         # Mirrored beyond its edges, so that a building on the edge is in the middle of its crop as well.
         tile = Image.fromarray(np.pad(pixels, ((margin, margin), (margin, margin), (0, 0)), "reflect"))
         layers.append([tile.resize((size, size), Image.Resampling.BICUBIC, box=box)
@@ -682,9 +675,8 @@ def split(scenes, seed=0, hold_out=""):
             part[chunk] = k
     kept = (official == part[group]) | ((official == UNSAID) & ours)
     parts = {name: (kept & (part[group] == k)).nonzero().flatten() for k, name in enumerate(PARTS)}
-    if short := [name for name, index in parts.items() if len(index) == 0]:
-        raise Problem(f"too few images for a {' and a '.join(short)} split ({len(scenes)} in all): "
-                      "five per class will do")
+    if empty := " and a ".join(name for name, index in parts.items() if len(index) == 0):
+        raise Problem(f"too few images for a {empty} split ({len(scenes)} in all): five per class will do")
     return parts
 
 
@@ -918,7 +910,7 @@ def draw_scene(name, dice, size=128):
 
 
 def draw_tree(root, per_class, seed=0, size=128):
-    """Draw root/<class>/<class>_001.jpg ... by (seed, class, k), unless they are there, and numbers.csv."""
+    """Draw root/<class>/<class>_001.jpg ... by (seed, class, k), unless there, and numbers.csv. -> root"""
     table = Path(root) / "numbers.csv"
     known = read_numbers(table)[1] if table.exists() else {}
     for name, k in progress([*product(SCENES, range(1, per_class + 1))], "drawing scenes"):
@@ -993,7 +985,7 @@ def draw_tile(event, dice, side):
 
 
 def draw_xbd(root, tiles=24, seed=0, side=256):
-    """Draw tiles as an xBD tree, a quarter in test, by (seed, k), unless they are there."""
+    """Draw tiles as an xBD tree, a quarter in test, each by (seed, k), unless they are there. -> root"""
     for k in progress(range(tiles), "drawing disasters"):
         event = list(EVENTS)[k % len(EVENTS)]
         folder = Path(root) / ("test" if k // len(EVENTS) % 4 == 3 else "train")
@@ -1467,8 +1459,10 @@ def parser_of(config, title):
 
 def launch(main, config, argv=None, several=False):
     """Run main(config of these flags), if `several` by torchrun too. What ends it early is said in a line."""
+    first = int(os.environ.get("RANK", 0)) == 0
+
     def refuse(message, code=2):
-        if int(os.environ.get("RANK", 0)):
+        if not first:
             sleep(2)                 # process 0 most likely says the same, and torchrun then ends this one
         parser.exit(code, f"{parser.prog}: {plain(message)}\n")
 
@@ -1489,7 +1483,6 @@ def launch(main, config, argv=None, several=False):
     before = signal.signal(signal.SIGTERM, stop)
     try:
         held = [getattr(settings, f.name) for f in fields(config) if f.metadata["alone"]]
-        first = int(os.environ.get("RANK", 0)) == 0
         with alone(held[0]) if held and first else nullcontext(), processes(several):
             return main(settings)
     except Problem as problem:
