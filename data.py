@@ -174,8 +174,7 @@ DOWNLOADS = {"resisc45": (
 HOW_TO_GET = f"""RESISC45 (Cheng et al. 2017), 45 classes of 700 images of 256 x 256 pixels, zip of 427 MB:
 python data.py --download resisc45 data
 fetches it and the official 60/20/20 lists, and unpacks it to data/NWPU-RESISC45, a folder per class; it is
-{DOWNLOADS["resisc45"][0]}/NWPU-RESISC45.zip
-md5 {DOWNLOADS["resisc45"][1]["NWPU-RESISC45.zip"]}
+{DOWNLOADS["resisc45"][0]}/NWPU-RESISC45.zip (md5 {DOWNLOADS["resisc45"][1]["NWPU-RESISC45.zip"]}).
 Any tree with a folder per class will do."""
 
 
@@ -334,22 +333,22 @@ def find_pictures(root, least):
 
 def decode_all(files, size, title, skip_broken=False):
     """Decode files, on all cores -> images (n, 3, size, size) uint8, and their files; Problem if broken."""
-    images, broken = roomy(torch.uint8, len(files), 3, size, size), {}
+    images = roomy(torch.uint8, len(files), 3, size, size)
 
     def fill(i):
         try:
             images[i] = torch.from_numpy(decode(files[i], size))
         except Exception as error:                                       # Pillow raises a dozen kinds
-            broken[i] = f"{files[i]}: {reason(error)}"
+            return f"{files[i]}: {reason(error)}"
 
-    in_threads(fill, range(len(files)), title)
-    told = [broken[i] for i in sorted(broken)]
-    if told and not skip_broken:
-        raise Problem(f"{len(told)} of {len(files)} pictures do not decode ({some_of(told)}): "
+    told = in_threads(fill, len(files), title)
+    broken = [wrong for wrong in told if wrong]
+    if broken and not skip_broken:
+        raise Problem(f"{len(broken)} of {len(files)} pictures do not decode ({some_of(broken)}): "
                       "mend or remove them, or give --skip-broken")
-    for line in told:
-        warn(f"skipped {line}")
-    keep = [i for i in range(len(files)) if i not in broken]
+    for wrong in broken:
+        warn(f"skipped {wrong}")
+    keep = [i for i, wrong in enumerate(told) if not wrong]
     whole = take(images, torch.tensor(keep, dtype=torch.int64)) if broken else images
     return whole, [files[i] for i in keep]
 
@@ -388,8 +387,7 @@ def decodes(path):
 def opened(path, draft=0):
     """Yield the first picture of a file, as PIL RGB: upright as its EXIF says, black where it is transparent.
 
-    draft: a JPEG decoder may reduce it, but not below so many pixels a side. Raises ValueError if nobody can
-    say where its white is, or many kinds of errors if it is broken. One large picture is decoded at a time.
+    draft: a JPEG decoder may reduce it, but not below so many pixels a side. Any kind of error if broken.
     """
     if not Path(path).is_file():
         raise ValueError("no file" if not Path(path).exists() else "no regular file")
@@ -456,10 +454,9 @@ def read_captions(path, size, skip_broken=False, cache="runs/cache"):
 def caption_rows(path):
     """Read the JSON of a caption set -> its images, [(file name, place in PARTS, class, sentences)].
 
-    Karpathy's layout names no class: RSICD has lists beside it, UCM-Captions numbers. NWPU-Captions lists its
-    images by class. RSICap has a text for each image, and no parts. Raises Problem if it is none of these.
+    Karpathy's layout names no class: RSICD has lists of them beside it, UCM-Captions numbers its images.
     """
-    place = dict(zip(PARTS, range(3), strict=True))
+    place = {part: k for k, part in enumerate(PARTS)}
     with refusing(path, "is no caption set in a known layout",
                   "unpack it again, or move it away to read the tree by its folders"):
         content = json.loads(path.read_bytes())
@@ -558,7 +555,7 @@ def cut_tree(root, tiles, size, label, pre, mask):
                       "unpack images and labels of the same split side by side")
     images = roomy(torch.uint8, len(rows), 3 + 3 * pre + mask, size, size)
     parts = images.split([len(buildings) for _, buildings, _ in tasks])
-    in_threads(lambda k: cut_tile(parts[k], *tasks[k], pre, mask), range(len(tasks)), "cutting buildings")
+    in_threads(lambda k: cut_tile(parts[k], *tasks[k], pre, mask), len(tasks), "cutting buildings")
     names, kinds, groups, numbers = zip(*rows, strict=True)
     return dict(images=images, names=[*names], groups=torch.tensor(groups), numbers=torch.tensor(numbers),
                 **number(kinds, DAMAGE if label == "damage" else None),
@@ -612,19 +609,19 @@ def cut_tile(images, files, buildings, extent, pre, mask):
     middle, half = (low + high) / 2, side.clip(MIN_SIDE) / 2
     boxes = np.concatenate([middle - half, middle + half], 1)        # (n, 4): left, top, right, bottom
     margin = 1 + math.ceil(max(0, -boxes.min(), (boxes[:, 2:] - extent).max()))
-    layers = []
+    tiles = []
     for path in [files[name] for name in ("post.png", "pre.png")[:1 + pre]]:
         with refusing(path, "does not decode", "unpack it again, or remove the tile"), opened(path) as pil:
             pixels = np.asarray(pil)
         if pil.size != extent:
             raise Problem(f"{path} has {pil.size} pixels, its label says {extent}: give the original picture")
         # Mirrored beyond its edges, so that a building on the edge is in the middle of its crop as well.
-        tile = Image.fromarray(np.pad(pixels, ((margin, margin), (margin, margin), (0, 0)), "reflect"))
-        layers.append([tile.resize((size, size), Image.Resampling.BICUBIC, box=box)
-                       for box in (boxes + margin).tolist()])
-    if mask:
-        layers.append([draw_mask(rings, box, size) for rings, box in zip(buildings, boxes, strict=True)])
-    for image, *parts in zip(images, *layers, strict=True):
+        padded = np.pad(pixels, ((margin, margin), (margin, margin), (0, 0)), "reflect")
+        tiles.append(Image.fromarray(padded))
+    for image, rings, box in zip(images, buildings, boxes, strict=True):
+        parts = [tile.resize((size, size), Image.Resampling.BICUBIC, box=[*(box + margin)]) for tile in tiles]
+        if mask:
+            parts.append(draw_mask(rings, box, size))
         image.copy_(torch.from_numpy(rearrange(np.concatenate(parts, 2), "h w c -> c h w")))
 
 
@@ -664,10 +661,9 @@ def split(scenes, seed=0, hold_out=""):
             raise Problem(f"--hold-out {hold_out}: no such event; {hint}")
         official = torch.tensor([TEST if event == hold_out else UNSAID for event in events])
     ours = TRAIN not in official                         # are the images without a part ours to place?
-    heads, group = scenes.groups.unique(return_inverse=True)
-    part = torch.full_like(heads, UNSAID).scatter_reduce(0, group, official, "amax")       # of each group
+    _, first, group = map(torch.from_numpy, np.unique(scenes.groups, return_index=True, return_inverse=True))
+    part = torch.full_like(first, UNSAID).scatter_reduce(0, group, official, "amax")       # of each group
     shares = (0.6, 0.2) if TEST in part else (0.6, 0.2, 0.2)
-    first = torch.full_like(heads, len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
     free = (part == UNSAID).nonzero().flatten()
     for pool in shuffled(scenes, free, first[free], seed).values() if ours else ():
         cuts = [round(len(pool) * sum(shares[:k]) / sum(shares)) for k in range(1, len(shares))]
@@ -700,9 +696,8 @@ def choose(scenes, index, count, seed):
     chosen = torch.cat([pool[:count or None] for pool in pools.values()])
     if scenes.tiles:
         chosen = index[torch.isin(tiles, chosen)]
-    if absent := sorted(set(range(len(scenes.classes))) - set(scenes.labels[chosen].tolist())):
-        raise Problem(f"no image to train on is {some_of(scenes.classes[c] for c in absent)}: "
-                      "ask for more, or hold out another event")
+    if absent := [name for c, name in enumerate(scenes.classes) if c not in scenes.labels[chosen]]:
+        raise Problem(f"no image to train on is {some_of(absent)}: ask for more, or hold out another event")
     return chosen
 
 
@@ -1027,8 +1022,7 @@ def lr_at(step, steps, lr, warmup):
 def descend(model, optimizer, loss, step, cfg):
     """Take one optimizer step; cfg has steps, lr and warmup. Problem if the loss is not finite.
 
-    loss: a sum over this process's images, divided by the images of all. Gradients are clipped to norm 1, so
-    that one odd batch cannot throw the weights far.
+    loss: a sum over this process's images, divided by the images of all.
     """
     rate = lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
     if step % 50 == 49 and not loss.isfinite():              # to look at every step is to wait for the GPU
@@ -1036,7 +1030,7 @@ def descend(model, optimizer, loss, step, cfg):
                       "the last checkpoint is kept")
     loss.backward()
     sum_gradients(model)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)              # no odd batch throws the weights far
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("pace", 1)
     optimizer.step()
@@ -1300,8 +1294,8 @@ def total(x):
 def sum_gradients(model):
     """Add up the gradients of all processes, in one message.
 
-    The sum is the gradient of the whole batch, even if it does not divide evenly. (DistributedDataParallel
-    takes means, and hides the sending behind the backward pass: it pays between machines.)
+    Their sum is the batch's, however it is divided. (DistributedDataParallel takes means; between machines it
+    pays, as it hides the sending behind the backward pass.)
     """
     if dist.is_initialized():
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
@@ -1321,10 +1315,10 @@ def progress(items, title, *args, **how):
 
 # ---- shared by all scripts: several tasks at a time
 
-def in_threads(work, tasks, title):
-    """Call work(task) for all tasks, on all cores: Pillow lets go of the GIL while it decodes."""
+def in_threads(work, n, title):
+    """Return [work(0), ... work(n - 1)], on all cores: Pillow lets go of the GIL while it decodes."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(progress(threads.map(work, tasks), title, len(tasks)))
+        return list(progress(threads.map(work, range(n)), title, n))
 
 
 def jobs(asked):
@@ -1352,13 +1346,12 @@ def _enter(enter, *args):
 def pool(jobs, enter, *args):
     """Have `submit(function, *args) -> Future` done by `jobs` processes, each after a call of enter(*args).
 
-    One job is this process itself, which must have entered. On a CPU every task computes in one thread: small
-    networks gain nothing from more, and results do not depend on `jobs`.
+    One job is this process itself, which must have entered.
     """
     threads = torch.get_num_threads()
     try:
-        if pick_device().type == "cpu":
-            torch.set_num_threads(1)
+        if pick_device().type == "cpu":                  # small networks gain nothing from several threads,
+            torch.set_num_threads(1)                     # and results do not depend on `jobs`
         if jobs == 1:
             yield SimpleNamespace(submit=at_once)
         else:
@@ -1370,8 +1363,7 @@ def pool(jobs, enter, *args):
                         child.terminate()
                     raise
     except BrokenExecutor:
-        raise Problem(f"one of {jobs} processes died, perhaps for want of memory: start again with fewer "
-                      "--jobs; what is done is kept") from None
+        raise Problem(f"one of {jobs} processes died, of memory perhaps: go on with fewer --jobs") from None
     finally:
         torch.set_num_threads(threads)
 
@@ -1393,10 +1385,9 @@ def spelled(f):
 
 @dataclass
 class Settings:
-    """Check the numbers of a script's flags: what all Configs have in common."""
+    """What all Configs have in common: a value not of its flag's type or range is a ValueError."""
 
     def __post_init__(self):
-        """Raise ValueError if a number is out of its flag's range, or a value not of its type."""
         for f in fields(self):
             value = getattr(self, f.name)
             kind = get_args(f.type)[0] if f.default is None else type(f.default)         # float | None
