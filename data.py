@@ -89,8 +89,7 @@ class Scenes:
 
     def __getitem__(self, index):
         """Select the images at these indices, (M,) int64, or where a mask, (N,) bool, is true."""
-        if index.dtype == torch.bool:
-            index = index.nonzero().flatten()
+        index = torch.arange(len(self))[index]
         some = {name: getattr(self, name)[index] for name in ("labels", "groups", "official", "numbers")}
         return replace(self, **some, images=take(self.images, index),
                        names=[self.names[i] for i in index.tolist()],
@@ -1465,9 +1464,8 @@ def launch(main, config, argv=None, several=False):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")                # a terminal may lack letters
-    arguments = vars(parser.parse_args(argv))
     try:
-        settings = config(**arguments)                                 # its __post_init__ looks at the values
+        settings = config(**vars(parser.parse_args(argv)))             # its __post_init__ looks at the values
     except ValueError as error:
         parser.error(error)
     again = "the same command goes on where it was"
