@@ -384,10 +384,7 @@ def decodes(path):
 
 @contextmanager
 def opened(path, draft=0):
-    """Yield the first picture of a file, as PIL RGB: upright as its EXIF says, black where it is transparent.
-
-    draft: a JPEG decoder may reduce it, but not below so many pixels a side. Any kind of error if broken.
-    """
+    """Yield the first picture of a file, PIL RGB: upright as its EXIF says, black where it is transparent."""
     if not Path(path).is_file():
         raise ValueError("no file" if not Path(path).exists() else "no regular file")
     with Image.open(path, formats=FORMATS) as pil:
@@ -395,7 +392,7 @@ def opened(path, draft=0):
             raise ValueError(f"{pil.width} x {pil.height} pixels are more than {MOST_PIXELS:,}: cut it up")
         deep = re.search(";(12|16)", str([tile.args for tile in pil.tile]))                # bits in the file
         with ONE_LARGE if pil.width * pil.height > LARGE else nullcontext():
-            if draft:
+            if draft:                    # a JPEG decoder may reduce it, not below so many pixels a side
                 pil.draft("RGB", (draft, draft))
             ImageOps.exif_transpose(pil, in_place=True)
             rgb = as_rgb(pil, 4095 if deep and deep[1] == "12" else 65535)
@@ -451,17 +448,14 @@ def read_captions(path, size, skip_broken=False, cache="runs/cache"):
 
 
 def caption_rows(path):
-    """Read the JSON of a caption set -> its images, [(file name, place in PARTS, class, sentences)].
-
-    Karpathy's layout names no class: RSICD has lists of them beside it, UCM-Captions numbers its images.
-    """
+    """Read the JSON of a caption set -> its images, [(file name, place in PARTS, class, sentences)]."""
     place = {part: k for k, part in enumerate(PARTS)}
     with refusing(path, "is no caption set in a known layout",
                   "unpack it again, or move it away to read the tree by its folders"):
         content = json.loads(path.read_bytes())
         if "annotations" in content:                                     # RSICap
             rows = [(a["filename"], UNSAID, NO_CLASS, [a["text_output"]]) for a in content["annotations"]]
-        elif "images" in content:                                        # Karpathy
+        elif "images" in content:        # Karpathy: RSICD lists the classes beside it, UCM-Captions numbers
             kind_of = {name: file.stem for file in path.parent.glob("txtclasses*/*.txt")
                        for name in file.read_text("utf-8-sig").split()}
             if {i["filename"] for i in content["images"]} == {f"{n}.tif" for n in range(1, 2101)}:
@@ -625,11 +619,10 @@ def cut_tile(images, files, buildings, extent, pre, mask):
 
 
 def draw_mask(rings, box, size):
-    """Return 255 where a pixel's centre is in the building, else 0: (size, size, 1) uint8.
+    """Draw rings [(n, 2)] in a square box (left, top, right, bottom): (size, size, 1), 255 inside, else 0.
 
-    rings [(n, 2)], in a square box (left, top, right, bottom). Even-odd rule: a point is inside if the line
-    from the left edge to it crosses the rings an odd number of times. (Pillow's polygon draws the outline
-    too: even at four times the size, a house 12 pixels wide gains 4 to 8 % in area.)
+    Even-odd rule: inside are the centres whose line to the left edge crosses rings an odd number of times.
+    (Pillow's polygon draws the outline too: a house 12 pixels wide gains 4 to 8 % in area.)
     """
     crossed, centres = np.zeros((size, size + 1), dtype=int), np.arange(size) + 0.5
     for ring in rings:
@@ -1019,10 +1012,7 @@ def lr_at(step, steps, lr, warmup):
 
 
 def descend(model, optimizer, loss, step, cfg):
-    """Take one optimizer step; cfg has steps, lr and warmup. Problem if the loss is not finite.
-
-    loss: a sum over this process's images, divided by the images of all.
-    """
+    """Take one optimizer step; loss is a sum over this process's images, divided by the images of all."""
     rate = lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
     if step % 50 == 49 and not loss.isfinite():              # to look at every step is to wait for the GPU
         raise Problem(f"the loss is {loss.item()} at step {step + 1}, at a rate of {rate:.1e}: lower --lr; "
@@ -1291,11 +1281,8 @@ def total(x):
 
 
 def sum_gradients(model):
-    """Add up the gradients of all processes, in one message.
-
-    Their sum is the batch's, however it is divided. (DistributedDataParallel takes means; between machines it
-    pays, as it hides the sending behind the backward pass.)
-    """
+    """Add up the gradients of all processes, in one message: the batch's gradient, however it is divided."""
+    # DistributedDataParallel takes means, and sends during the backward pass: that pays between machines.
     if dist.is_initialized():
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         summed = total(torch.cat([g.flatten() for g in gradients])).split([g.numel() for g in gradients])
@@ -1343,15 +1330,12 @@ def _enter(enter, *args):
 
 @contextmanager
 def pool(jobs, enter, *args):
-    """Have `submit(function, *args) -> Future` done by `jobs` processes, each after a call of enter(*args).
-
-    One job is this process itself, which must have entered.
-    """
+    """Have submit(function, *args) -> Future done by `jobs` processes, each after a call of enter(*args)."""
     threads = torch.get_num_threads()
     try:
         if pick_device().type == "cpu":                  # small networks gain nothing from several threads,
             torch.set_num_threads(1)                     # and results do not depend on `jobs`
-        if jobs == 1:
+        if jobs == 1:                                    # this process itself, which must have entered
             yield SimpleNamespace(submit=at_once)
         else:
             with ProcessPoolExecutor(jobs, get_context("spawn"), _enter, (enter, *args)) as workers:
