@@ -32,7 +32,6 @@ from pathlib import Path
 from threading import Lock, RLock
 from time import perf_counter, sleep
 from types import SimpleNamespace
-from typing import get_args
 
 import numpy as np
 import torch
@@ -1357,8 +1356,9 @@ def flag(default, help, least=-math.inf, most=math.inf, bare=False, alone=False)
     """Declare a field of a Config and its --flag, or if bare an argument. alone: a folder of one run only."""
     bounds = (f"; {least:g} to {most:g}" if most < math.inf else
               f"; at least {least:g}" if least > -math.inf else "")
-    return field(default=default, metadata=dict(help=help + bounds, least=least, most=most, bare=bare,
-                                                alone=alone))
+    kind = float if default is None else type(default)                                   # float | None
+    return field(default=default, metadata=dict(help=help + bounds, kind=kind, least=least, most=most,
+                                                bare=bare, alone=alone))
 
 
 def spelled(f):
@@ -1372,12 +1372,12 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            kind = get_args(f.type)[0] if f.default is None else type(f.default)         # float | None
-            kinds = (int, float) if kind is float else (kind,)
-            if type(value) not in kinds and (value is not None or f.default is not None):
+            value, kind = getattr(self, f.name), f.metadata["kind"]
+            if value is None and f.default is None:
+                continue
+            if type(value) not in ((int, float) if kind is float else (kind,)):
                 raise ValueError(f"{spelled(f)} {value!r} is not of type {kind.__name__}")
-            for v in value if kind is tuple else () if value is None or kind is str else (value,):
+            for v in value if kind is tuple else () if kind is str else (value,):
                 if not f.metadata["least"] <= v <= f.metadata["most"]:                   # nan is not, either
                     raise ValueError(f"{spelled(f)} {v:g}: {f.metadata['help'].rpartition('; ')[2]}")
 
@@ -1421,13 +1421,12 @@ def parser_of(config, title):
     parser = argparse.ArgumentParser(description=title, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(config):
-        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
-                dict(type=integers, metavar="N,N") if isinstance(f.default, tuple) else
-                dict(type=get_args(f.type)[0]) if f.default is None else                       # float | None
-                dict(type=type(f.default)))
+        kind = f.metadata["kind"]
+        how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
+               dict(type=integers, metavar="N,N") if kind is tuple else dict(type=kind))
         if f.metadata["bare"]:
-            kind["nargs"] = "?"
-        parser.add_argument(spelled(f), default=f.default, help=f.metadata["help"], **kind)
+            how["nargs"] = "?"
+        parser.add_argument(spelled(f), default=f.default, help=f.metadata["help"], **how)
     return parser
 
 
