@@ -246,7 +246,7 @@ def decode_tree(root, files, size, skip_broken, cache):
 
 
 def number(kinds, classes=None):
-    """Number the classes of images by name, if not in this order -> labels and classes of Scenes."""
+    """Number the classes of images, in this order or by name -> labels and classes of Scenes."""
     classes = classes or sorted({*kinds})
     return dict(labels=torch.tensor([classes.index(kind) for kind in kinds]), classes=classes)
 
@@ -284,7 +284,7 @@ def read_pictures(path, size, skip_broken=False, pre=False, mask=False, cache="r
 
 
 def with_numbers(scenes, root):
-    """Return scenes with the metadata of root/numbers.csv, if it is there: its rows begin with a path."""
+    """Return scenes with the metadata of root/numbers.csv, if any, whose rows begin with a path in root."""
     path = root / "numbers.csv"
     if not path.is_file():
         return scenes
@@ -679,7 +679,7 @@ def shuffled(scenes, units, images, seed):
 
 
 def choose(scenes, index, count, seed):
-    """Choose so many images of each class, or whole tiles, of index by seed (0: all). 10 are part of 40."""
+    """Choose `count` images of each class, or tiles, of index by seed; 0: all. Nested: 10 are part of 40."""
     tiles = scenes.groups[index]
     pools = shuffled(scenes, tiles.unique() if scenes.tiles else index, index, seed)
     if short := [f"{len(pool)} {what}" for what, pool in pools.items() if len(pool) < count]:
@@ -1007,7 +1007,7 @@ def lr_at(step, steps, lr, warmup):
     """Return the learning rate of a step: up linearly for `warmup` steps, then down to 0 along a cosine."""
     if step < warmup:
         return lr * (step + 1) / warmup
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def descend(model, optimizer, loss, step, cfg):
