@@ -905,8 +905,7 @@ def draw_tree(root, per_class, seed=0, size=128):
             dice = np.random.default_rng([seed, zlib.crc32(name.encode()), k])
             pil, known[picture] = draw_scene(name, dice, size)
             save_picture(pil, Path(root) / picture, quality=90)
-    rows = [[picture, *map(float, measured)] for picture, measured in known.items()]
-    save_csv(table, ["picture", "scale", "light", "haze"], rows)
+    save_csv(table, ["picture", "scale", "light", "haze"], [[name, *told] for name, told in known.items()])
     return Path(root)
 
 
