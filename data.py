@@ -31,7 +31,7 @@ from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Lock, RLock
 from time import perf_counter, sleep
-from typing import get_args
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -88,8 +88,7 @@ class Scenes:
 
     def __getitem__(self, index):
         """Select the images at these indices, (M,) int64, or where a mask, (N,) bool, is true."""
-        if index.dtype == torch.bool:
-            index = index.nonzero().flatten()
+        index = torch.arange(len(self))[index]
         some = {name: getattr(self, name)[index] for name in ("labels", "groups", "official", "numbers")}
         return replace(self, **some, images=take(self.images, index),
                        names=[self.names[i] for i in index.tolist()],
@@ -135,8 +134,8 @@ def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache
     """Read Scenes: the buildings of an xBD tree by damage; of captions or a folder per class RGB alone."""
     if is_xbd(root):
         return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
-    if find_captions(root):
-        return read_captions(root, size, skip_broken, cache)
+    if captions := [path for name in ("dataset*.json", "captions.json") for path in Path(root).glob(name)]:
+        return read_captions(captions[0], size, skip_broken, cache)
     return read_folder(root, size, skip_broken, cache, least)
 
 
@@ -173,8 +172,7 @@ DOWNLOADS = {"resisc45": (
 HOW_TO_GET = f"""RESISC45 (Cheng et al. 2017), 45 classes of 700 images of 256 x 256 pixels, zip of 427 MB:
 python data.py --download resisc45 data
 fetches it and the official 60/20/20 lists, and unpacks it to data/NWPU-RESISC45, a folder per class; it is
-{DOWNLOADS["resisc45"][0]}/NWPU-RESISC45.zip
-md5 {DOWNLOADS["resisc45"][1]["NWPU-RESISC45.zip"]}
+{DOWNLOADS["resisc45"][0]}/NWPU-RESISC45.zip (md5 {DOWNLOADS["resisc45"][1]["NWPU-RESISC45.zip"]}).
 Any tree with a folder per class will do."""
 
 
@@ -186,25 +184,25 @@ def download(name, folder):
         if target.exists():
             continue
         part = fetch(f"{address}/{Path(file).name}", Path(folder) / f"{Path(file).name}.part", md5)
-        new = part
-        if file.endswith(".zip"):
-            new = part.with_suffix(".new") / target.name
-            with refusing(part, "does not unpack", "remove it"), zipfile.ZipFile(part) as archive:
-                archive.extractall(new.parent)                           # of "/x" and "../x" it makes x
-        os.replace(new, target)
-        if new != part:
-            shutil.rmtree(new.parent)
-            part.unlink()
+        if not file.endswith(".zip"):
+            os.replace(part, target)
+            continue
+        unpacked = part.with_suffix(".new")
+        with refusing(part, "does not unpack", "remove it"), zipfile.ZipFile(part) as archive:
+            archive.extractall(unpacked)                                 # of "/x" and "../x" it makes x
+        os.replace(unpacked / target.name, target)
+        shutil.rmtree(unpacked)
+        part.unlink()
     print(f"{name}, with the right checksums, is in {folder}")
 
 
 def fetch(address, part, md5):
-    """Fetch a file of this md5 to part: in five attempts, each from where the last was cut off. -> part"""
+    """Fetch a file of this md5 to part: in six attempts, each from where the last was cut off. -> part"""
     part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
     size = math.inf
     for _ in range(6):
-        with open(part, "rb+") as file:
+        with open(part, "ab+") as file:                                  # it writes at the end
+            file.seek(0)
             if hashlib.file_digest(file, "md5").hexdigest() == md5:
                 return part
             have = file.tell()
@@ -217,7 +215,6 @@ def fetch(address, part, md5):
                     have *= answer.status == 206                         # else it comes from its beginning
                     size, why = have + int(answer.headers["Content-Length"]), "cut off"
                     file.truncate(have)
-                    file.seek(have)
                     for _ in progress(range(have, size, 2**18), f"fetching {part.stem}, 256 kB each"):
                         file.write(answer.read(2**18))
             except (HTTPException, OSError, TypeError, ValueError) as error:     # refused, cut off, too slow
@@ -228,30 +225,45 @@ def fetch(address, part, md5):
 
 
 def read_folder(root, size, skip_broken=False, cache="runs/cache", least=2):
-    """Read a tree with a folder for each of at least `least` classes, images (N, 3, size, size), cached.
-
-    Exact doubles are a group. Parts are given by the official lists (Neumann et al. 2019), if they are there.
-    """
+    """Read a tree with a folder for each of at least `least` classes: Scenes, images (N, 3, size, size)."""
     root = Path(root)
-    files, how = find_pictures(root, least), dict(size=size, skip_broken=skip_broken)
-    scenes = Scenes(**cached(lambda: decode_tree(root, files, least, **how), root, cache, how, files))
-    scenes.official = read_lists(root, scenes.names)
+    found = decode_tree(root, find_pictures(root, least), size, skip_broken, cache)
+    kinds = [name.split("/")[0] for name in found["names"]]
+    if len({*kinds}) < least:
+        raise Problem(f"{root}: fewer than {least} classes have pictures that decode: mend or replace them")
+    scenes = Scenes(**found, **number(kinds), official=read_lists(root, found["names"]))
     return with_numbers(scenes, root)
 
 
+def decode_tree(root, files, size, skip_broken, cache):
+    """Decode files below root -> images, names and groups of Scenes, cached. Exact doubles are a group."""
+    def make():
+        images, whole = decode_all(files, size, f"reading {root.name}", skip_broken)
+        names = [file.relative_to(root).as_posix() for file in whole]
+        return dict(images=images, names=names, groups=doubles(images))
+
+    return cached(make, root, cache, dict(size=size, skipped=skip_broken), files)
+
+
+def number(kinds, classes=None):
+    """Number the classes of images, in this order or by name -> labels and classes of Scenes."""
+    classes = classes or sorted({*kinds})
+    return dict(labels=torch.tensor([classes.index(kind) for kind in kinds]), classes=classes)
+
+
 def read_lists(root, names):
-    """Return the official part of each of these pictures, (N,) int64. Problem if the lists are of others."""
+    """Read the official lists (Neumann et al. 2019), if they are there -> the part of each picture, (N,)."""
     lists = [root / f"resisc45-{part}.txt" for part in PARTS]
     if not any(path.exists() for path in lists):
-        return torch.full((len(names),), UNSAID)
+        return None
     part_of, known = {}, Counter(Path(name).name for name in names)
     for k, path in enumerate(lists):
         with refusing(path, "does not do", "give the three official lists of this data set, or none"):
-            listed = [Path(line.strip()).name for line in path.read_text("utf-8-sig").splitlines()]
-            part_of |= {name: k for name in listed}
-            if not known.keys() & {*listed}:
+            listed = {Path(line.strip()).name: k for line in path.read_text("utf-8-sig").splitlines()}
+            part_of |= listed
+            if not known.keys() & listed.keys():
                 raise ValueError("it names no picture here")
-            if several := sorted(name for name in {*listed} if known[name] > 1):
+            if several := sorted(name for name in listed if known[name] > 1):
                 raise ValueError(f"it may mean several pictures by {some_of(several)}")
     if absent := sorted(part_of.keys() - known.keys() - {""}):
         warn(f"{root}: its lists name {len(absent)} pictures that are not there: {some_of(absent)}")
@@ -272,11 +284,7 @@ def read_pictures(path, size, skip_broken=False, pre=False, mask=False, cache="r
 
 
 def with_numbers(scenes, root):
-    """Return scenes with the metadata of root/numbers.csv, if there is one.
-
-    Its first column is the picture's path in root, the others are numbers; an empty cell is not known, nor
-    are those of a picture without a row. Raises Problem if it is broken or names no picture.
-    """
+    """Return scenes with the metadata of root/numbers.csv, if any, whose rows begin with a path in root."""
     path = root / "numbers.csv"
     if not path.is_file():
         return scenes
@@ -289,7 +297,7 @@ def with_numbers(scenes, root):
 
 
 def read_numbers(path):
-    """Read a table of metadata -> the names of its columns but the first, {first cell: [float]}."""
+    """Read a table of metadata -> names of its columns but the first, {first cell: [float]}; nan if empty."""
     with (refusing(path, "is no table of numbers", "give a header, and in each row a picture and numbers"),
           open(path, newline="", encoding="utf-8-sig") as file):
         header, *rows = csv.reader(file)
@@ -300,66 +308,47 @@ def read_numbers(path):
 
 
 def find_pictures(root, least):
-    """List the pictures in the class folders of root, by class, then by name. Problem if there are too few.
-
-    Whatever else lies in root is counted on stderr.
-    """
+    """List the pictures in folders of root, by class, then by name; count on stderr what else there is."""
     if not root.is_dir():
-        raise Problem(f"no folder {root}: give one with a folder of pictures per class "
-                      "(python data.py tells how to get RESISC45)")
+        raise Problem(f"no folder {root}: give one of class folders (python data.py tells how to get one)")
     if (root / "images").is_dir() and ((root / "labels").is_dir() or (root / "targets").is_dir()):
-        raise Problem(f"{root} looks like a split of xBD: give the folder that holds it, where it is called "
-                      f"one of {', '.join(FOLDERS)}")
-    there = [p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root).as_posix()}"]
+        raise Problem(f"{root} looks like a split of xBD: give what holds it as {' or '.join(FOLDERS)}")
+    there = {p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root).as_posix()}"}
     files = sorted(p for p in there if p.parent.parent == root and p.suffix.lower() in SUFFIXES)
-    folders = {p.parent for p in files}
-    if own := [folder for folder in sorted(folders) if any((folder / name).exists() for name in OUTPUT)]:
+    folders = sorted({p.parent for p in files})
+    if own := [folder for folder in folders if any((folder / name).exists() for name in OUTPUT)]:
         raise Problem(f"{own[0]} is the output of a run, no class: move it elsewhere, or give another folder")
     if len(folders) < least:
         wrong = f"only one class with pictures, {files[0].parent.name}" if files else "no pictures in folders"
         inside = sorted(p.parent for p in root.glob("[!.]*/*") if p.is_dir())
         hint = f"; did you mean {inside[0]}?" if inside else ""
         raise Problem(f"{root}: {wrong}; a folder per class, at least {least}, is needed{hint}")
-    if rest := sorted(p for p in {*there} - {*files} - {root / name for name in BESIDE} if not p.is_dir()):
-        warn(f"{root}: {len(rest)} files are not read, as they are no pictures or not in a class's folder: "
-             f"{some_of(p.relative_to(root) for p in rest)}")
+    beside = there - {*files} - {root / name for name in BESIDE}
+    if rest := sorted(p.relative_to(root) for p in beside if not p.is_dir()):
+        warn(f"{root}: {len(rest)} files are not read (no pictures, or not in a class): {some_of(rest)}")
     return files
 
 
 def decode_all(files, size, title, skip_broken=False):
-    """Decode files, on all cores: images (n, 3, size, size) uint8, and which of the files these are, [n].
-
-    Raises Problem if one is broken, unless those are to be skipped.
-    """
-    images, broken = roomy(torch.uint8, len(files), 3, size, size), {}
+    """Decode files, on all cores -> images (n, 3, size, size) uint8, and their files; Problem if broken."""
+    images = roomy(torch.uint8, len(files), 3, size, size)
 
     def fill(i):
         try:
             images[i] = torch.from_numpy(decode(files[i], size))
         except Exception as error:                                       # Pillow raises a dozen kinds
-            broken[i] = error
+            return f"{files[i]}: {reason(error)}"
 
-    in_threads(fill, range(len(files)), title)
+    told = in_threads(fill, len(files), title)
+    broken = [wrong for wrong in told if wrong]
     if broken and not skip_broken:
-        raise Problem(f"{len(broken)} of {len(files)} pictures do not decode "
-                      f"({some_of(files[i] for i in sorted(broken))}; the first: "
-                      f"{reason(broken[min(broken)])}): mend or remove them, or give --skip-broken")
-    for i, error in sorted(broken.items()):
-        warn(f"skipped {files[i]}: {reason(error)}")
-    keep = [i for i in range(len(files)) if i not in broken]
+        raise Problem(f"{len(broken)} of {len(files)} pictures do not decode ({some_of(broken)}): "
+                      "mend or remove them, or give --skip-broken")
+    for wrong in broken:
+        warn(f"skipped {wrong}")
+    keep = [i for i, wrong in enumerate(told) if not wrong]
     whole = take(images, torch.tensor(keep, dtype=torch.int64)) if broken else images
     return whole, [files[i] for i in keep]
-
-
-def decode_tree(root, files, least, size, skip_broken):
-    """Decode the pictures of a tree with a folder per class into the fields of Scenes."""
-    images, files = decode_all(files, size, f"reading {root.name}", skip_broken)
-    names = [path.relative_to(root).as_posix() for path in files]
-    classes = sorted({name.split("/")[0] for name in names})
-    if len(classes) < least:
-        raise Problem(f"{root}: fewer than {least} classes have pictures that decode: mend or replace them")
-    labels = torch.tensor([classes.index(name.split("/")[0]) for name in names])
-    return dict(images=images, labels=labels, classes=classes, names=names, groups=doubles(images))
 
 
 def doubles(images):
@@ -394,11 +383,7 @@ def decodes(path):
 
 @contextmanager
 def opened(path, draft=0):
-    """Yield the first picture of a file, as PIL RGB: upright as its EXIF says, black where it is transparent.
-
-    draft: a JPEG decoder may reduce it, but not below so many pixels a side. Raises ValueError if nobody can
-    say where its white is, or many kinds of errors if it is broken. One large picture is decoded at a time.
-    """
+    """Yield the first picture of a file, PIL RGB: upright as its EXIF says, black where it is transparent."""
     if not Path(path).is_file():
         raise ValueError("no file" if not Path(path).exists() else "no regular file")
     with Image.open(path, formats=FORMATS) as pil:
@@ -406,7 +391,7 @@ def opened(path, draft=0):
             raise ValueError(f"{pil.width} x {pil.height} pixels are more than {MOST_PIXELS:,}: cut it up")
         deep = re.search(";(12|16)", str([tile.args for tile in pil.tile]))                # bits in the file
         with ONE_LARGE if pil.width * pil.height > LARGE else nullcontext():
-            if draft:
+            if draft:                    # a JPEG decoder may reduce it, not below so many pixels a side
                 pil.draft("RGB", (draft, draft))
             ImageOps.exif_transpose(pil, in_place=True)
             rgb = as_rgb(pil, 4095 if deep and deep[1] == "12" else 65535)
@@ -433,7 +418,7 @@ def as_rgb(pil, white):
 UC_MERCED = """agricultural, airplane, baseball diamond, beach, buildings, chaparral, dense residential,
 forest, freeway, golf course, harbor, intersection, medium residential, mobile home park, overpass,
 parking lot, river, runway, sparse residential, storage tanks, tennis court""".replace("\n", " ").split(", ")
-NO_CLASS = "scene"                                       # a name, as images made of it go to its folder
+NO_CLASS = "scene"                                       # of images of no class: a name, as of a folder
 
 
 def in_words(name):
@@ -442,18 +427,9 @@ def in_words(name):
     return known.get(name) or re.sub("(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
 
 
-def find_captions(root):
-    """Return the JSON that makes a folder a caption set, or None."""
-    return next((path for name in ("dataset*.json", "captions.json") for path in Path(root).glob(name)), None)
-
-
-def read_captions(root, size, skip_broken=False, cache="runs/cache"):
-    """Read a caption set, its images wherever they are below root, as Scenes with captions and its own parts.
-
-    Images (N, 3, size, size) are cached, exact doubles a group. Those of no class are of the class NO_CLASS.
-    """
-    root, rows = Path(root), {}
-    path = find_captions(root)
+def read_captions(path, size, skip_broken=False, cache="runs/cache"):
+    """Read a caption set, a JSON and images in its folder or below: Scenes with captions and given parts."""
+    root, rows = path.parent, {}
     for name, part, kind, sentences in caption_rows(path):
         rows.setdefault(name, (part, kind, []))[2].extend(sentences)
     found = {file.name: file for file in pictures_in(root)}
@@ -461,36 +437,24 @@ def read_captions(root, size, skip_broken=False, cache="runs/cache"):
         raise Problem(f"{root} has not {len(missing)} of the {len(rows)} pictures of {path.name} "
                       f"({some_of(missing)}): unpack them into it, or give --skip-broken")
     files = [found[name] for name in rows if name in found]
-
-    def decode_set():
-        images, kept = decode_all(files, size, f"reading {root.name}", skip_broken)
-        return dict(images=images, names=[file.relative_to(root).as_posix() for file in kept],
-                    groups=doubles(images))
-
-    how = dict(size=size, skip_broken=skip_broken, captions=True)
-    content = cached(decode_set, root, cache, how, files)
+    content = decode_tree(root, files, size, skip_broken, cache)
     if not content["names"]:
         raise Problem(f"{root}: no picture of {path.name} decodes: unpack them again")
     parts, kinds, captions = zip(*[rows[Path(name).name] for name in content["names"]], strict=True)
-    classes = sorted(set(kinds))
-    labels, captions = torch.tensor([classes.index(kind) for kind in kinds]), [*map(tuple, captions)]
-    return with_numbers(Scenes(**content, labels=labels, classes=classes, official=torch.tensor(parts),
-                               captions=captions), root)
+    captions = [tuple(sentences) for sentences in captions]
+    scenes = Scenes(**content, **number(kinds), official=torch.tensor(parts), captions=captions)
+    return with_numbers(scenes, root)
 
 
 def caption_rows(path):
-    """Read the JSON of a caption set -> its images, [(file name, place in PARTS, class, sentences)].
-
-    Karpathy's layout names no class: RSICD has lists beside it, UCM-Captions numbers. NWPU-Captions lists its
-    images by class. RSICap has a text for each image, and no parts. Raises Problem if it is none of these.
-    """
-    place = dict(zip(PARTS, range(3), strict=True))
+    """Read the JSON of a caption set -> its images, [(file name, place in PARTS, class, sentences)]."""
+    place = {part: k for k, part in enumerate(PARTS)}
     with refusing(path, "is no caption set in a known layout",
                   "unpack it again, or move it away to read the tree by its folders"):
         content = json.loads(path.read_bytes())
         if "annotations" in content:                                     # RSICap
             rows = [(a["filename"], UNSAID, NO_CLASS, [a["text_output"]]) for a in content["annotations"]]
-        elif "images" in content:                                        # Karpathy
+        elif "images" in content:        # Karpathy: RSICD lists the classes beside it, UCM-Captions numbers
             kind_of = {name: file.stem for file in path.parent.glob("txtclasses*/*.txt")
                        for name in file.read_text("utf-8-sig").split()}
             if {i["filename"] for i in content["images"]} == {f"{n}.tif" for n in range(1, 2101)}:
@@ -523,7 +487,6 @@ def read_xbd(root, size, label="damage", pre=False, mask=False, cache="runs/cach
 
     images (N, C, size, size) are RGB after the disaster, with pre also before it, with mask at last the
     building's own mask: C is 3, 4, 6 or 7. label: "damage" (4 classes), or "type", that of the disaster.
-    Raises Problem if a file is broken, or if there is no building with a class.
     """
     root, tiles = Path(root), find_tiles(root)
     how = dict(size=size, label=label, pre=pre, mask=mask)
@@ -563,7 +526,7 @@ def event_of(name):
 
 def cut_tree(root, tiles, size, label, pre, mask):
     """Read all labels, then cut all buildings -> the fields of Scenes, and a summary of what is left out."""
-    names, answers, groups, numbers, tasks = [], [], [], [], []
+    rows, tasks = [], []
     number_of, left_out = {}, Counter()                              # {tile: its group}, {reason: how many}
     needed = ["post.json", "post.png", "pre.png"][:2 + pre]
     for tile, files in progress(tiles.items(), "reading labels"):
@@ -574,29 +537,27 @@ def cut_tree(root, tiles, size, label, pre, mask):
         usable = [p for p in polygons if p[1] in DAMAGE and area(p[2]) >= MIN_AREA]
         unknown = sum(subtype == UNKNOWN for _, subtype, _ in polygons)
         left_out += Counter({UNKNOWN: unknown, "too small": len(polygons) - len(usable) - unknown})
-        names += [f"{tile}/{uid}" for uid, _, _ in usable]
-        answers += [dict(damage=subtype, type=kind)[label] for _, subtype, _ in usable]
-        groups += [number_of.setdefault(tile.split("/")[1], len(number_of))] * len(usable)
-        numbers += [measured] * len(usable)
+        group = number_of.setdefault(tile.split("/")[1], len(number_of))
+        rows += [(f"{tile}/{uid}", subtype if label == "damage" else kind, group, measured)
+                 for uid, subtype, _ in usable]
         tasks.append((files, [rings for _, _, rings in usable], extent))
     reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "nothing"
-    if not names:
+    if not rows:
         raise Problem(f"{root}: no building with a damage class in {len(tiles)} tiles (left out: {reasons}): "
                       "unpack images and labels of the same split side by side")
-    images = roomy(torch.uint8, len(names), 3 + 3 * pre + mask, size, size)
+    images = roomy(torch.uint8, len(rows), 3 + 3 * pre + mask, size, size)
     parts = images.split([len(buildings) for _, buildings, _ in tasks])
-    in_threads(lambda k: cut_tile(parts[k], *tasks[k], pre, mask), range(len(tasks)), "cutting buildings")
-    classes = DAMAGE if label == "damage" else sorted(set(answers))
-    return dict(images=images, labels=torch.tensor([classes.index(answer) for answer in answers]),
-                classes=classes, names=names, groups=torch.tensor(groups), numbers=torch.tensor(numbers),
-                summary=f"{root.name}: {len(names)} buildings of {len(tasks)} tiles; left out: {reasons}")
+    in_threads(lambda k: cut_tile(parts[k], *tasks[k], pre, mask), len(tasks), "cutting buildings")
+    names, kinds, groups, numbers = zip(*rows, strict=True)
+    return dict(images=images, names=[*names], groups=torch.tensor(groups), numbers=torch.tensor(numbers),
+                **number(kinds, DAMAGE if label == "damage" else None),
+                summary=f"{root.name}: {len(rows)} buildings of {len(tasks)} tiles; left out: {reasons}")
 
 
 def read_label(path):
     """Read a label -> its polygons [(uid, subtype, rings)], the disaster's type, (width, height), MEASURES.
 
-    Lengths are in pixels (metadata.gsd is that of another band than the pictures'); points off the tile are
-    moved to its edge. Raises Problem if the file is broken.
+    Lengths are in pixels (metadata.gsd is of another band); points off the tile are moved to its edge.
     """
     with refusing(path, "is not an xBD label", "unpack it again, or remove it"):
         content = json.loads(path.read_bytes())
@@ -607,16 +568,12 @@ def read_label(path):
             if subtype not in (*DAMAGE, UNKNOWN) and "_post_" in path.name:
                 raise ValueError(f"no subtype {subtype!r} is known")
             polygons.append((uid, subtype, [ring.clip(0, extent) for ring in wkt_polygon(p["wkt"])]))
-        return polygons, about["disaster_type"], extent, measure(content)
-
-
-def measure(content):
-    """Take the MEASURES from a label, [float], nan if there is none; the place is its first building's."""
-    about, places = content["metadata"], content["features"].get("lng_lat", [])
-    place = wkt_polygon(places[0]["wkt"])[0].mean(0).tolist() if places else [math.nan] * 2
-    month = (about.get("capture_date") or "")[5:7]
-    known = [about.get(name) for name in MEASURES[2:5]] + [month or None]
-    return place + [math.nan if value is None else float(value) for value in known]
+        places = content["features"].get("lng_lat")
+        place = wkt_polygon(places[0]["wkt"])[0].mean(0).tolist() if places else [math.nan] * 2
+        month = (about.get("capture_date") or "")[5:7]
+        known = [about.get(name) for name in MEASURES[2:5]] + [month or None]
+        measures = place + [math.nan if value is None else float(value) for value in known]
+        return polygons, about["disaster_type"], extent, measures
 
 
 def wkt_polygon(text):
@@ -644,29 +601,27 @@ def cut_tile(images, files, buildings, extent, pre, mask):
     middle, half = (low + high) / 2, side.clip(MIN_SIDE) / 2
     boxes = np.concatenate([middle - half, middle + half], 1)        # (n, 4): left, top, right, bottom
     margin = 1 + math.ceil(max(0, -boxes.min(), (boxes[:, 2:] - extent).max()))
-    layers = []
+    tiles = []
     for path in [files[name] for name in ("post.png", "pre.png")[:1 + pre]]:
         with refusing(path, "does not decode", "unpack it again, or remove the tile"), opened(path) as pil:
             pixels = np.asarray(pil)
-        if pixels.shape[1::-1] != extent:
-            raise Problem(f"{path} has {pixels.shape[1::-1]} pixels, its label says {extent}: "
-                          "give the original picture")
+        if pil.size != extent:
+            raise Problem(f"{path} has {pil.size} pixels, its label says {extent}: give the original picture")
         # Mirrored beyond its edges, so that a building on the edge is in the middle of its crop as well.
-        tile = Image.fromarray(np.pad(pixels, ((margin, margin), (margin, margin), (0, 0)), "reflect"))
-        layers.append([tile.resize((size, size), Image.Resampling.BICUBIC, box=box)
-                       for box in (boxes + margin).tolist()])
-    if mask:
-        layers.append([draw_mask(rings, box, size) for rings, box in zip(buildings, boxes, strict=True)])
-    for image, *parts in zip(images, *layers, strict=True):
+        padded = np.pad(pixels, ((margin, margin), (margin, margin), (0, 0)), "reflect")
+        tiles.append(Image.fromarray(padded))
+    for image, rings, box in zip(images, buildings, boxes, strict=True):
+        parts = [tile.resize((size, size), Image.Resampling.BICUBIC, box=[*(box + margin)]) for tile in tiles]
+        if mask:
+            parts.append(draw_mask(rings, box, size))
         image.copy_(torch.from_numpy(rearrange(np.concatenate(parts, 2), "h w c -> c h w")))
 
 
 def draw_mask(rings, box, size):
-    """Return 255 where a pixel's centre is in the building, else 0: (size, size, 1) uint8.
+    """Draw rings [(n, 2)] in a square box (left, top, right, bottom): (size, size, 1), 255 inside, else 0.
 
-    rings [(n, 2)], in a square box (left, top, right, bottom). Even-odd rule: a point is inside if the line
-    from the left edge to it crosses the rings an odd number of times. (Pillow's polygon draws the outline
-    too: even at four times the size, a house 12 pixels wide gains 4 to 8 % in area.)
+    Even-odd rule: inside are the centres whose line to the left edge crosses rings an odd number of times.
+    (Pillow's polygon draws the outline too: a house 12 pixels wide gains 4 to 8 % in area.)
     """
     crossed, centres = np.zeros((size, size + 1), dtype=int), np.arange(size) + 0.5
     for ring in rings:
@@ -697,46 +652,43 @@ def split(scenes, seed=0, hold_out=""):
             raise Problem(f"--hold-out {hold_out}: no such event; {hint}")
         official = torch.tensor([TEST if event == hold_out else UNSAID for event in events])
     ours = TRAIN not in official                         # are the images without a part ours to place?
-    heads, group = scenes.groups.unique(return_inverse=True)
-    part = torch.full_like(heads, UNSAID).scatter_reduce(0, group, official, "amax")       # of each group
+    _, first, group = map(torch.from_numpy, np.unique(scenes.groups, return_index=True, return_inverse=True))
+    part = torch.full_like(first, UNSAID).scatter_reduce(0, group, official, "amax")       # of each group
     shares = (0.6, 0.2) if TEST in part else (0.6, 0.2, 0.2)
-    first = torch.full_like(heads, len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
-    stratum = torch.zeros_like(heads) if scenes.tiles else scenes.labels[first]
-    keys = [(seed,)] if scenes.tiles else [(seed, c) for c in range(len(scenes.classes))]
-    for c, key in enumerate(keys if ours else ()):
-        mine = ((stratum == c) & (part == UNSAID)).nonzero().flatten()
-        mine = mine[torch.randperm(len(mine), generator=rng(*key))]
-        cuts = [round(len(mine) * sum(shares[:k]) / sum(shares)) for k in range(1, len(shares))]
-        for k, chunk in enumerate(mine.tensor_split(cuts)):
+    free = (part == UNSAID).nonzero().flatten()
+    for pool in shuffled(scenes, free, first[free], seed).values() if ours else ():
+        cuts = [round(len(pool) * sum(shares[:k]) / sum(shares)) for k in range(1, len(shares))]
+        for k, chunk in enumerate(pool.tensor_split(cuts)):
             part[chunk] = k
     kept = (official == part[group]) | ((official == UNSAID) & ours)
     parts = {name: (kept & (part[group] == k)).nonzero().flatten() for k, name in enumerate(PARTS)}
-    if short := [name for name, index in parts.items() if len(index) == 0]:
-        raise Problem(f"too few images for a {' and a '.join(short)} split ({len(scenes)} in all): "
-                      "five per class will do")
+    if empty := " and a ".join(name for name, index in parts.items() if len(index) == 0):
+        raise Problem(f"too few images for a {empty} split ({len(scenes)} in all): five per class will do")
     return parts
 
 
-def choose(scenes, index, count, seed):
-    """Choose `count` images of each class, or whole tiles, out of index by seed; 0 is all: (m,) int64.
-
-    Nested: the subset of 10 is part of the subset of 40. Raises Problem if there are too few.
-    """
+def shuffled(scenes, units, images, seed):
+    """Shuffle units (n,), with an image of each, by seed: {"tiles": (n,)}, or {"images of a": (m,), ...}."""
     if scenes.tiles:
-        tiles = scenes.groups[index].unique()
-        some = tiles[torch.randperm(len(tiles), generator=rng(seed))][:count or None]
-        chosen = index[torch.isin(scenes.groups[index], some)]
-        there = {"tiles": len(tiles)}
-    else:
-        pools = [index[scenes.labels[index] == c] for c in range(len(scenes.classes))]
-        chosen = torch.cat([pool[torch.randperm(len(pool), generator=rng(seed, c))][:count or None]
-                            for c, pool in enumerate(pools)])
-        there = {f"images of {name}": len(pool) for name, pool in zip(scenes.classes, pools, strict=True)}
-    if short := [f"{n} {what}" for what, n in there.items() if n < count]:
+        return {"tiles": units[torch.randperm(len(units), generator=rng(seed))]}
+    pools = {}
+    for c, name in enumerate(scenes.classes):
+        pool = units[scenes.labels[images] == c]
+        pools[f"images of {name}"] = pool[torch.randperm(len(pool), generator=rng(seed, c))]
+    return pools
+
+
+def choose(scenes, index, count, seed):
+    """Choose `count` images of each class, or tiles, of index by seed; 0: all. Nested: 10 are part of 40."""
+    tiles = scenes.groups[index]
+    pools = shuffled(scenes, tiles.unique() if scenes.tiles else index, index, seed)
+    if short := [f"{len(pool)} {what}" for what, pool in pools.items() if len(pool) < count]:
         raise Problem(f"{count} asked for, but there are {some_of(short)} to train on: ask for fewer")
-    if absent := sorted(set(range(len(scenes.classes))) - set(scenes.labels[chosen].tolist())):
-        raise Problem(f"no image to train on is {some_of(scenes.classes[c] for c in absent)}: "
-                      "ask for more, or hold out another event")
+    chosen = torch.cat([pool[:count or None] for pool in pools.values()])
+    if scenes.tiles:
+        chosen = index[torch.isin(tiles, chosen)]
+    if absent := [name for c, name in enumerate(scenes.classes) if c not in scenes.labels[chosen]]:
+        raise Problem(f"no image to train on is {some_of(absent)}: ask for more, or hold out another event")
     return chosen
 
 
@@ -944,10 +896,7 @@ def draw_scene(name, dice, size=128):
 
 
 def draw_tree(root, per_class, seed=0, size=128):
-    """Draw root/<class>/<class>_001.jpg ..., unless they are there: k is of (seed, class, k). -> root
-
-    Their metadata are in root/numbers.csv.
-    """
+    """Draw root/<class>/<class>_001.jpg ... by (seed, class, k), unless there, and numbers.csv. -> root"""
     table = Path(root) / "numbers.csv"
     known = read_numbers(table)[1] if table.exists() else {}
     for name, k in progress([*product(SCENES, range(1, per_class + 1))], "drawing scenes"):
@@ -956,8 +905,7 @@ def draw_tree(root, per_class, seed=0, size=128):
             dice = np.random.default_rng([seed, zlib.crc32(name.encode()), k])
             pil, known[picture] = draw_scene(name, dice, size)
             save_picture(pil, Path(root) / picture, quality=90)
-    rows = [[picture, *map(float, measured)] for picture, measured in known.items()]
-    save_csv(table, ["picture", "scale", "light", "haze"], rows)
+    save_csv(table, ["picture", "scale", "light", "haze"], [[name, *told] for name, told in known.items()])
     return Path(root)
 
 
@@ -1022,7 +970,7 @@ def draw_tile(event, dice, side):
 
 
 def draw_xbd(root, tiles=24, seed=0, side=256):
-    """Draw tiles as an xBD tree, a quarter in test, unless they are there: k is of (seed, k). -> root"""
+    """Draw tiles as an xBD tree, a quarter in test, each by (seed, k), unless they are there. -> root"""
     for k in progress(range(tiles), "drawing disasters"):
         event = list(EVENTS)[k % len(EVENTS)]
         folder = Path(root) / ("test" if k // len(EVENTS) % 4 == 3 else "train")
@@ -1058,23 +1006,18 @@ def lr_at(step, steps, lr, warmup):
     """Return the learning rate of a step: up linearly for `warmup` steps, then down to 0 along a cosine."""
     if step < warmup:
         return lr * (step + 1) / warmup
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def descend(model, optimizer, loss, step, cfg):
-    """Take one optimizer step; cfg has steps, lr and warmup.
-
-    loss is a sum over this process's images, divided by the images of all processes. Gradients are clipped to
-    norm 1, so that one odd batch cannot throw the weights far. Problem if the loss is not finite: looked at
-    in one step of 50.
-    """
+    """Take one optimizer step; loss is a sum over this process's images, divided by the images of all."""
     rate = lr_at(step, cfg.steps, cfg.lr, cfg.warmup)
     if step % 50 == 49 and not loss.isfinite():              # to look at every step is to wait for the GPU
         raise Problem(f"the loss is {loss.item()} at step {step + 1}, at a rate of {rate:.1e}: lower --lr; "
                       "the last checkpoint is kept")
     loss.backward()
     sum_gradients(model)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)              # no odd batch throws the weights far
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("pace", 1)
     optimizer.step()
@@ -1092,10 +1035,7 @@ def seconds_per_step(run, cfg):
 
 
 def forecast(run, cfg, small):
-    """Say where run(cfg) trains, and on a CPU, from a few steps of 4 images, what time and memory it takes.
-
-    small: flags for a CPU, which are named where that is more than an hour.
-    """
+    """Say where run(cfg) trains; on a CPU, by a few steps, what it takes, and if long, flags for less."""
     said, kept, few = f"{cfg.steps} steps of {cfg.batch} images on {pick_device()}", {}, replace(cfg, batch=4)
     if pick_device().type == "cpu" and cfg.steps > 50 and not dist.is_initialized():
         with torch.autograd.graph.saved_tensors_hooks(
@@ -1121,10 +1061,7 @@ def autocast(device):
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary name beside path: its file takes path's place at the end, but not after an error.
-
-    What processes that died left in this folder is removed. Raises OSError, which names path.
-    """
+    """Yield a temporary name beside path: its file takes path's place at the end, but not after an error."""
     path = Path(path)
     temporary = path.with_name(f".{HOST}-{os.getpid()}.{path.name}")
     try:
@@ -1138,7 +1075,7 @@ def replacing(path):
         cause = error if isinstance(error, OSError) else error.__context__       # torch.save says little
         if not isinstance(cause, OSError):
             raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
+        raise OSError(cause.errno, cause.strerror, str(path)) from None          # not the temporary name
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -1195,13 +1132,10 @@ def save(path, content):
 
 
 def load(path, mmap=False):
-    """Read what save() wrote. Nothing in the file is executed, nor unpacked: its size is what it takes.
-
-    Raises any kind of error if it is broken.
-    """
+    """Read what save() wrote: nothing in it is executed or unpacked. Any kind of error if it is broken."""
     with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > os.stat(path).st_size:
-            raise ValueError("it is compressed")
+            raise ValueError("it is compressed")                         # its size is what it takes in memory
         if broken := archive.testzip():
             raise ValueError(f"{broken} is not what was written")
     return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
@@ -1251,16 +1185,13 @@ def load_checkpoint(path, *kinds):
     """Load what save_checkpoint wrote. Nothing in the file is executed. Problem if it is of no such kind."""
     if not Path(path).is_file():
         raise Problem(f"no checkpoint at {path}: train one first, or give another path")
-    try:
+    needed = f"a {' or '.join(kinds)} is needed, give another path"
+    with refusing(path, "is no checkpoint of ours", needed):
         content = load(path)
-        found = str(content["kind"])
-        unsafe = [name for name in content.get("classes", ()) if not is_name(name)]
-    except Exception as error:                                           # files break in dozens of ways
-        found = f"no checkpoint of ours ({reason(error)})"
-    if found not in kinds:
-        raise Problem(f"{path} is {found}, a {' or '.join(kinds)} is needed: give another path")
-    if unsafe:                                                           # they become folders
-        raise Problem(f"{path} has a class {unsafe[0]!r}, which is no name of a folder: give another path")
+        if str(content["kind"]) not in kinds:
+            raise Problem(f"{path} is a {content['kind']}: {needed}")
+        if odd := [name for name in content.get("classes", ()) if not is_name(name)]:    # they become folders
+            raise Problem(f"{path} has a class {odd[0]!r}, which is no name of a folder: give another path")
     return content
 
 
@@ -1273,8 +1204,7 @@ def is_name(text):
 def resume(path, kind, identity, parts, fresh):
     """Give the parts {name: module or optimizer} the state they had in the checkpoint. -> it, or fresh.
 
-    fresh: of a run that begins, {name: what else is in a checkpoint}. Raises Problem if the checkpoint is of
-    a run with another identity, {name: value}, or if something in it is missing or of another kind.
+    fresh: of a run that begins, {name: what else is in a checkpoint}. Problem if its identity is another.
     """
     saved = load_checkpoint(path, kind) if path and Path(path).exists() else None
     if dist.is_initialized():                                            # have all processes read the same?
@@ -1349,12 +1279,8 @@ def total(x):
 
 
 def sum_gradients(model):
-    """Add up the gradients of all processes, in one message.
-
-    Each is of the sum over that process's images, divided by the images of all: so the sum is the gradient
-    of the whole batch, even if it does not divide evenly. (DistributedDataParallel takes means, and hides
-    the sending behind the backward pass; that pays between machines, and costs a wrapped model.)
-    """
+    """Add up the gradients of all processes, in one message: the batch's gradient, however it is divided."""
+    # DistributedDataParallel takes means, and sends during the backward pass: that pays between machines.
     if dist.is_initialized():
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         summed = total(torch.cat([g.flatten() for g in gradients])).split([g.numel() for g in gradients])
@@ -1373,10 +1299,10 @@ def progress(items, title, *args, **how):
 
 # ---- shared by all scripts: several tasks at a time
 
-def in_threads(work, tasks, title):
-    """Call work(task) for all tasks, on all cores: Pillow lets go of the GIL while it decodes."""
+def in_threads(work, n, title):
+    """Return [work(0), ... work(n - 1)], on all cores: Pillow lets go of the GIL while it decodes."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(progress(threads.map(work, tasks), title, len(tasks)))
+        return list(progress(threads.map(work, range(n)), title, n))
 
 
 def jobs(asked):
@@ -1385,14 +1311,11 @@ def jobs(asked):
     return asked or (allowed if pick_device().type == "cpu" else 1)
 
 
-class Inline:
-    """The pool of one: a call is done at once, in this process."""
-
-    def submit(self, function, *args):
-        """Call function(*args). -> a Future that is done; an exception is raised here."""
-        future = Future()
-        future.set_result(function(*args))
-        return future
+def at_once(function, *args):
+    """Call function(*args) in this process. -> a Future that is done; an exception is raised here."""
+    future = Future()
+    future.set_result(function(*args))
+    return future
 
 
 def _enter(enter, *args):
@@ -1405,17 +1328,13 @@ def _enter(enter, *args):
 
 @contextmanager
 def pool(jobs, enter, *args):
-    """Have `submit(function, *args) -> Future` done by `jobs` processes, each after a call of enter(*args).
-
-    One job is this process itself, which must have entered. On a CPU every task computes in one thread: small
-    networks gain nothing from more, and results do not depend on `jobs`. Problem if a process dies.
-    """
+    """Have submit(function, *args) -> Future done by `jobs` processes, each after a call of enter(*args)."""
     threads = torch.get_num_threads()
     try:
-        if pick_device().type == "cpu":
-            torch.set_num_threads(1)
-        if jobs == 1:
-            yield Inline()
+        if pick_device().type == "cpu":                  # small networks gain nothing from several threads,
+            torch.set_num_threads(1)                     # and results do not depend on `jobs`
+        if jobs == 1:                                    # this process itself, which must have entered
+            yield SimpleNamespace(submit=at_once)
         else:
             with ProcessPoolExecutor(jobs, get_context("spawn"), _enter, (enter, *args)) as workers:
                 try:
@@ -1425,8 +1344,7 @@ def pool(jobs, enter, *args):
                         child.terminate()
                     raise
     except BrokenExecutor:
-        raise Problem(f"one of {jobs} processes died, perhaps for want of memory: start again with fewer "
-                      "--jobs; what is done is kept") from None
+        raise Problem(f"one of {jobs} processes died, of memory perhaps: go on with fewer --jobs") from None
     finally:
         torch.set_num_threads(threads)
 
@@ -1434,14 +1352,12 @@ def pool(jobs, enter, *args):
 # ---- shared by all scripts: the command line
 
 def flag(default, help, least=-math.inf, most=math.inf, bare=False, alone=False):
-    """Declare a field of a script's Config, which is also its --flag, or if bare an unnamed argument.
-
-    Numbers are from least to most. alone: it names a folder to which no other run may write at the time.
-    """
+    """Declare a field of a Config and its --flag, or if bare an argument. alone: a folder of one run only."""
     bounds = (f"; {least:g} to {most:g}" if most < math.inf else
               f"; at least {least:g}" if least > -math.inf else "")
-    return field(default=default, metadata=dict(help=help + bounds, least=least, most=most, bare=bare,
-                                                alone=alone))
+    kind = float if default is None else type(default)                                   # float | None
+    return field(default=default, metadata=dict(help=help + bounds, kind=kind, least=least, most=most,
+                                                bare=bare, alone=alone))
 
 
 def spelled(f):
@@ -1451,17 +1367,16 @@ def spelled(f):
 
 @dataclass
 class Settings:
-    """Check the numbers of a script's flags: what all Configs have in common."""
+    """What all Configs have in common: a value not of its flag's type or range is a ValueError."""
 
     def __post_init__(self):
-        """Raise ValueError if a number is out of its flag's range, or a value not of its type."""
         for f in fields(self):
-            value = getattr(self, f.name)
-            kind = get_args(f.type)[0] if f.default is None else type(f.default)         # float | None
-            kinds = (int, float) if kind is float else (kind,)
-            if type(value) not in kinds and (value is not None or f.default is not None):
+            value, kind = getattr(self, f.name), f.metadata["kind"]
+            if value is None and f.default is None:
+                continue
+            if type(value) not in ((int, float) if kind is float else (kind,)):
                 raise ValueError(f"{spelled(f)} {value!r} is not of type {kind.__name__}")
-            for v in value if kind is tuple else () if value is None or kind is str else (value,):
+            for v in value if kind is tuple else () if kind is str else (value,):
                 if not f.metadata["least"] <= v <= f.metadata["most"]:                   # nan is not, either
                     raise ValueError(f"{spelled(f)} {v:g}: {f.metadata['help'].rpartition('; ')[2]}")
 
@@ -1505,47 +1420,40 @@ def parser_of(config, title):
     parser = argparse.ArgumentParser(description=title, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(config):
-        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
-                dict(type=integers, metavar="N,N") if isinstance(f.default, tuple) else
-                dict(type=get_args(f.type)[0]) if f.default is None else                       # float | None
-                dict(type=type(f.default)))
+        kind = f.metadata["kind"]
+        how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
+               dict(type=integers, metavar="N,N") if kind is tuple else dict(type=kind))
         if f.metadata["bare"]:
-            kind["nargs"] = "?"
-        parser.add_argument(spelled(f), default=f.default, help=f.metadata["help"], **kind)
+            how["nargs"] = "?"
+        parser.add_argument(spelled(f), default=f.default, help=f.metadata["help"], **how)
     return parser
 
 
-def stop(number, _):
-    """End by a signal as by Ctrl-C."""
-    raise KeyboardInterrupt(number)
-
-
 def launch(main, config, argv=None, several=False):
-    """Run main(config of these flags), if `several` by torchrun too.
+    """Run main(config of these flags), if `several` by torchrun too. What ends it early is said in a line."""
+    first = int(os.environ.get("RANK", 0)) == 0
 
-    Whatever ends it early is one line: a mistake or a disk that is full with exit code 2, Ctrl-C with 130, a
-    SIGTERM with 143.
-    """
     def refuse(message, code=2):
-        if int(os.environ.get("RANK", 0)):
+        if not first:
             sleep(2)                 # process 0 most likely says the same, and torchrun then ends this one
         parser.exit(code, f"{parser.prog}: {plain(message)}\n")
+
+    def stop(number, _):
+        raise KeyboardInterrupt(number)
 
     parser = parser_of(config, sys.modules[main.__module__].__doc__.split("\n\n")[0])
     parser.error = lambda message: refuse(f"{message} (--help lists the flags)")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")                # a terminal may lack letters
-    arguments = vars(parser.parse_args(argv))
     try:
-        settings = config(**arguments)                                 # its __post_init__ looks at the values
+        settings = config(**vars(parser.parse_args(argv)))             # its __post_init__ looks at the values
     except ValueError as error:
         parser.error(error)
     again = "the same command goes on where it was"
     before = signal.signal(signal.SIGTERM, stop)
     try:
         held = [getattr(settings, f.name) for f in fields(config) if f.metadata["alone"]]
-        first = int(os.environ.get("RANK", 0)) == 0
         with alone(held[0]) if held and first else nullcontext(), processes(several):
             return main(settings)
     except Problem as problem:

@@ -313,7 +313,7 @@ def decode(count=300):
         for k, path in enumerate(files):
             scene = data.draw_scene(path.parent.name, np.random.default_rng(k), size=256)[0]
             data.save_picture(scene, path, quality=90)
-        ours_s, theirs_s, ratio = in_turns(lambda: data.decode_tree(Path(folder), files, 64, False),
+        ours_s, theirs_s, ratio = in_turns(lambda: data.decode_all(files, 64, "decoding"),
                                            lambda: plain(files))
     return ratio, f"{count / ours_s:.0f} and {count / theirs_s:.0f} pictures/s on {os.cpu_count()} cores"
 
