@@ -1344,7 +1344,8 @@ def pool(jobs, enter, *args):
                         child.terminate()
                     raise
     except BrokenExecutor:
-        raise Problem(f"one of {jobs} processes died, of memory perhaps: go on with fewer --jobs") from None
+        raise Problem(f"one of {jobs} processes died, perhaps for want of memory: the same command with fewer "
+                      "--jobs goes on where it was") from None
     finally:
         torch.set_num_threads(threads)
 
@@ -1430,7 +1431,11 @@ def parser_of(config, title):
 
 
 def launch(main, config, argv=None, several=False):
-    """Run main(config of these flags), if `several` by torchrun too. What ends it early is said in a line."""
+    """Run main(config of these flags), if `several` by torchrun too.
+
+    What ends it early is said in a line: a mistake or a full disk with exit code 2, Ctrl-C with 130, a
+    SIGTERM with 143.
+    """
     first = int(os.environ.get("RANK", 0)) == 0
 
     def refuse(message, code=2):
