@@ -1344,8 +1344,8 @@ def pool(jobs, enter, *args):
                         child.terminate()
                     raise
     except BrokenExecutor:
-        raise Problem(f"one of {jobs} processes died, perhaps for want of memory: the same command with fewer "
-                      "--jobs goes on where it was") from None
+        raise Problem(f"one of {jobs} processes died, perhaps for want of memory: with fewer --jobs the same "
+                      "command goes on where it was") from None
     finally:
         torch.set_num_threads(threads)
 
