@@ -186,24 +186,13 @@ class ViT(nn.Module):
 
 # ---- the same blocks for language: CLIP
 
-PAD, START, END = 0, 257, 258
+LENGTH = 64                                            # tokens of a text at most
 
 
 def padded(texts, length, start, end, pad):
     """Put lists of ids between start [int] and end, then pad: (B, length) int64. What is too long is cut."""
     rows = [[*start, *ids[:length - 1 - len(start)], end] for ids in texts]
     return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
-
-
-def byte_tokens(texts, length):
-    """Encode texts as their UTF-8 bytes plus 1, between START and END, then PAD: (B, length) int64.
-
-    END is the largest of all ids, as in CLIP, which finds it by argmax.
-    """
-    return padded([[b + 1 for b in text.encode()] for text in texts], length, [START], END, PAD)
-
-
-LENGTH = 64                                            # tokens of a text at most
 
 
 def words_of(text):
@@ -230,7 +219,7 @@ def word_tokens(texts, words):
 class Text(nn.Module):
     """Token ids (B, L) to features of every token, (B, L, D); if causal, of it and those before it only."""
 
-    def __init__(self, vocabulary=END + 1, length=96, dim=192, depth=4, heads=3, causal=True, **details):
+    def __init__(self, vocabulary, length, dim, depth, heads, causal=True, **details):
         super().__init__()
         self.causal = causal
         self.embed = nn.Embedding(vocabulary, dim)
@@ -266,7 +255,7 @@ class CLIP(nn.Module):
     def encode_text(self, ids):
         """Place texts, ids (B, L), on the unit sphere, (B, E): at the token that has seen them whole.
 
-        That is END, the largest id. Where all tokens see all, the last one.
+        That is its end, the largest id. Where all tokens see all, the last one.
         """
         end = ids.argmax(1) if self.text.causal else torch.full_like(ids[:, 0], ids.shape[1] - 1)
         features = self.text(ids).take_along_dim(end[:, None, None], dim=1)[:, 0]                # (B, D)
@@ -618,11 +607,9 @@ def unigram(path, count):
 def tokenizer(path, clip):
     """Make a function of texts to ids (B, L) for a CLIP, from the vocabulary that lies beside its weights.
 
-    Raises ValueError, one line, if there is none; ids that are bytes need none.
+    Raises ValueError, one line, if there is none.
     """
     count, length = clip.text.embed.num_embeddings, len(clip.text.positions)
-    if count == END + 1:
-        return partial(byte_tokens, length=length)
     causal = clip.text.causal
     names = ("bpe_simple_vocab_16e6.txt.gz", "merges.txt") if causal else ("spiece.model", "tokenizer.json")
     found = [file for name in names if (file := Path(path).parent / name).exists()]

@@ -646,13 +646,6 @@ def test_without_a_vocabulary_it_is_told_what_is_needed(tmp_path):
     for causal, needed in ((True, "16e6.txt.gz or merges.txt"), (False, "spiece.model or tokenizer.json")):
         with pytest.raises(ValueError, match=needed):
             vit.tokenizer(tmp_path / "a.pt", fake(514, 5, causal))
-    encode = vit.tokenizer(tmp_path / "a.pt", fake(vit.END + 1, 9, True))
-    assert torch.equal(encode(["sea"]), vit.byte_tokens(["sea"], 9))
-
-
-def test_bytes_stand_between_start_and_end():
-    assert vit.byte_tokens(["ab", "", "\u00e9" * 9], 6).tolist() == [
-        [257, 98, 99, 258, 0, 0], [257, 258, 0, 0, 0, 0], [257, 196, 170, 196, 170, 258]]
 
 
 def test_a_file_that_is_not_there_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
