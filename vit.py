@@ -423,41 +423,38 @@ def read_tensors(path):
     return {name.removeprefix("module."): tensor for name, tensor in flat(tree).items()}
 
 
-# How the names of a file become ours, one rule after the other. What becomes nothing is not needed; .T is to
-# be transposed; .q, .k and .v are parts of qkv.
-OPENAI = {"^(input_resolution|context_length|vocab_size)$|.*attn_mask$": "", r"^visual\.": "image.",
-          r"^(?=transformer|token_|positional|ln_)": "text.", r"transformer\.resblocks": "blocks",
-          "conv1": "stem.embed", "class_embedding": "token", "positional_embedding": "positions",
-          "token_embedding": "embed", "ln_pre": "pre", "ln_post|ln_final": "norm", "ln_": "norm",
-          r"attn\.in_proj_": "attention.qkv.", r"attn\.out_proj": "attention.out", "c_fc": "0", "c_proj": "2",
-          r"image\.proj$": "image.head.weight.T", "text_projection": "project.weight.T",
-          "logit_scale": "log_scale"}
-HUGGINGFACE = {r".*position_ids$": "", r"^vision_model\.": "image.", r"^text_model\.": "text.",
-               r"image\.head\.": "image.pool.", r"text\.head|text_projection": "project",
-               "visual_projection": "image.head", r"embeddings\.": "", r"encoder\.layers": "blocks",
-               "patch_embedding": "stem.embed", "class_embedding|probe": "token",
-               r"position_embedding\.weight": "positions", "token_embedding": "embed", "pre_layrnorm": "pre",
-               "post_layernorm|final_layer_norm|layer_norm": "norm", "layernorm": "norm2",
-               "self_attn": "attention", r"([qkv])_proj\.(weight|bias)": r"qkv.\2.\1", "in_proj_": "qkv.",
-               "out_proj": "out", "fc1": "0", "fc2": "2", "logit_scale": "log_scale", "logit_bias": "bias"}
-TIMM = {"^": "image.", "cls_token": "token", "pos_embed": "positions", r"patch_embed\.proj": "stem.embed",
-        r"attn\.qkv": "attention.qkv", r"attn\.proj": "attention.out", "fc1": "0", "fc2": "2"}
+# How the names of all layouts become ours, one rule after the other. What becomes nothing is not needed; .T
+# is to be transposed; .q, .k and .v are parts of qkv.
+RULES = {"^(input_resolution|context_length|vocab_size)$|.*(attn_mask|position_ids)$": "",
+         r"^visual\.proj$": "image.head.weight.T", "^visual_projection": "image.head",
+         "^text_projection$": "project.weight.T", r"^text_(projection|model\.head)": "project",
+         r"^vision_model\.head": "image.pool", r"^(visual|vision_model)\.": "image.",
+         "^(?=cls_token|pos_embed|patch_embed|blocks|norm|head)": "image.",               # timm
+         r"^(text_model\.|(?=transformer|token_|positional|ln_))": "text.",
+         r"embeddings\.": "", r"transformer\.resblocks|encoder\.layers": "blocks",
+         r"conv1|patch_embedding|patch_embed\.proj": "stem.embed", "class_embedding|cls_token|probe": "token",
+         r"positional_embedding|position_embedding\.weight|pos_embed": "positions",
+         "token_embedding": "embed", "ln_pre|pre_layrnorm": "pre", r"pool\.layernorm": "pool.norm2",
+         "ln_post|ln_final|ln_|post_layernorm|final_layer_norm|layer_norm": "norm",
+         "self_attn|attn": "attention", r"attention\.(out_)?proj": "attention.out", "in_proj_": "qkv.",
+         r"([qkv])_proj\.(weight|bias)": r"qkv.\2.\1", "c_fc|fc1": "0", "c_proj|fc2": "2",
+         "logit_scale": "log_scale", "logit_bias": "bias"}
 RGB = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), eps=1e-5)
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), eps=1e-6)
 QUICK, TANH = dict(gelu=QuickGELU), dict(gelu=partial(nn.GELU, approximate="tanh"))
-LAYOUTS = {            # a name that only this layout has: what it is, the rules, and what no tensor tells
-    "input_resolution": ("OpenAI CLIP", OPENAI, RGB | QUICK),
-    "visual.class_embedding": ("open_clip CLIP", OPENAI, RGB),
-    "vision_model.embeddings.class_embedding": ("Hugging Face CLIP", HUGGINGFACE, RGB | QUICK),
-    "vision_model.head.probe": ("SigLIP", HUGGINGFACE, HALF | TANH),
-    "cls_token": ("timm ViT", TIMM, HALF)}
+LAYOUTS = {                           # a name that only this layout has: what it is, and what no tensor tells
+    "input_resolution": ("OpenAI CLIP", RGB | QUICK),
+    "visual.class_embedding": ("open_clip CLIP", RGB),
+    "vision_model.embeddings.class_embedding": ("Hugging Face CLIP", RGB | QUICK),
+    "vision_model.head.probe": ("SigLIP", HALF | TANH),
+    "cls_token": ("timm ViT", HALF)}
 
 
-def renamed(tensors, rules):
+def renamed(tensors):
     """Give the tensors of a file, {name: tensor}, our names and shapes."""
     found = {}
     for name, tensor in tensors.items():
-        for theirs, ours in rules.items():
+        for theirs, ours in RULES.items():
             name = re.sub(theirs, ours, name)
         if tensor.ndim == 4:                                 # a convolution of patches, a linear map of each
             tensor = rearrange(tensor, "d c p q -> d (p q c)")
@@ -494,10 +491,10 @@ def load_pretrained(path, **other):
     """
     try:
         tensors = read_tensors(path)
-        kind, rules, details = next((LAYOUTS[sign] for sign in LAYOUTS if sign in tensors), (None, {}, {}))
+        kind, details = next((LAYOUTS[sign] for sign in LAYOUTS if sign in tensors), (None, {}))
         if not kind:
-            raise ValueError(f"no ViT of {', '.join(row[0] for row in LAYOUTS.values())}")
-        weights = renamed(tensors, rules)
+            raise ValueError(f"no ViT of {', '.join(kind for kind, _ in LAYOUTS.values())}")
+        weights = renamed(tensors)
         model = build(weights, **{**details, **other})
         own = model.state_dict(prefix="" if isinstance(model, CLIP) else "image.")
         unlike = [name for name in own.keys() & weights.keys()
