@@ -11,6 +11,7 @@ E axes of the space that images and texts share.
 """
 import gzip
 import html
+import itertools
 import json
 import math
 import pickle
@@ -21,7 +22,6 @@ import sys
 import unicodedata
 import zipfile
 from functools import cache, partial
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -538,23 +538,19 @@ def bpe(path, count):
     words = re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W_{numbers}]+|[{numbers}]|(?:[^\w\s]|_)+", re.I)
 
     @cache
-    def encode(word):
+    def merged(word):
         parts = [letters[b] for b in word.encode()]
         parts[-1] += "</w>"
-        while pairs := [pair for pair in zip(parts, parts[1:], strict=False) if pair in rank]:
-            first, merged = min(pairs, key=rank.get), []
-            for part in parts:
-                if merged and (merged[-1], part) == first:
-                    merged[-1] += part
-                else:
-                    merged.append(part)
-            parts = merged
+        while found := [(rank[pair], k) for k, pair in enumerate(itertools.pairwise(parts)) if pair in rank]:
+            _, k = min(found)
+            parts[k:k + 2] = [parts[k] + parts[k + 1]]
         return [ids[part] for part in parts]
 
-    def clean(text):
-        return " ".join(html.unescape(html.unescape(unicodedata.normalize("NFC", text))).split()).lower()
+    def encode(text):
+        text = html.unescape(html.unescape(unicodedata.normalize("NFC", text))).lower()
+        return [k for word in words.findall(text) for k in merged(word)]
 
-    return lambda text: [k for word in words.findall(clean(text)) for k in encode(word)]
+    return encode
 
 
 def read_pieces(path):
@@ -587,16 +583,13 @@ def unigram(path, count):
     def encode(text):
         text = text.lower().translate(str.maketrans("", "", string.punctuation))
         text = "".join("\u2581" + word for word in unicodedata.normalize("NFKC", text).split())
-        best = [(0.0, 0)]                                    # up to each end: score, start of the last piece
+        best = [(0.0, [])]                                   # up to each end: the best score, and its ids
         for end in range(1, len(text) + 1):
             starts = range(max(0, end - longest), end)
-            best.append(max((best[start][0] + score(text[start:end]), start) for start in starts))
-        found, end = [], len(text)
-        while end:
-            start = best[end][1]
-            found.append(ids.get(text[start:end], unknown))
-            end = start
-        return [k for key, many in groupby(reversed(found)) for k in ([key] if key == unknown else many)]
+            total, start = max((best[start][0] + score(text[start:end]), start) for start in starts)
+            best.append((total, [*best[start][1], ids.get(text[start:end], unknown)]))
+        found = best[-1][1]
+        return [k for k, before in zip(found, [None, *found], strict=False) if not k == before == unknown]
 
     return encode
 
