@@ -209,7 +209,6 @@ def word_tokens(texts, words):
     """Encode texts by the places of their words in a vocabulary [V]: (B, L) int64, L <= LENGTH.
 
     0 pads, V + 1 starts, V + 2 ends. Words that are not in it are left out: nobody could have learned them.
-    Words, as sentences of bytes are five times as long, and spelling is much to learn from a few thousand.
     """
     place = {word: k for k, word in enumerate(words, 1)}
     known = [[place[word] for word in words_of(text) if word in place] for text in texts]
@@ -285,10 +284,9 @@ TEMPLATES = [f"{view} {kind} of {article}{{}}." for view in ("satellite", "aeria
 
 @torch.no_grad()
 def zero_shot(clip, encode, classes, templates=TEMPLATES):
-    """Make a classifier of class names, with no image of them: (K, E), a unit vector per class.
+    """Make a classifier of class names: (K, E), unit vectors. An image is of the class that is nearest.
 
-    encode makes ids of texts. The mean over the templates of a class's unit vectors is made a unit vector
-    again (Radford et al. section 3.1.4). An image is of the class whose vector is nearest to its own.
+    Each is the mean of its texts' unit vectors, made one again (Radford et al. 3.1.4); encode makes ids.
     """
     device = clip.project.weight.device
     texts = [[template.format(name.replace("_", " ")) for template in templates] for name in classes]
@@ -380,11 +378,11 @@ class Unpickler(pickle.Unpickler):
         super().__init__(archive.open(pickled))
         self.storage = lambda key: bytearray(archive.read(pickled.replace("data.pkl", f"data/{key}")))
 
-    def find_class(self, module, name):
+    def find_class(self, _, name):
         """Stand in for what the pickle names: how a tensor is put together, a type of numbers, or nothing."""
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+        if name == "_rebuild_tensor_v2":
             return lambda data, start, shape, stride, *_: data.as_strided(shape, stride, start)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+        if name == "_rebuild_parameter":
             return lambda tensor, *_: tensor
         return DTYPES.get(name, Stub)
 
@@ -419,6 +417,8 @@ def read_tensors(path):
             tree = Unpickler(archive).load()
     else:
         tree = torch.load(path, "cpu", weights_only=True)    # from before torch 1.6
+    if tree.get("kind") in ("clip", "classifier", "mae"):
+        raise ValueError(f"a {tree['kind']} of ours, which train_cls.py --init reads")
     tree = tree.get("state_dict", tree.get("model", tree))
     return {name.removeprefix("module."): tensor for name, tensor in flat(tree).items()}
 
@@ -497,13 +497,12 @@ def load_pretrained(path, **other):
         weights = renamed(tensors)
         model = build(weights, **{**details, **other})
         own = model.state_dict(prefix="" if isinstance(model, CLIP) else "image.")
-        unlike = [name for name in own.keys() & weights.keys()
-                  if own[name].squeeze().shape != weights[name].squeeze().shape]
-        wrong = [f"{what}: {', '.join(sorted(names)[:4])}{' ...' * (len(names) > 4)}" for what, names in (
-            ("missing", own.keys() - weights.keys()), ("left over", weights.keys() - own.keys()),
-            ("of another shape", unlike)) if names]
-        if wrong:
-            raise ValueError("; ".join(wrong))
+        wrong = {"missing": own.keys() - weights.keys(), "left over": weights.keys() - own.keys(),
+                 "of another shape": [name for name in own.keys() & weights.keys()
+                                      if own[name].squeeze().shape != weights[name].squeeze().shape]}
+        if any(wrong.values()):
+            raise ValueError("; ".join(f"{what}: {', '.join(sorted(names)[:4])}{' ...' * (len(names) > 4)}"
+                                       for what, names in wrong.items() if names))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except KeyError as error:
@@ -595,12 +594,8 @@ def unigram(path, count):
 
 
 def tokenizer(path, clip):
-    """Make a function of texts to ids (B, L) for a CLIP, from the vocabulary that lies beside its weights.
-
-    Raises ValueError, one line, if there is none.
-    """
-    count, length = clip.text.embed.num_embeddings, len(clip.text.positions)
-    causal = clip.text.causal
+    """Make a function of texts to ids (B, L) by the vocabulary beside the weights; ValueError if none is."""
+    count, length, causal = clip.text.embed.num_embeddings, len(clip.text.positions), clip.text.causal
     names = ("bpe_simple_vocab_16e6.txt.gz", "merges.txt") if causal else ("spiece.model", "tokenizer.json")
     found = [file for name in names if (file := Path(path).parent / name).exists()]
     if not found:
@@ -619,7 +614,7 @@ def describe(model):
     print(f"images: {image.size} px in patches of {image.stem.patch} px, mean {mean}, deviation {std}")
     if text:
         print(f"texts: {len(text.positions)} tokens of {text.embed.num_embeddings:,}")
-    for name, tower in {"image": image, "text": text}.items():
+    for name, tower in dict(image=image, text=text).items():
         if tower:
             depth, heads = len(tower.blocks), tower.blocks[0].attention.heads
             print(f"tower of the {name}: {depth} blocks of {heads} heads, width {len(tower.norm.bias)}")

@@ -30,7 +30,7 @@ from train_cls import (
     sentences_of,
     tune,
 )
-from vit import CLIP, TEMPLATES, Text, Tower, ViT, tokenizer, word_tokens, zero_shot
+from vit import CLIP, TEMPLATES, Text, Tower, ViT, load_pretrained, tokenizer, word_tokens, zero_shot
 
 
 def pictures(folder, names):
@@ -242,6 +242,8 @@ def test_a_killed_clip_goes_on_and_is_read_again(tmp_path, monkeypatch):
     assert same.keywords == tokens.keywords and size == 8 and not again.training and not whole.training
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert_close(a, b, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="clip.pt: a clip of ours, which train_cls.py --init reads"):
+        load_pretrained(tmp_path / "clip.pt")
     other = replace(captioned(), captions=[*SAID[:-1], ("a road", "houses")])    # the same words
     with pytest.raises(Problem, match="another --out"):
         fit_clip(other, TINY, tmp_path / "clip.pt")
