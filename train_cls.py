@@ -380,20 +380,20 @@ def predict(model, images, batch=512):
     return outputs(model, images, batch).argmax(1)
 
 
-def load(path, *kinds):
-    """Read a checkpoint of one of these kinds. -> its model in eval mode, Config, and all it says"""
-    saved = data.load_checkpoint(path, *kinds)
+def build(path, saved):
+    """Make the model of a checkpoint that was read from path, in eval mode. Returns it and its Config."""
     with data.refusing(path, "is broken", "train it again, or give another path"):
         cfg = Config(**saved["config"])
         model = (clip(cfg, saved["words"]) if saved["kind"] == "clip" else
                  MAE(cfg) if saved["kind"] == "mae" else network(cfg, saved["classes"], saved["channels"]))
         model.load_state_dict(saved["model"])
-    return model.to(data.pick_device()).eval(), cfg, saved
+    return model.to(data.pick_device()).eval(), cfg
 
 
 def load_classifier(path):
     """Read a checkpoint. Returns the model in eval mode, its classes and image size."""
-    model, cfg, saved = load(path, "classifier")
+    saved = data.load_checkpoint(path, "classifier")
+    model, cfg = build(path, saved)
     return model, saved["classes"], cfg.size
 
 
@@ -411,10 +411,7 @@ def clip(cfg, words):
 
 
 def fit_clip(scenes, cfg, path=None, every=1000):
-    """Train a CLIP from scratch on images and their sentences (Scenes).
-
-    In a batch no image comes twice, and each with one of its sentences. -> it, and what makes tokens of texts
-    """
+    """Train a CLIP from scratch on Scenes with sentences. -> it in eval mode, and its tokens of texts"""
     if not all(scenes.captions):
         raise Problem("--captions needs sentences for every image: --data must be a caption set")
     if mixes := [name for name in ("cutmix", "copypaste") if name in cfg.augment]:
@@ -426,7 +423,7 @@ def fit_clip(scenes, cfg, path=None, every=1000):
     model = clip(cfg, words).to(device, memory_format=torch.channels_last)
     augment = compose(cfg.augment)
 
-    def loss(step, g):
+    def loss(step, g):                                       # no image twice, with one of its sentences each
         index = torch.randperm(len(images), device=device, generator=g)[:cfg.batch]
         text = sentences.draw(index, torch.rand(len(index), device=device, generator=g))
         x, _ = augment(data.to_float(images[index]), None, g)
@@ -447,8 +444,8 @@ def encode_texts(model, tokens, texts, batch=512):
 def recalls(scores, owner, ks=(1, 5, 10)):
     """Score retrieval by the similarity of N images and M texts, (N, M); text m is of image owner[m].
 
-    Returns the share of images of which a text is among the k best ones, [len(ks)], and the share of texts
-    whose image is among the k best ones. Of those that score as much, half stand before it.
+    -> the shares of images with a text among the k best, and of texts whose image is, both [len(ks)]. Of
+    those that score as much, half stand before it.
     """
     def found(best, others):                                             # (R,), (R, Q): share in the best k
         rank = (others > best[:, None]).sum(1) + (others == best[:, None]).sum(1) / 2
@@ -476,7 +473,7 @@ class MAE(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.vit, self.patch, self.size = network(cfg, [""], 3), cfg.patch, cfg.size
+        self.vit, self.patch = network(cfg, [""], 3), cfg.patch
         self.hidden = nn.Parameter(0.02 * torch.randn(cfg.dim))          # the token of what is hidden
         self.decoder = nn.Sequential(Block(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim),
                                      nn.Linear(cfg.dim, 3 * cfg.patch**2))
@@ -492,11 +489,10 @@ class MAE(nn.Module):
         order = torch.rand(B, L, device=x.device, generator=generator).argsort(1)
         seen = order[:, :round(L * (1 - part))]
         shown = x.new_zeros(B, L).scatter(1, seen, 1.0)                                          # 1 or 0
-        side = self.size // p
-        cover = rearrange(shown, "b (h w) -> b 1 h w", h=side).repeat_interleave(p, 2).repeat_interleave(p, 3)
+        cover = rearrange(shown, "b (h w) -> b 1 h w", h=x.shape[2] // p)
+        x = x * cover.repeat_interleave(p, 2).repeat_interleave(p, 3)
         index = seen[..., None].expand(-1, -1, net.positions.shape[1])
-        tokens = (net.stem(x * cover) + net.positions).gather(1, index)                          # (B, L/4, D)
-        tokens = net.norm(net.blocks(tokens))
+        tokens = net.norm(net.blocks((net.stem(x) + net.positions).gather(1, index)))            # (B, L/4, D)
         every = self.hidden.to(tokens.dtype).expand(B, L, -1).scatter(1, index, tokens) + net.positions
         target = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-4)
         error = (self.decoder(every) - target).square().mean(2)                                  # (B, L)
@@ -523,18 +519,19 @@ def fit_mae(scenes, cfg, path=None, every=1000):
 def load_weights(path):
     """Read weights to begin from. -> a CLIP and its tokens of texts, or a recogniser and None; image size."""
     try:
-        model, cfg, saved = load(path, "clip", "classifier", "mae")
-        tokens = partial(word_tokens, words=saved["words"]) if saved["kind"] == "clip" else None
-        return model.vit if saved["kind"] == "mae" else model, tokens, cfg.size
+        saved = data.load_checkpoint(path, "clip", "classifier", "mae")
     except Problem:
         if not Path(path).is_file():
             raise
-    try:
-        model = vit.load_pretrained(path).to(data.pick_device())
-        tokens = vit.tokenizer(path, model) if isinstance(model, CLIP) else None
-        return model, tokens, getattr(model, "image", model).size
-    except ValueError as error:
-        raise Problem(f"--init {error}") from None
+        try:
+            model = vit.load_pretrained(path).to(data.pick_device())
+            tokens = vit.tokenizer(path, model) if isinstance(model, CLIP) else None
+            return model, tokens, getattr(model, "image", model).size
+        except ValueError as error:
+            raise Problem(f"--init {error}") from None
+    model, cfg = build(path, saved)
+    tokens = partial(word_tokens, words=saved["words"]) if saved["kind"] == "clip" else None
+    return model.vit if saved["kind"] == "mae" else model, tokens, cfg.size
 
 
 class Tuned(nn.Module):
@@ -577,7 +574,7 @@ def tune(linear, real, synthetic, cfg, soft=None, title="head"):
 
 
 def begin_and_tune(real, synthetic, cfg, path):
-    """Make a recogniser from cfg.init and train what cfg.tune says. A checkpoint is kept at path."""
+    """Make a recogniser, fresh or from cfg.init, and train what cfg.tune says. It is kept at path."""
     if cfg.tune == "all":
         return fit(real, synthetic, cfg, path)[0]
     model = network(cfg, real.classes, 3).to(data.pick_device()).eval()
@@ -586,8 +583,8 @@ def begin_and_tune(real, synthetic, cfg, path):
     elif not model.reads:
         raise Problem(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
     if data.rank() == 0:
-        about = dict(config=data.settings_of(cfg, Config), classes=real.classes, channels=3)
-        data.save_checkpoint(path, "classifier", about, cfg.steps, dict(model=model))
+        identity = dict(config=data.settings_of(cfg, Config), classes=real.classes, channels=3)
+        data.save_checkpoint(path, "classifier", identity, cfg.steps, dict(model=model))
     return model
 
 
@@ -596,10 +593,9 @@ def begin_and_tune(real, synthetic, cfg, path):
 def put_back(logits, labels, counts):
     """Find what to add to the logits of a classifier that drew all classes equally often, (K,).
 
-    It answers as if they were equally frequent. Bayes' rule would add the logarithm of their frequency,
-    counts (K,) of the training images over their sum, to logits that are true log-likelihoods (Menon et al.
-    2021, 2007.07314). Those of a network that knows its few images by heart are not: so it is tau times that,
-    with the tau of 0, 1/4 ... 1 that has the best macro-F1 on these held-out logits (N, K) of labels (N,).
+    To true log-likelihoods Bayes' rule would add the logarithm of the frequency of classes, counts (K,) of
+    the training images over their sum (Menon et al. 2021, 2007.07314). To those of a network that knows its
+    few images by heart it is tau times that, tau of 0, 1/4 ... 1 by macro-F1 on held-out logits (N, K).
     """
     frequency = (counts.clamp(min=1) / counts.sum()).log()
     shifts = [tau / 4 * frequency for tau in range(5)]
@@ -687,10 +683,7 @@ macro_recall = partial(macro, recall)                                    # or ba
 
 
 def harmonic_f1(counts):
-    """Harmonic mean of the F1 of the classes that occur, (..., 3, K) -> (...); 0 if one of them is 0.
-
-    The damage score of the xView2 challenge, which a classifier that never finds the rare class fails.
-    """
+    """Harmonic mean of the F1 of the classes that occur, (..., 3, K) -> (...): the damage score of xView2."""
     each = f1(occurring(counts))
     with np.errstate(divide="ignore"):
         return each.shape[-1] / (1 / each).sum(-1)                       # 1 / 0 = inf, and K / inf = 0
@@ -782,8 +775,7 @@ def main(cfg):
     print(f"{len(real)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes")
     if cfg.model != "linear" and cfg.tune == "all":           # the others take a second
         data.forecast(lambda cfg: fit(real, synthetic, cfg), cfg, SMALL)
-    model = begin_and_tune(real, synthetic, cfg, path) if cfg.init else fit(real, synthetic, cfg, path)[0]
-    score(model, scenes, parts, cfg.test)
+    score(begin_and_tune(real, synthetic, cfg, path), scenes, parts, cfg.test)
 
 
 if __name__ == "__main__":

@@ -249,6 +249,13 @@ def test_a_killed_clip_goes_on_and_is_read_again(tmp_path, monkeypatch):
         fit_clip(other, TINY, tmp_path / "clip.pt")
 
 
+def test_a_checkpoint_of_ours_that_is_broken_is_not_taken_for_published_weights(tmp_path):
+    fit_clip(captioned(), TINY, tmp_path / "clip.pt")
+    data.save(tmp_path / "clip.pt", data.load(tmp_path / "clip.pt") | dict(config=dict(colour=3)))
+    with pytest.raises(Problem, match="clip.pt is broken .*colour.*: train it again"):
+        load_weights(tmp_path / "clip.pt")
+
+
 def test_images_and_sentences_that_belong_together_are_found_together():
     scenes = captioned()
     scenes.captions = [("red",), ("green",), ("blue",), ("red red",), ("blue green",), ("green red",)]
