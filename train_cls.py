@@ -330,7 +330,7 @@ def train(model, loss, cfg, path, kind, about, every, title, **tallies):
 def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier", model=None):
     """Train model, or else a fresh recogniser, on real and synthetic (Scenes; what is not used may be None).
 
-    soft (N, K): what to teach of synthetic images instead of their class. -> model.eval() and counts
+    soft (N, K): what to teach of synthetic images, not their class; path: a checkpoint. -> model, counts
     """
     device = data.pick_device()
     mixture = Mixture(real, synthetic, cfg, soft, device)
@@ -411,7 +411,7 @@ def clip(cfg, words):
 
 
 def fit_clip(scenes, cfg, path=None, every=1000):
-    """Train a CLIP from scratch on Scenes with sentences. -> it in eval mode, and its tokens of texts"""
+    """Train a CLIP from scratch on Scenes with sentences. -> model.eval() and what makes tokens of texts"""
     if not all(scenes.captions):
         raise Problem("--captions needs sentences for every image: --data must be a caption set")
     if mixes := [name for name in ("cutmix", "copypaste") if name in cfg.augment]:

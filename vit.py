@@ -273,8 +273,8 @@ def contrastive(logits):
 
 def pairwise(logits):
     """Cross-entropy of saying of each pair whether it is one; logits (B, B). SigLIP, algorithm 1."""
-    own = torch.eye(len(logits), device=logits.device)
-    return F.binary_cross_entropy_with_logits(logits, own.to(logits.dtype), reduction="sum") / len(logits)
+    own = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
+    return F.binary_cross_entropy_with_logits(logits, own, reduction="sum") / len(logits)
 
 
 # What CLIP is asked for RESISC45 (openai/CLIP, data/prompts.md): 18 ways to say it
@@ -520,9 +520,8 @@ def load_pretrained(path, **other):
 def bpe(path, count):
     """Read CLIP's byte-pair encoding (Sennrich et al. 2016, 1508.07909): a function of a text to its ids.
 
-    The ids, count in all, are those of bytes, of bytes that end a word, of what pairs are merged to, of start
-    and end. CLIP first lets ftfy mend a text, which we do not have: what ftfy changes beyond NFC, as curly
-    quotes and ligatures, gets other ids here.
+    The ids, count in all: bytes, bytes that end a word, what pairs are merged to, start and end. CLIP first
+    lets ftfy mend a text: what that changes beyond NFC, as curly quotes and ligatures, gets other ids here.
     """
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     merges = [tuple(line.split()) for line in content.decode().split("\n")[1:count - 513]]
