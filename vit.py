@@ -429,7 +429,6 @@ RULES = {"^(input_resolution|context_length|vocab_size)$|.*(attn_mask|position_i
          r"^visual\.proj$": "image.head.weight.T", "^visual_projection": "image.head",
          "^text_projection$": "project.weight.T", r"^text_(projection|model\.head)": "project",
          r"^vision_model\.head": "image.pool", r"^(visual|vision_model)\.": "image.",
-         "^(?=cls_token|pos_embed|patch_embed|blocks|norm|head)": "image.",               # timm
          r"^(text_model\.|(?=transformer|token_|positional|ln_))": "text.",
          r"embeddings\.": "", r"transformer\.resblocks|encoder\.layers": "blocks",
          r"conv1|patch_embedding|patch_embed\.proj": "stem.embed", "class_embedding|cls_token|probe": "token",
@@ -454,11 +453,16 @@ def renamed(tensors):
     """Give the tensors of a file, {name: tensor}, our names and shapes."""
     found = {}
     for name, tensor in tensors.items():
+        name = f"image.{name}" if "cls_token" in tensors else name           # timm's are of one tower
         for theirs, ours in RULES.items():
             name = re.sub(theirs, ours, name)
         if tensor.ndim == 4:                                 # a convolution of patches, a linear map of each
             tensor = rearrange(tensor, "d c p q -> d (p q c)")
-        found[name.removesuffix(".T")] = tensor.T if name.endswith(".T") else tensor
+        if name.endswith(".T"):
+            name, tensor = name[:-2], tensor.T
+        if name and name in found:
+            raise ValueError(f"two tensors are {name}")
+        found[name] = tensor
     for name in [name for name in found if name.endswith(".q")]:
         found[name[:-2]] = torch.cat([found.pop(name[:-1] + part) for part in "qkv"])
     return {name: tensor for name, tensor in found.items() if name}

@@ -469,6 +469,8 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path):
     wrong = {"visual.transformer.resblocks.0.mlp.c_fc.bias": torch.zeros(D), "new": torch.zeros(2)}
     told = "left over: new; of another shape: image.blocks.0.mlp.0.bias"
     assert said(lambda s: s.update(wrong)).endswith(told)
+    twice = {"visual_projection.weight": torch.zeros(E, D)}              # as in another layout
+    assert said(lambda s: s.update(twice)).endswith("two tensors are image.head.weight")
     many = {f"visual.{k}": torch.zeros(1) for k in range(9)}
     assert said(lambda s: s.update(many)).endswith("left over: image.0, image.1, image.2, image.3 ...")
     assert "no ViT of OpenAI CLIP, open_clip CLIP" in said(lambda s: s.pop("visual.class_embedding"))
