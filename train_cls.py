@@ -24,19 +24,7 @@ import data
 import vit
 from augment import OVERHEAD, compose
 from data import Problem, flag
-from vit import (
-    CLIP,
-    LENGTH,
-    Block,
-    Convolutions,
-    Patches,
-    Text,
-    ViT,
-    head,
-    mean_token,
-    word_tokens,
-    zero,
-)
+from vit import CLIP, LENGTH, Block, Convolutions, Patches, Text, ViT, head, mean_token, word_tokens, zero
 
 SMALL = "--size 32 --patch 4 --dim 64 --depth 1 --heads 2 --steps 1500 --batch 64 --lr 4e-3 --warmup 50"
 MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
@@ -105,12 +93,11 @@ class Script(Config):
             raise ValueError("--captions and --mae take real images alone: leave out --share")
         if self.mae and self.model not in ("vit", "patches"):
             raise ValueError(f"--mae needs the tokens of a ViT, which --model {self.model} has not")
-        trained = {f.name for f in fields(Config)} | {"data", "synthetic", "per_class", "test"}
         idle = {"linear": ["patch", "dim", "depth", "heads", "steps", "batch", "lr", "warmup", "decay",
                            "smoothing", "pretrain", "augment"], "resnet": ["patch", "depth", "heads"]}
+        trained = {f.name for f in fields(self)} - {"skip_broken", "out", "predict"}
         data.without_effect(self, trained if self.predict else [], "with --predict")
         data.without_effect(self, idle.get(self.model, []), f"with --model {self.model}")
-        data.without_effect(self, ["captions", "mae"] if self.predict else [], "with --predict")
         data.without_effect(self, ["model"] if self.init else [], "with --init")
         data.without_effect(self, [] if self.init else ["tune"], "without --init")
         data.without_effect(self, [] if self.share else ["pretrain"], "without --share")
@@ -250,10 +237,7 @@ def network(cfg, classes, channels):
 # ---- training
 
 def adamw(model, decay):
-    """AdamW with weight decay on matrices but not on biases and norms; the rate is set at every step.
-
-    A tower that was trained before goes at a smaller rate than its new head.
-    """
+    """AdamW with decay on matrices only; a tower that was trained before goes slower than its new head."""
     kinds = {}
     for name, p in model.named_parameters():
         pace, is_matrix = PACE if name.startswith("tower.") else 1.0, p.ndim > 1
@@ -320,44 +304,47 @@ class Mixture:
         return torch.where(fake, self.offset + self.synthetic.draw(c, v), self.real.draw(c, u)), fake
 
 
-def train(model, loss, cfg, path, kind, identity, every, title, **tallies):
+def train(model, loss, cfg, path, kind, about, every, title, **tallies):
     """Take cfg.steps steps of AdamW on loss(step, generator), whose randomness follows from (seed, step).
 
     loss is this process's sum, divided by the images of all; tallies are tensors in which it counts. All is
-    kept at path, a checkpoint of this kind and identity, from which a killed run goes on.
+    kept at path, a checkpoint of this kind, cfg and about, from which a killed run goes on. -> model.eval()
     """
     device, optimizer = data.pick_device(), adamw(model, cfg.decay)
+    identity = dict(config=data.settings_of(cfg, Config), **about)
     parts = dict(model=model, optimizer=optimizer)
     saved = data.resume(path, kind, identity, parts, dict(step=0, **tallies))
     for name, tally in tallies.items():
         tally.copy_(saved[name])
-
-    def keep(step):
-        if path and data.rank() == 0:
-            data.save_checkpoint(path, kind, identity, step, parts, **tallies)
-
     for step in data.progress(range(saved["step"], cfg.steps), title, cfg.steps, initial=saved["step"]):
         value = loss(step, data.rng(cfg.seed, step, device=device))
         data.descend(model, optimizer, value, step, cfg)
         if (step + 1) % every == 0 or step + 1 == cfg.steps:
             if not math.isfinite(mean := data.total(value.detach()).item()):
                 raise Problem(f"the loss is {mean} at step {step + 1}: lower --lr")
-            keep(step + 1)
+            if path and data.rank() == 0:
+                data.save_checkpoint(path, kind, identity, step + 1, parts, **tallies)
+    return model.eval()
 
 
 def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier", model=None):
     """Train model, or else a fresh recogniser, on real and synthetic (Scenes; what is not used may be None).
 
-    soft (N, K): what to teach of each synthetic image instead of its class. A checkpoint is kept at path.
-    Returns model.eval() and counts.
+    soft (N, K): what to teach of synthetic images, not their class; path: a checkpoint. -> model, counts
     """
     device = data.pick_device()
     mixture = Mixture(real, synthetic, cfg, soft, device)
     channels, classes = mixture.images.shape[1], mixture.pools[0].classes
     model = network(cfg, classes, channels) if model is None else model
     model.to(device, memory_format=torch.channels_last)                                  # a tenth faster
-    identity = dict(config=data.settings_of(cfg, Config), classes=classes, channels=channels,
-                    images=[pool.digest for pool in mixture.pools], soft=soft is not None and soft.tolist())
+    about = dict(classes=classes, channels=channels, images=[pool.digest for pool in mixture.pools],
+                 soft=soft is not None and soft.tolist())
+    if isinstance(model, Linear):                             # solved, without steps, seed and augmentation
+        model.solve(mixture)
+        if path and data.rank() == 0:
+            identity = dict(config=data.settings_of(cfg, Config), **about)
+            data.save_checkpoint(path, "classifier", identity, 0, dict(model=model))
+        return model.eval(), dict(steps=0, images=0, synthetic=0)
     augment, synthetic_seen = compose(cfg.augment), torch.zeros((), device=device)
     part = data.own_slice(cfg.batch)                              # of several processes, each computes a part
 
@@ -371,13 +358,8 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
             each = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
         return each / cfg.batch
 
-    if isinstance(model, Linear):                             # solved, without steps, seed and augmentation
-        model.solve(mixture)
-        if path and data.rank() == 0:
-            data.save_checkpoint(path, "classifier", identity, 0, dict(model=model))
-        return model.eval(), dict(steps=0, images=0, synthetic=0)
-    train(model, loss, cfg, path, "classifier", identity, every, title, synthetic_seen=synthetic_seen)
-    return model.eval(), dict(steps=cfg.steps, images=cfg.steps * cfg.batch, synthetic=int(synthetic_seen))
+    train(model, loss, cfg, path, "classifier", about, every, title, synthetic_seen=synthetic_seen)
+    return model, dict(steps=cfg.steps, images=cfg.steps * cfg.batch, synthetic=int(synthetic_seen))
 
 
 def as_float(x):
@@ -398,20 +380,20 @@ def predict(model, images, batch=512):
     return outputs(model, images, batch).argmax(1)
 
 
-def load(path, *kinds):
-    """Read a checkpoint of one of these kinds. Returns its model in eval mode, Config, and all it says."""
-    saved = data.load_checkpoint(path, *kinds)
+def build(path, saved):
+    """Make the model of a checkpoint that was read from path, in eval mode. Returns it and its Config."""
     with data.refusing(path, "is broken", "train it again, or give another path"):
         cfg = Config(**saved["config"])
         model = (clip(cfg, saved["words"]) if saved["kind"] == "clip" else
                  MAE(cfg) if saved["kind"] == "mae" else network(cfg, saved["classes"], saved["channels"]))
         model.load_state_dict(saved["model"])
-    return model.to(data.pick_device()).eval(), cfg, saved
+    return model.to(data.pick_device()).eval(), cfg
 
 
 def load_classifier(path):
     """Read a checkpoint. Returns the model in eval mode, its classes and image size."""
-    model, cfg, saved = load(path, "classifier")
+    saved = data.load_checkpoint(path, "classifier")
+    model, cfg = build(path, saved)
     return model, saved["classes"], cfg.size
 
 
@@ -429,11 +411,7 @@ def clip(cfg, words):
 
 
 def fit_clip(scenes, cfg, path=None, every=1000):
-    """Train a CLIP from scratch on images and their sentences (Scenes).
-
-    In a batch no image comes twice, and each with one of its sentences. A checkpoint is kept at path.
-    Returns model.eval() and the function that makes tokens of texts.
-    """
+    """Train a CLIP from scratch on Scenes with sentences. -> model.eval() and what makes tokens of texts"""
     if not all(scenes.captions):
         raise Problem("--captions needs sentences for every image: --data must be a caption set")
     if mixes := [name for name in ("cutmix", "copypaste") if name in cfg.augment]:
@@ -445,16 +423,15 @@ def fit_clip(scenes, cfg, path=None, every=1000):
     model = clip(cfg, words).to(device, memory_format=torch.channels_last)
     augment = compose(cfg.augment)
 
-    def loss(step, g):
+    def loss(step, g):                                       # no image twice, with one of its sentences each
         index = torch.randperm(len(images), device=device, generator=g)[:cfg.batch]
         text = sentences.draw(index, torch.rand(len(index), device=device, generator=g))
         x, _ = augment(data.to_float(images[index]), None, g)
         with data.autocast(device):
             return vit.contrastive(model(x, ids[text]))
 
-    identity = dict(config=data.settings_of(cfg, Config), words=words, images=scenes.digest)
-    train(model, loss, cfg, path, "clip", identity, every, "CLIP")
-    return model.eval(), partial(word_tokens, words=words)
+    about = dict(words=words, images=scenes.digest)
+    return train(model, loss, cfg, path, "clip", about, every, "CLIP"), partial(word_tokens, words=words)
 
 
 @torch.no_grad()
@@ -467,8 +444,8 @@ def encode_texts(model, tokens, texts, batch=512):
 def recalls(scores, owner, ks=(1, 5, 10)):
     """Score retrieval by the similarity of N images and M texts, (N, M); text m is of image owner[m].
 
-    Returns the share of images of which a text is among the k best ones, [len(ks)], and the share of texts
-    whose image is among the k best ones. Of those that score as much, half stand before it.
+    -> the shares of images with a text among the k best, and of texts whose image is, both [len(ks)]. Of
+    those that score as much, half stand before it.
     """
     def found(best, others):                                             # (R,), (R, Q): share in the best k
         rank = (others > best[:, None]).sum(1) + (others == best[:, None]).sum(1) / 2
@@ -496,7 +473,7 @@ class MAE(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.vit, self.patch, self.size = network(cfg, [""], 3), cfg.patch, cfg.size
+        self.vit, self.patch = network(cfg, [""], 3), cfg.patch
         self.hidden = nn.Parameter(0.02 * torch.randn(cfg.dim))          # the token of what is hidden
         self.decoder = nn.Sequential(Block(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim),
                                      nn.Linear(cfg.dim, 3 * cfg.patch**2))
@@ -512,11 +489,10 @@ class MAE(nn.Module):
         order = torch.rand(B, L, device=x.device, generator=generator).argsort(1)
         seen = order[:, :round(L * (1 - part))]
         shown = x.new_zeros(B, L).scatter(1, seen, 1.0)                                          # 1 or 0
-        side = self.size // p
-        cover = rearrange(shown, "b (h w) -> b 1 h w", h=side).repeat_interleave(p, 2).repeat_interleave(p, 3)
+        cover = rearrange(shown, "b (h w) -> b 1 h w", h=x.shape[2] // p)
+        x = x * cover.repeat_interleave(p, 2).repeat_interleave(p, 3)
         index = seen[..., None].expand(-1, -1, net.positions.shape[1])
-        tokens = (net.stem(x * cover) + net.positions).gather(1, index)                          # (B, L/4, D)
-        tokens = net.norm(net.blocks(tokens))
+        tokens = net.norm(net.blocks((net.stem(x) + net.positions).gather(1, index)))            # (B, L/4, D)
         every = self.hidden.to(tokens.dtype).expand(B, L, -1).scatter(1, index, tokens) + net.positions
         target = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-4)
         error = (self.decoder(every) - target).square().mean(2)                                  # (B, L)
@@ -535,9 +511,7 @@ def fit_mae(scenes, cfg, path=None, every=1000):
         with data.autocast(device):
             return model(x, g)
 
-    identity = dict(config=data.settings_of(cfg, Config), images=scenes.digest)
-    train(model, loss, cfg, path, "mae", identity, every, "MAE")
-    return model.vit.eval()
+    return train(model, loss, cfg, path, "mae", dict(images=scenes.digest), every, "MAE").vit
 
 
 # ---- tuning: a classifier that begins from weights trained before
@@ -545,18 +519,19 @@ def fit_mae(scenes, cfg, path=None, every=1000):
 def load_weights(path):
     """Read weights to begin from. -> a CLIP and its tokens of texts, or a recogniser and None; image size."""
     try:
-        model, cfg, saved = load(path, "clip", "classifier", "mae")
-        tokens = partial(word_tokens, words=saved["words"]) if saved["kind"] == "clip" else None
-        return model.vit if saved["kind"] == "mae" else model, tokens, cfg.size
+        saved = data.load_checkpoint(path, "clip", "classifier", "mae")
     except Problem:
         if not Path(path).is_file():
             raise
-    try:
-        model = vit.load_pretrained(path).to(data.pick_device())
-        tokens = vit.tokenizer(path, model) if isinstance(model, CLIP) else None
-        return model, tokens, getattr(model, "image", model).size
-    except ValueError as error:
-        raise Problem(f"--init {error}") from None
+        try:
+            model = vit.load_pretrained(path).to(data.pick_device())
+            tokens = vit.tokenizer(path, model) if isinstance(model, CLIP) else None
+            return model, tokens, getattr(model, "image", model).size
+        except ValueError as error:
+            raise Problem(f"--init {error}") from None
+    model, cfg = build(path, saved)
+    tokens = partial(word_tokens, words=saved["words"]) if saved["kind"] == "clip" else None
+    return model.vit if saved["kind"] == "mae" else model, tokens, cfg.size
 
 
 class Tuned(nn.Module):
@@ -594,15 +569,12 @@ def embed(model, scenes):
 
 
 def tune(linear, real, synthetic, cfg, soft=None, title="head"):
-    """Train a head on features, Scenes of embed, real and synthetic as in fit. Returns what fit does.
-
-    There is no augmentation: several views of every image (8, cached) gained nothing that could be seen.
-    """
+    """Fit a head on features, Scenes of embed. No augmentation: 8 views of every image gained nothing."""
     return fit(real, synthetic, replace(cfg, augment="none"), soft=soft, title=title, model=linear)
 
 
 def begin_and_tune(real, synthetic, cfg, path):
-    """Make a recogniser from cfg.init and train what cfg.tune says. A checkpoint is kept at path."""
+    """Make a recogniser, fresh or from cfg.init, and train what cfg.tune says. It is kept at path."""
     if cfg.tune == "all":
         return fit(real, synthetic, cfg, path)[0]
     model = network(cfg, real.classes, 3).to(data.pick_device()).eval()
@@ -611,8 +583,8 @@ def begin_and_tune(real, synthetic, cfg, path):
     elif not model.reads:
         raise Problem(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
     if data.rank() == 0:
-        about = dict(config=data.settings_of(cfg, Config), classes=real.classes, channels=3)
-        data.save_checkpoint(path, "classifier", about, cfg.steps, dict(model=model))
+        identity = dict(config=data.settings_of(cfg, Config), classes=real.classes, channels=3)
+        data.save_checkpoint(path, "classifier", identity, cfg.steps, dict(model=model))
     return model
 
 
@@ -621,10 +593,9 @@ def begin_and_tune(real, synthetic, cfg, path):
 def put_back(logits, labels, counts):
     """Find what to add to the logits of a classifier that drew all classes equally often, (K,).
 
-    It answers as if they were equally frequent. Bayes' rule would add the logarithm of their frequency,
-    counts (K,) of the training images over their sum, to logits that are true log-likelihoods (Menon et al.
-    2021, 2007.07314). Those of a network that knows its few images by heart are not: so it is tau times that,
-    with the tau of 0, 1/4 ... 1 that has the best macro-F1 on these held-out logits (N, K) of labels (N,).
+    To true log-likelihoods Bayes' rule would add the logarithm of the frequency of classes, counts (K,) of
+    the training images over their sum (Menon et al. 2021, 2007.07314). To those of a network that knows its
+    few images by heart it is tau times that, tau of 0, 1/4 ... 1 by macro-F1 on held-out logits (N, K).
     """
     frequency = (counts.clamp(min=1) / counts.sum()).log()
     shifts = [tau / 4 * frequency for tau in range(5)]
@@ -632,10 +603,7 @@ def put_back(logits, labels, counts):
 
 
 def topk(logits, labels, k=5):
-    """Return the share of images whose class is among the k largest logits; logits (N, K), labels (N,).
-
-    k = 1 is accuracy, k = 5 the top-5 accuracy of ImageNet. With k classes or fewer it is always 1.
-    """
+    """Return the share of images whose class is among the k largest logits; logits (N, K), labels (N,)."""
     best = logits.topk(min(k, logits.shape[1])).indices                  # (N, k)
     return (best == labels[:, None]).any(1).double().mean().item()
 
@@ -649,8 +617,7 @@ def tally(labels, predicted, groups, K):
     """Count, for each group and class, the hits, the actual and the predicted images: (G, 3, K) float64.
 
     Every score follows from them. labels, predicted (N,) in 0..K-1; groups (N,) any integers, in whose order
-    the counts come: images of a group stay together when test sets are resampled (a scene is a group of its
-    own, the buildings of an xBD tile are one).
+    the counts come: images of a group (the buildings of a tile) stay together when test sets are resampled.
     """
     labels, predicted, groups = (np.asarray(v) for v in (labels, predicted, groups))
     group = np.unique(groups, return_inverse=True)[1]
@@ -697,35 +664,26 @@ def weakest(counts):
 def occurring(counts):
     """Keep the classes of counts (..., 3, K) that have an image in any of them.
 
-    A class without a single test image says nothing of a classifier: it is left out of a mean over classes.
-    This is decided once for all seeds and resampled test sets that are handed in, so that one mean is over
-    equal classes everywhere. A class that is there, but not in one of the resampled test sets, has an F1 of 0
-    in that one: in both arms, so their difference is 0 there and not noise.
+    A class without a single test image says nothing: it is left out of means. This is decided once for all
+    seeds and resampled test sets that are handed in, so that all means are over equal classes. A class that
+    is in some of these sets has an F1 of 0 in the others, in both arms: a difference of 0, and not noise.
     """
     there = counts[..., 1, :].reshape(-1, counts.shape[-1]).any(0)
     return counts[..., there]
 
 
-def macro_f1(counts):
-    """Mean F1 of the classes that occur, (..., 3, K) -> (...)."""
-    return f1(occurring(counts)).mean(-1)
+def macro(score, counts):
+    """Mean of f1, precision or recall over the classes that occur, (..., 3, K) -> (...)."""
+    return score(occurring(counts)).mean(-1)
 
 
-def macro_precision(counts):
-    """Mean precision of the classes that occur, (..., 3, K) -> (...)."""
-    return precision(occurring(counts)).mean(-1)
-
-
-def macro_recall(counts):
-    """Mean recall of the classes that occur, or balanced accuracy, (..., 3, K) -> (...)."""
-    return recall(occurring(counts)).mean(-1)
+macro_f1 = partial(macro, f1)
+macro_precision = partial(macro, precision)
+macro_recall = partial(macro, recall)                                    # or balanced accuracy
 
 
 def harmonic_f1(counts):
-    """Harmonic mean of the F1 of the classes that occur, (..., 3, K) -> (...); 0 if one of them is 0.
-
-    The damage score of the xView2 challenge, which a classifier that never finds the rare class fails.
-    """
+    """Harmonic mean of the F1 of the classes that occur, (..., 3, K) -> (...): the damage score of xView2."""
     each = f1(occurring(counts))
     with np.errstate(divide="ignore"):
         return each.shape[-1] / (1 / each).sum(-1)                       # 1 / 0 = inf, and K / inf = 0
@@ -817,8 +775,7 @@ def main(cfg):
     print(f"{len(real)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes")
     if cfg.model != "linear" and cfg.tune == "all":           # the others take a second
         data.forecast(lambda cfg: fit(real, synthetic, cfg), cfg, SMALL)
-    model = begin_and_tune(real, synthetic, cfg, path) if cfg.init else fit(real, synthetic, cfg, path)[0]
-    score(model, scenes, parts, cfg.test)
+    score(begin_and_tune(real, synthetic, cfg, path), scenes, parts, cfg.test)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ E axes of the space that images and texts share.
 """
 import gzip
 import html
+import itertools
 import json
 import math
 import pickle
@@ -21,7 +22,6 @@ import sys
 import unicodedata
 import zipfile
 from functools import cache, partial
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -186,24 +186,13 @@ class ViT(nn.Module):
 
 # ---- the same blocks for language: CLIP
 
-PAD, START, END = 0, 257, 258
+LENGTH = 64                                            # tokens of a text at most
 
 
 def padded(texts, length, start, end, pad):
     """Put lists of ids between start [int] and end, then pad: (B, length) int64. What is too long is cut."""
     rows = [[*start, *ids[:length - 1 - len(start)], end] for ids in texts]
     return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
-
-
-def byte_tokens(texts, length):
-    """Encode texts as their UTF-8 bytes plus 1, between START and END, then PAD: (B, length) int64.
-
-    END is the largest of all ids, as in CLIP, which finds it by argmax.
-    """
-    return padded([[b + 1 for b in text.encode()] for text in texts], length, [START], END, PAD)
-
-
-LENGTH = 64                                            # tokens of a text at most
 
 
 def words_of(text):
@@ -220,7 +209,6 @@ def word_tokens(texts, words):
     """Encode texts by the places of their words in a vocabulary [V]: (B, L) int64, L <= LENGTH.
 
     0 pads, V + 1 starts, V + 2 ends. Words that are not in it are left out: nobody could have learned them.
-    Words, as sentences of bytes are five times as long, and spelling is much to learn from a few thousand.
     """
     place = {word: k for k, word in enumerate(words, 1)}
     known = [[place[word] for word in words_of(text) if word in place] for text in texts]
@@ -230,7 +218,7 @@ def word_tokens(texts, words):
 class Text(nn.Module):
     """Token ids (B, L) to features of every token, (B, L, D); if causal, of it and those before it only."""
 
-    def __init__(self, vocabulary=END + 1, length=96, dim=192, depth=4, heads=3, causal=True, **details):
+    def __init__(self, vocabulary, length, dim, depth, heads, causal=True, **details):
         super().__init__()
         self.causal = causal
         self.embed = nn.Embedding(vocabulary, dim)
@@ -266,7 +254,7 @@ class CLIP(nn.Module):
     def encode_text(self, ids):
         """Place texts, ids (B, L), on the unit sphere, (B, E): at the token that has seen them whole.
 
-        That is END, the largest id. Where all tokens see all, the last one.
+        That is its end, the largest id. Where all tokens see all, the last one.
         """
         end = ids.argmax(1) if self.text.causal else torch.full_like(ids[:, 0], ids.shape[1] - 1)
         features = self.text(ids).take_along_dim(end[:, None, None], dim=1)[:, 0]                # (B, D)
@@ -285,8 +273,8 @@ def contrastive(logits):
 
 def pairwise(logits):
     """Cross-entropy of saying of each pair whether it is one; logits (B, B). SigLIP, algorithm 1."""
-    own = torch.eye(len(logits), device=logits.device)
-    return F.binary_cross_entropy_with_logits(logits, own.to(logits.dtype), reduction="sum") / len(logits)
+    own = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
+    return F.binary_cross_entropy_with_logits(logits, own, reduction="sum") / len(logits)
 
 
 # What CLIP is asked for RESISC45 (openai/CLIP, data/prompts.md): 18 ways to say it
@@ -296,10 +284,9 @@ TEMPLATES = [f"{view} {kind} of {article}{{}}." for view in ("satellite", "aeria
 
 @torch.no_grad()
 def zero_shot(clip, encode, classes, templates=TEMPLATES):
-    """Make a classifier of class names, with no image of them: (K, E), a unit vector per class.
+    """Make a classifier of class names: (K, E), unit vectors. An image is of the class that is nearest.
 
-    encode makes ids of texts. The mean over the templates of a class's unit vectors is made a unit vector
-    again (Radford et al. section 3.1.4). An image is of the class whose vector is nearest to its own.
+    Each is the mean of its texts' unit vectors, made one again (Radford et al. 3.1.4); encode makes ids.
     """
     device = clip.project.weight.device
     texts = [[template.format(name.replace("_", " ")) for template in templates] for name in classes]
@@ -391,11 +378,11 @@ class Unpickler(pickle.Unpickler):
         super().__init__(archive.open(pickled))
         self.storage = lambda key: bytearray(archive.read(pickled.replace("data.pkl", f"data/{key}")))
 
-    def find_class(self, module, name):
+    def find_class(self, _, name):
         """Stand in for what the pickle names: how a tensor is put together, a type of numbers, or nothing."""
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+        if name == "_rebuild_tensor_v2":
             return lambda data, start, shape, stride, *_: data.as_strided(shape, stride, start)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+        if name == "_rebuild_parameter":
             return lambda tensor, *_: tensor
         return DTYPES.get(name, Stub)
 
@@ -430,49 +417,52 @@ def read_tensors(path):
             tree = Unpickler(archive).load()
     else:
         tree = torch.load(path, "cpu", weights_only=True)    # from before torch 1.6
+    if tree.get("kind") in ("clip", "classifier", "mae"):
+        raise ValueError(f"a {tree['kind']} of ours, which train_cls.py --init reads")
     tree = tree.get("state_dict", tree.get("model", tree))
     return {name.removeprefix("module."): tensor for name, tensor in flat(tree).items()}
 
 
-# How the names of a file become ours, one rule after the other. What becomes nothing is not needed; .T is to
-# be transposed; .q, .k and .v are parts of qkv.
-OPENAI = {"^(input_resolution|context_length|vocab_size)$|.*attn_mask$": "", r"^visual\.": "image.",
-          r"^(?=transformer|token_|positional|ln_)": "text.", r"transformer\.resblocks": "blocks",
-          "conv1": "stem.embed", "class_embedding": "token", "positional_embedding": "positions",
-          "token_embedding": "embed", "ln_pre": "pre", "ln_post|ln_final": "norm", "ln_": "norm",
-          r"attn\.in_proj_": "attention.qkv.", r"attn\.out_proj": "attention.out", "c_fc": "0", "c_proj": "2",
-          r"image\.proj$": "image.head.weight.T", "text_projection": "project.weight.T",
-          "logit_scale": "log_scale"}
-HUGGINGFACE = {r".*position_ids$": "", r"^vision_model\.": "image.", r"^text_model\.": "text.",
-               r"image\.head\.": "image.pool.", r"text\.head|text_projection": "project",
-               "visual_projection": "image.head", r"embeddings\.": "", r"encoder\.layers": "blocks",
-               "patch_embedding": "stem.embed", "class_embedding|probe": "token",
-               r"position_embedding\.weight": "positions", "token_embedding": "embed", "pre_layrnorm": "pre",
-               "post_layernorm|final_layer_norm|layer_norm": "norm", "layernorm": "norm2",
-               "self_attn": "attention", r"([qkv])_proj\.(weight|bias)": r"qkv.\2.\1", "in_proj_": "qkv.",
-               "out_proj": "out", "fc1": "0", "fc2": "2", "logit_scale": "log_scale", "logit_bias": "bias"}
-TIMM = {"^": "image.", "cls_token": "token", "pos_embed": "positions", r"patch_embed\.proj": "stem.embed",
-        r"attn\.qkv": "attention.qkv", r"attn\.proj": "attention.out", "fc1": "0", "fc2": "2"}
+# How the names of all layouts become ours, one rule after the other. What becomes nothing is not needed; .T
+# is to be transposed; .q, .k and .v are parts of qkv.
+RULES = {"^(input_resolution|context_length|vocab_size)$|.*(attn_mask|position_ids)$": "",
+         r"^visual\.proj$": "image.head.weight.T", "^visual_projection": "image.head",
+         "^text_projection$": "project.weight.T", r"^text_(projection|model\.head)": "project",
+         r"^vision_model\.head": "image.pool", r"^(visual|vision_model)\.": "image.",
+         r"^(text_model\.|(?=transformer|token_|positional|ln_))": "text.",
+         r"embeddings\.": "", r"transformer\.resblocks|encoder\.layers": "blocks",
+         r"conv1|patch_embedding|patch_embed\.proj": "stem.embed", "class_embedding|cls_token|probe": "token",
+         r"positional_embedding|position_embedding\.weight|pos_embed": "positions",
+         "token_embedding": "embed", "ln_pre|pre_layrnorm": "pre", r"pool\.layernorm": "pool.norm2",
+         "ln_post|ln_final|ln_|post_layernorm|final_layer_norm|layer_norm": "norm",
+         "self_attn|attn": "attention", r"attention\.(out_)?proj": "attention.out", "in_proj_": "qkv.",
+         r"([qkv])_proj\.(weight|bias)": r"qkv.\2.\1", "c_fc|fc1": "0", "c_proj|fc2": "2",
+         "logit_scale": "log_scale", "logit_bias": "bias"}
 RGB = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), eps=1e-5)
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), eps=1e-6)
 QUICK, TANH = dict(gelu=QuickGELU), dict(gelu=partial(nn.GELU, approximate="tanh"))
-LAYOUTS = {            # a name that only this layout has: what it is, the rules, and what no tensor tells
-    "input_resolution": ("OpenAI CLIP", OPENAI, RGB | QUICK),
-    "visual.class_embedding": ("open_clip CLIP", OPENAI, RGB),
-    "vision_model.embeddings.class_embedding": ("Hugging Face CLIP", HUGGINGFACE, RGB | QUICK),
-    "vision_model.head.probe": ("SigLIP", HUGGINGFACE, HALF | TANH),
-    "cls_token": ("timm ViT", TIMM, HALF)}
+LAYOUTS = {                           # a name that only this layout has: what it is, and what no tensor tells
+    "input_resolution": ("OpenAI CLIP", RGB | QUICK),
+    "visual.class_embedding": ("open_clip CLIP", RGB),
+    "vision_model.embeddings.class_embedding": ("Hugging Face CLIP", RGB | QUICK),
+    "vision_model.head.probe": ("SigLIP", HALF | TANH),
+    "cls_token": ("timm ViT", HALF)}
 
 
-def renamed(tensors, rules):
+def renamed(tensors):
     """Give the tensors of a file, {name: tensor}, our names and shapes."""
     found = {}
     for name, tensor in tensors.items():
-        for theirs, ours in rules.items():
+        name = f"image.{name}" if "cls_token" in tensors else name           # timm's are of one tower
+        for theirs, ours in RULES.items():
             name = re.sub(theirs, ours, name)
         if tensor.ndim == 4:                                 # a convolution of patches, a linear map of each
             tensor = rearrange(tensor, "d c p q -> d (p q c)")
-        found[name.removesuffix(".T")] = tensor.T if name.endswith(".T") else tensor
+        if name.endswith(".T"):
+            name, tensor = name[:-2], tensor.T
+        if name and name in found:
+            raise ValueError(f"two tensors are {name}")
+        found[name] = tensor
     for name in [name for name in found if name.endswith(".q")]:
         found[name[:-2]] = torch.cat([found.pop(name[:-1] + part) for part in "qkv"])
     return {name: tensor for name, tensor in found.items() if name}
@@ -505,19 +495,18 @@ def load_pretrained(path, **other):
     """
     try:
         tensors = read_tensors(path)
-        kind, rules, details = next((LAYOUTS[sign] for sign in LAYOUTS if sign in tensors), (None, {}, {}))
+        kind, details = next((LAYOUTS[sign] for sign in LAYOUTS if sign in tensors), (None, {}))
         if not kind:
-            raise ValueError(f"no ViT of {', '.join(row[0] for row in LAYOUTS.values())}")
-        weights = renamed(tensors, rules)
+            raise ValueError(f"no ViT of {', '.join(kind for kind, _ in LAYOUTS.values())}")
+        weights = renamed(tensors)
         model = build(weights, **{**details, **other})
         own = model.state_dict(prefix="" if isinstance(model, CLIP) else "image.")
-        unlike = [name for name in own.keys() & weights.keys()
-                  if own[name].squeeze().shape != weights[name].squeeze().shape]
-        wrong = [f"{what}: {', '.join(sorted(names)[:4])}{' ...' * (len(names) > 4)}" for what, names in (
-            ("missing", own.keys() - weights.keys()), ("left over", weights.keys() - own.keys()),
-            ("of another shape", unlike)) if names]
-        if wrong:
-            raise ValueError("; ".join(wrong))
+        wrong = {"missing": own.keys() - weights.keys(), "left over": weights.keys() - own.keys(),
+                 "of another shape": [name for name in own.keys() & weights.keys()
+                                      if own[name].squeeze().shape != weights[name].squeeze().shape]}
+        if any(wrong.values()):
+            raise ValueError("; ".join(f"{what}: {', '.join(sorted(names)[:4])}{' ...' * (len(names) > 4)}"
+                                       for what, names in wrong.items() if names))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except KeyError as error:
@@ -535,9 +524,8 @@ def load_pretrained(path, **other):
 def bpe(path, count):
     """Read CLIP's byte-pair encoding (Sennrich et al. 2016, 1508.07909): a function of a text to its ids.
 
-    The ids, count in all, are those of bytes, of bytes that end a word, of what pairs are merged to, of start
-    and end. CLIP first lets ftfy mend a text, which we do not have: what ftfy changes beyond NFC, as curly
-    quotes and ligatures, gets other ids here.
+    The ids, count in all: bytes, bytes that end a word, what pairs are merged to, start and end. CLIP first
+    lets ftfy mend a text: what that changes beyond NFC, as curly quotes and ligatures, gets other ids here.
     """
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     merges = [tuple(line.split()) for line in content.decode().split("\n")[1:count - 513]]
@@ -552,23 +540,19 @@ def bpe(path, count):
     words = re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W_{numbers}]+|[{numbers}]|(?:[^\w\s]|_)+", re.I)
 
     @cache
-    def encode(word):
+    def merged(word):
         parts = [letters[b] for b in word.encode()]
         parts[-1] += "</w>"
-        while pairs := [pair for pair in zip(parts, parts[1:], strict=False) if pair in rank]:
-            first, merged = min(pairs, key=rank.get), []
-            for part in parts:
-                if merged and (merged[-1], part) == first:
-                    merged[-1] += part
-                else:
-                    merged.append(part)
-            parts = merged
+        while found := [(rank[pair], k) for k, pair in enumerate(itertools.pairwise(parts)) if pair in rank]:
+            _, k = min(found)
+            parts[k:k + 2] = [parts[k] + parts[k + 1]]
         return [ids[part] for part in parts]
 
-    def clean(text):
-        return " ".join(html.unescape(html.unescape(unicodedata.normalize("NFC", text))).split()).lower()
+    def encode(text):
+        text = html.unescape(html.unescape(unicodedata.normalize("NFC", text))).lower()
+        return [k for word in words.findall(text) for k in merged(word)]
 
-    return lambda text: [k for word in words.findall(clean(text)) for k in encode(word)]
+    return encode
 
 
 def read_pieces(path):
@@ -601,29 +585,20 @@ def unigram(path, count):
     def encode(text):
         text = text.lower().translate(str.maketrans("", "", string.punctuation))
         text = "".join("\u2581" + word for word in unicodedata.normalize("NFKC", text).split())
-        best = [(0.0, 0)]                                    # up to each end: score, start of the last piece
+        best = [(0.0, [])]                                   # up to each end: the best score, and its ids
         for end in range(1, len(text) + 1):
             starts = range(max(0, end - longest), end)
-            best.append(max((best[start][0] + score(text[start:end]), start) for start in starts))
-        found, end = [], len(text)
-        while end:
-            start = best[end][1]
-            found.append(ids.get(text[start:end], unknown))
-            end = start
-        return [k for key, many in groupby(reversed(found)) for k in ([key] if key == unknown else many)]
+            total, start = max((best[start][0] + score(text[start:end]), start) for start in starts)
+            best.append((total, [*best[start][1], ids.get(text[start:end], unknown)]))
+        found = best[-1][1]
+        return [k for k, before in zip(found, [None, *found], strict=False) if not k == before == unknown]
 
     return encode
 
 
 def tokenizer(path, clip):
-    """Make a function of texts to ids (B, L) for a CLIP, from the vocabulary that lies beside its weights.
-
-    Raises ValueError, one line, if there is none; ids that are bytes need none.
-    """
-    count, length = clip.text.embed.num_embeddings, len(clip.text.positions)
-    if count == END + 1:
-        return partial(byte_tokens, length=length)
-    causal = clip.text.causal
+    """Make a function of texts to ids (B, L) by the vocabulary beside the weights; ValueError if none is."""
+    count, length, causal = clip.text.embed.num_embeddings, len(clip.text.positions), clip.text.causal
     names = ("bpe_simple_vocab_16e6.txt.gz", "merges.txt") if causal else ("spiece.model", "tokenizer.json")
     found = [file for name in names if (file := Path(path).parent / name).exists()]
     if not found:
@@ -642,7 +617,7 @@ def describe(model):
     print(f"images: {image.size} px in patches of {image.stem.patch} px, mean {mean}, deviation {std}")
     if text:
         print(f"texts: {len(text.positions)} tokens of {text.embed.num_embeddings:,}")
-    for name, tower in {"image": image, "text": text}.items():
+    for name, tower in dict(image=image, text=text).items():
         if tower:
             depth, heads = len(tower.blocks), tower.blocks[0].attention.heads
             print(f"tower of the {name}: {depth} blocks of {heads} heads, width {len(tower.norm.bias)}")

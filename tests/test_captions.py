@@ -2,7 +2,6 @@
 import copy
 import json
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ from train_cls import (
     sentences_of,
     tune,
 )
-from vit import CLIP, TEMPLATES, Text, Tower, ViT, byte_tokens, word_tokens, zero_shot
+from vit import CLIP, TEMPLATES, Text, Tower, ViT, load_pretrained, tokenizer, word_tokens, zero_shot
 
 
 def pictures(folder, names):
@@ -243,9 +242,18 @@ def test_a_killed_clip_goes_on_and_is_read_again(tmp_path, monkeypatch):
     assert same.keywords == tokens.keywords and size == 8 and not again.training and not whole.training
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert_close(a, b, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="clip.pt: a clip of ours, which train_cls.py --init reads"):
+        load_pretrained(tmp_path / "clip.pt")
     other = replace(captioned(), captions=[*SAID[:-1], ("a road", "houses")])    # the same words
     with pytest.raises(Problem, match="another --out"):
         fit_clip(other, TINY, tmp_path / "clip.pt")
+
+
+def test_a_checkpoint_of_ours_that_is_broken_is_not_taken_for_published_weights(tmp_path):
+    fit_clip(captioned(), TINY, tmp_path / "clip.pt")
+    data.save(tmp_path / "clip.pt", data.load(tmp_path / "clip.pt") | dict(config=dict(colour=3)))
+    with pytest.raises(Problem, match="clip.pt is broken .*colour.*: train it again"):
+        load_weights(tmp_path / "clip.pt")
 
 
 def test_images_and_sentences_that_belong_together_are_found_together():
@@ -510,7 +518,7 @@ def published(text=True):
     """What load_pretrained makes of a file: a CLIP, or a Tower alone, of images of 12 px."""
     torch.manual_seed(0)
     tower = Tower(16, 12, 4, 16, 1, 2, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), pre=text)
-    return CLIP(tower, Text(dim=16, depth=1, heads=2)) if text else tower
+    return CLIP(tower, Text(514, 96, 16, 1, 2)) if text else tower
 
 
 def test_images_of_another_size_are_brought_to_that_of_the_weights(tmp_path):
@@ -526,6 +534,7 @@ def test_published_weights_are_a_start_and_tell_the_size_of_images(tmp_path, lau
     monkeypatch.setattr(train_cls.vit, "load_pretrained", lambda path: published(text).eval())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"published")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")              # of bytes alone: 514 tokens
     root = caption_tree(tmp_path / "t")
     flags = "--init", "weights.pt", "--steps", 3, "--batch", 4, "--warmup", 1, "--out"
     for what in ("none", "head", "all"):
@@ -542,5 +551,5 @@ def test_published_weights_are_a_start_and_tell_the_size_of_images(tmp_path, lau
         if what != "all":
             assert_close(model.features(x), expected)
         if what == "none":
-            names = zero_shot(start, partial(byte_tokens, length=96), ["forest", "river"])
+            names = zero_shot(start, tokenizer("weights.pt", start), ["forest", "river"])
             assert_close(model(x), start.log_scale.exp() * expected @ names.T)

@@ -469,6 +469,8 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path):
     wrong = {"visual.transformer.resblocks.0.mlp.c_fc.bias": torch.zeros(D), "new": torch.zeros(2)}
     told = "left over: new; of another shape: image.blocks.0.mlp.0.bias"
     assert said(lambda s: s.update(wrong)).endswith(told)
+    twice = {"visual_projection.weight": torch.zeros(E, D)}              # as in another layout
+    assert said(lambda s: s.update(twice)).endswith("two tensors are image.head.weight")
     many = {f"visual.{k}": torch.zeros(1) for k in range(9)}
     assert said(lambda s: s.update(many)).endswith("left over: image.0, image.1, image.2, image.3 ...")
     assert "no ViT of OpenAI CLIP, open_clip CLIP" in said(lambda s: s.pop("visual.class_embedding"))
@@ -646,13 +648,6 @@ def test_without_a_vocabulary_it_is_told_what_is_needed(tmp_path):
     for causal, needed in ((True, "16e6.txt.gz or merges.txt"), (False, "spiece.model or tokenizer.json")):
         with pytest.raises(ValueError, match=needed):
             vit.tokenizer(tmp_path / "a.pt", fake(514, 5, causal))
-    encode = vit.tokenizer(tmp_path / "a.pt", fake(vit.END + 1, 9, True))
-    assert torch.equal(encode(["sea"]), vit.byte_tokens(["sea"], 9))
-
-
-def test_bytes_stand_between_start_and_end():
-    assert vit.byte_tokens(["ab", "", "\u00e9" * 9], 6).tolist() == [
-        [257, 98, 99, 258, 0, 0], [257, 258, 0, 0, 0, 0], [257, 196, 170, 196, 170, 258]]
 
 
 def test_a_file_that_is_not_there_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
