@@ -46,7 +46,8 @@ from augment import AUGMENTATIONS, OVERHEAD
 from data import Problem, Scenes, flag
 from train_cls import accuracy, f1, harmonic_f1, macro_f1, macro_precision, macro_recall, tally, totals
 
-SCORES = {of.__name__: of for of in (accuracy, macro_f1, harmonic_f1, macro_precision, macro_recall)}
+SCORES = dict(accuracy=accuracy, macro_f1=macro_f1, harmonic_f1=harmonic_f1, macro_precision=macro_precision,
+              macro_recall=macro_recall)
 TITLES = dict(accuracy="accuracy", macro_f1="macro-F1", harmonic_f1="harmonic F1")
 
 

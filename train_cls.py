@@ -93,6 +93,8 @@ class Script(Config):
             raise ValueError("--captions and --mae take real images alone: leave out --share")
         if self.mae and self.model not in ("vit", "patches"):
             raise ValueError(f"--mae needs the tokens of a ViT, which --model {self.model} has not")
+        if self.captions and self.model == "linear":
+            raise ValueError("--captions trains a network, which --model linear is none")
         idle = {"linear": ["patch", "dim", "depth", "heads", "steps", "batch", "lr", "warmup", "decay",
                            "smoothing", "pretrain", "augment"], "resnet": ["patch", "depth", "heads"]}
         trained = {f.name for f in fields(self)} - {"skip_broken", "out", "predict"}
@@ -340,9 +342,10 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
     about = dict(classes=classes, channels=channels, images=[pool.digest for pool in mixture.pools],
                  soft=soft is not None and soft.tolist())
     if isinstance(model, Linear):                             # solved, without steps, seed and augmentation
+        identity = dict(config=data.settings_of(cfg, Config), **about)
+        data.resume(path, "classifier", identity, {}, dict(step=0))      # another run's stays as it is
         model.solve(mixture)
         if path and data.rank() == 0:
-            identity = dict(config=data.settings_of(cfg, Config), **about)
             data.save_checkpoint(path, "classifier", identity, 0, dict(model=model))
         return model.eval(), dict(steps=0, images=0, synthetic=0)
     augment, synthetic_seen = compose(cfg.augment), torch.zeros((), device=device)
@@ -578,12 +581,14 @@ def begin_and_tune(real, synthetic, cfg, path):
     if cfg.tune == "all":
         return fit(real, synthetic, cfg, path)[0]
     model = network(cfg, real.classes, 3).to(data.pick_device()).eval()
+    identity = dict(config=data.settings_of(cfg, Config), classes=real.classes, channels=3,
+                    images=[some.digest for some in (real, synthetic) if some])
+    data.resume(path, "classifier", identity, {}, dict(step=0))          # another run's stays as it is
     if cfg.tune == "head":
         tune(model.head, embed(model, real), embed(model, synthetic), cfg)
     elif not model.reads:
         raise Problem(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
     if data.rank() == 0:
-        identity = dict(config=data.settings_of(cfg, Config), classes=real.classes, channels=3)
         data.save_checkpoint(path, "classifier", identity, cfg.steps, dict(model=model))
     return model
 

@@ -440,6 +440,7 @@ def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launc
     (["--captions", "--share", "0.5"], "real images alone"),
     (["--mae", "--share", "0.5"], "real images alone"),
     (["--captions", "--init", "x"], "give one of them"), (["--mae", "--model", "resnet"], "tokens of a ViT"),
+    (["--captions", "--model", "linear"], "trains a network"),
     (["--captions", "--augment", "hflip,cutmix"], "cutmix makes sentences untrue")])
 def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -528,6 +528,23 @@ def test_pictures_of_a_folder_are_classified_as_the_trained_model_does(tmp_path,
     assert len({row[1] for row in rows}) > 1
 
 
+@pytest.mark.parametrize("kind", [dict(model="linear"), dict(tune="head"), dict(tune="none")])
+def test_what_takes_no_steps_does_not_write_over_another_run_either(tmp_path, kind):
+    real, path = numbered(20), tmp_path / "c" / "classifier.pt"
+    if "tune" in kind:
+        kind = kind | dict(init=str(tmp_path / "clip.pt"))
+        train_cls.fit_clip(replace(real, captions=[("a river",)] * len(real)), TINY, tmp_path / "clip.pt")
+    cfg = replace(TINY, **kind)
+    for _ in range(2):                                       # its own it does
+        train_cls.begin_and_tune(real, None, cfg, path)
+    whole = path.read_bytes()
+    with pytest.raises(Problem, match="another seed"):
+        train_cls.begin_and_tune(real, None, replace(cfg, seed=1), path)
+    with pytest.raises(Problem, match="another images"):
+        train_cls.begin_and_tune(real[torch.arange(1, len(real))], None, cfg, path)
+    assert path.read_bytes() == whole
+
+
 def test_what_cannot_be_predicted_is_one_line_and_leaves_the_table_as_it_was(tmp_path, launch):
     root, out = data.draw_tree(tmp_path / "t", 5, size=16), ["--out", tmp_path / "c"]
     pictures, table = tmp_path / "new", tmp_path / "c" / "predictions.csv"
