@@ -29,7 +29,7 @@ from http.client import HTTPException
 from itertools import product
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from threading import Lock, RLock
+from threading import Lock, RLock, Thread
 from time import perf_counter, sleep
 from types import SimpleNamespace
 
@@ -1319,8 +1319,9 @@ def at_once(function, *args):
 
 
 def _enter(enter, *args):
-    """Prepare a process of a pool: it computes in one thread, is silent, and leaves Ctrl-C to the first."""
+    """Prepare a process of a pool: one thread, silent, leaves Ctrl-C to the first process, ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()       # even by a kill
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")
     enter(*args)

@@ -1296,13 +1296,13 @@ def worth(case, count):
 
     The number at which the curve of the base, over the logarithm of the number of real images, first reaches
     the score of the mix; found in every seed and every resampled test set, so that its interval is like that
-    of a gain. It ends where the curve ends. None unless both ran at two counts or more, with three seeds.
+    of a gain. It ends where the curve ends. None unless two counts or more were run, in all seeds, and three.
     """
     arm, base, _ = case.leg.claims[0]
     counts = [n for n in case.s.counts if n]
     curve = [sampled(case, base, n) for n in counts]
     mix = sampled(case, arm, count)
-    if len(counts) < 2 or any(c is None or len(c) < 3 or c.shape != mix.shape for c in [mix, *curve]):
+    if len(counts) < 2 or any(c is None or len(c) < max(3, case.s.seeds) for c in [mix, *curve]):
         return None
     curve = np.maximum.accumulate(np.stack(curve, -1), -1)                       # more images never hurt
     logs = np.log(counts[::-1])        # backwards, since interp takes the last of equal scores, not the first

@@ -4,6 +4,9 @@ Started as a script, this file is what each of the two does.
 """
 import os
 import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,6 +128,27 @@ def test_a_pool_computes_in_other_processes_of_one_thread_each_and_says_if_one_d
         with pytest.raises(Problem, match="no checkpoint at nowhere"):   # a Problem of theirs comes here
             pool.submit(data.load_checkpoint, "nowhere", "generator").result()
         pool.submit(os._exit, 1).result()
+
+
+def test_the_processes_of_a_pool_end_with_the_first_even_if_that_is_killed():
+    code = ("import data, os, time\n"
+            "if __name__ == '__main__':\n"
+            "    with data.pool(1 + 1, abs, 1) as pool:\n"
+            "        print(pool.submit(os.getpid).result(), flush=True)\n"
+            "        time.sleep(60)\n")
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=Path(data.__file__).parent, text=True,
+                             stdout=subprocess.PIPE)
+    worker = int(first.stdout.readline())
+    first.kill()
+    first.wait()
+    for _ in range(100):
+        time.sleep(0.1)
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+    os.kill(worker, 9)
+    pytest.fail("it went on alone")
 
 
 @pytest.mark.usefixtures("on_cpu")
