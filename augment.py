@@ -411,7 +411,7 @@ class Script(Settings):
 def main(cfg):
     """Draw a contact sheet of all augmentations."""
     one = settlement(96)
-    other = adjust_hue(one.flip(-1), torch.tensor([0.5]))           # so that mixing two images shows
+    other = adjust_hue(one.flip(-1).roll(24, -1), torch.tensor([0.5]))       # so that mixing two shows
     if cfg.picture:
         with refusing(cfg.picture, "does not decode", "give another picture"):
             other[0, :3] = to_float(torch.from_numpy(decode(cfg.picture, 96)))

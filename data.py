@@ -993,7 +993,7 @@ def rng(*key, device="cpu"):
 
 
 def to_float(images):
-    """Turn uint8 into float in [-1, 1]: with to_uint8 the only crossing, for real and synthetic images."""
+    """Turn uint8 into float in [-1, 1]: with to_uint8 the only crossing of images that are trained on."""
     return (images / 127.5).sub_(1)
 
 
@@ -1216,7 +1216,7 @@ def resume(path, kind, identity, parts, fresh):
     if saved is None:
         return fresh
     advice = "give another --out, or remove it"
-    with refusing(path, "is broken", advice):
+    with refusing(path, "is broken, or of other code than this", advice):
         if differ := [name for name in identity if saved.get(name) != identity[name]]:
             old, new = saved.get("config", {}), identity["config"]
             other = ", ".join(k for k in new if old.get(k) != new[k]) if differ[0] == "config" else differ[0]

@@ -80,7 +80,7 @@ class Diffusion(nn.Module):
         return {"x0": x0, "eps": eps, "v": self.q_sample(eps, t, -x0)}[self.predict]
 
     def loss(self, model, x0, cond, drop=0.1, generator=None, part=slice(None)):
-        """Algorithm 1: the network's weighted error on each image, (B,), and the t it was asked at, (B,).
+        """Algorithm 1: the network's weighted error on each image of `part`, (b,), and its t, (b,).
 
         A share `drop` of the images is trained without its condition, as guidance needs. Random numbers are
         drawn for the whole batch, then only `part` of it is computed: the rest is for other processes.
@@ -123,10 +123,11 @@ class Diffusion(nn.Module):
         start = (x0, t) begins at the images x0 with the noise of t instead of at pure noise, and takes those
         of the steps that are left (SDEdit, Meng et al. 2022, 2108.01073). known = (x0, mask) keeps x0 where
         mask (B, 1, H, W) is 1 and paints the rest, by RePaint (Lugmayr et al. 2022, 2201.09865, Algorithm 1):
-        every step is done in so many rounds, between which noise brings x back, so that both parts agree.
+        every step is done in so many rounds, between which noise brings x back, so that both parts agree. It
+        needs order = 1.
         """
         assert not model.training, "call model.eval() first: dropout would stay on"
-        assert order == 1 or not known, "what is put into x breaks the line through the last x0: order = 1"
+        assert order == 1 or not known, "known needs order = 1, as it breaks the line through the last x0"
 
         def step(x, x0s, t, row):
             signal, grain, a, b0, b1, b2 = row                  # grain: sqrt(1 - abar), as noise() is taken
@@ -214,6 +215,7 @@ def renoised(x, level, last, noise):
 def unipc2(signal, noise):
     """Weights of the last three estimates of x0, newest first, in each of K steps: (K, 3) float64.
 
+    To be skipped at first: all of DDPM and DDIM is order = 1.
     signal, noise (K,): of the levels, the noisiest first. In the time lambda = log(signal / noise) the way
     between two levels is an integral of x0 (Lu et al. 2022, 2211.01095, Eq. 9); DDIM takes x0 as constant.
     UniPC-2 (Zhao et al., Algorithms 5 to 8, B(h) = e^-h - 1) first takes the line through the last two
@@ -228,7 +230,7 @@ def unipc2(signal, noise):
     rho1 = (c1 / B - 2 * c2 / B) / (1 - r)                    # solves [[1, 1], [r, 1]] rho = (c1, 2 c2) / B
     rho2 = c1 / B - rho1
     rho2[:1] = 1 / 2                                                # their choice for the line of two points
-    # Both over x0 at the end of a way, at its start, and one level before.
+    # Both (K - 1, 3), over x0 at the end of a way, at its start, and one level before.
     P = -B[:, None] * torch.stack([torch.zeros_like(h), 1 - 0.5 / r, 0.5 / r], 1)
     C = -B[:, None] * torch.stack([rho2, 1 - rho1 / r - rho2, rho1 / r], 1)
     a = noise[1:] / noise[:-1]
@@ -350,7 +352,7 @@ def main(path="runs/ddpm.png", steps=4000):
     rows.append([1 - 2.0 * (count > 0).expand(3, -1, -1) for count in counts])
     sheet = torch.cat([torch.cat(row, dim=2) for row in rows], dim=1).clamp(-1, 1)           # (3, H, 1024)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(((sheet + 1) * 127.5).byte().permute(1, 2, 0).numpy()).save(path)
+    Image.fromarray(((sheet + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(path)
     print(f"{path}: q from t = 0 to 999 and sqrt(abar), by {', '.join(SCHEDULES)}; last p, and the data")
 
 

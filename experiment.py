@@ -51,6 +51,9 @@ SCORES = dict(accuracy=accuracy, macro_f1=macro_f1, harmonic_f1=harmonic_f1, mac
 TITLES = dict(accuracy="accuracy", macro_f1="macro-F1", harmonic_f1="harmonic F1")
 
 
+SYNTHETIC = "generator", "simulated"                     # sources of synthetic images
+
+
 @dataclass(frozen=True)
 class Arm:
     """What a classifier is trained on; steps and images per step are the same in all."""
@@ -72,6 +75,10 @@ class Arm:
     soft: bool = False            # teach, with the class of a synthetic image, what the teacher says of it
     tune: str = ""                # begin from the weights --init: none of them is trained, or their head
 
+    def __post_init__(self):
+        # A new source is also known to run_id(), by what decides its images, and to replacements().
+        assert self.source in ("", *SYNTHETIC, "fresh", "copies"), f"unknown source {self.source}"
+
 
 @dataclass(frozen=True)
 class Leg:
@@ -89,7 +96,6 @@ class Leg:
 AUGMENTED, BALANCED = Arm(augment=OVERHEAD), Arm(augment=OVERHEAD, balance=True)
 PASTED = replace(BALANCED, augment=f"{OVERHEAD},copypaste")
 ALONE = dict(source="", share=0.0)                       # no image of a source
-SYNTHETIC = "generator", "simulated"                     # sources of synthetic images
 LINEAR, RESNET, CLIP = "linear: ", "resnet: ", "clip: "  # how names of arms with these recognisers begin
 CONTROLS = {"shuffled labels": dict(shuffle=True), "synthetic first, then real": dict(pretrain=True)}
 LEGS = {
@@ -361,7 +367,7 @@ class Case:
         return scenes
 
     def choose(self, count, subset):
-        """Choose the training images: their indices, they, and shuffled, all others but their doubles."""
+        """Choose training images -> their indices, they, and all others, shuffled, but for their doubles."""
         train = self.parts["train"]
         index = data.choose(self.scenes, train, count, subset)
         others = train[~torch.isin(self.scenes.groups[train], self.scenes.groups[index])]
@@ -659,7 +665,7 @@ def replacements(cell, arm):
     if arm.source in SYNTHETIC:
         pool = synthesize(cell, arm)
     else:
-        pool, most = (cell.real, None) if arm.source == "copies" else (cell.fresh, how["made"])
+        pool, most = dict(copies=(cell.real, None), fresh=(cell.fresh, how["made"]))[arm.source]
         pool = pool[torch.cat([(pool.labels == c).nonzero().flatten()[:most] for c in how["classes"]])]
     if arm.shuffle:
         order = torch.randperm(len(pool), generator=data.rng(cell.subset))
@@ -1269,7 +1275,8 @@ def footing(case, count):
 def answer(case, found):
     """Write the answer: what can be believed, then what helps, what hurts, and what cannot be told."""
     if not found:
-        return "No answer yet: it takes two seeds, and both arms of a claim."
+        is_asked = any({arm, base} <= {*case.arms} for arm, base, _ in case.leg.claims)
+        return "No answer yet: it takes two seeds." if is_asked else "No answer: these arms are of no claim."
     sentences = []
     for word, sentence in VERDICTS.items():
         parts = []
@@ -1328,11 +1335,12 @@ def conditions(case):
     s, test, n = case.s, case.test, case.s.subsets
     unit = "tiles" if case.leg.rare else "images"
     tiles = f" of {case.G} tiles" * case.leg.rare
+    makes = (f", each with a generator of {s.gen.steps} steps and {s.made} synthetic images per class"
+             * any(run.after for run in case.runs))
     summary = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, "
                f"{amount(case, *s.counts)}, {len(test)} test images{tiles}; seeds: {s.seeds}; draws of "
-               f"training images: {n}, each with a generator of {s.gen.steps} steps and {s.made} synthetic "
-               f"images per class; classifiers of {s.cls.steps} steps. In brackets: 95 % intervals over "
-               f"seeds and test {unit}")
+               f"training images: {n}{makes}; classifiers of {s.cls.steps} steps. In brackets: 95 % "
+               f"intervals over seeds and test {unit}")
     summary += ", which do not cover another draw of the training images" * (n == 1) + "."
     ceilings = {run.cell[1] for run in case.runs if run.arms[0].source == "fresh"}
     asked = any(arm.source == "fresh" for arm in case.arms.values())
@@ -1454,7 +1462,7 @@ def blocks(case):
     yield from worths(case)
     yield claim_rows(case, found)
     yield ("Gains in percentage points; detectable: what would have been found in 4 of 5 such comparisons. "
-           + conditions(case))
+           * bool(found) + conditions(case))
     if (protocol := protocol_rows(case))[1]:
         yield "## A recogniser that has read"
         yield protocol

@@ -447,8 +447,8 @@ def encode_texts(model, tokens, texts, batch=512):
 def recalls(scores, owner, ks=(1, 5, 10)):
     """Score retrieval by the similarity of N images and M texts, (N, M); text m is of image owner[m].
 
-    -> the shares of images with a text among the k best, and of texts whose image is, both [len(ks)]. Of
-    those that score as much, half stand before it.
+    -> the shares of images with a text among the k best, and of texts whose image is, both [len(ks)]. Ties
+    count half.
     """
     def found(best, others):                                             # (R,), (R, Q): share in the best k
         rank = (others > best[:, None]).sum(1) + (others == best[:, None]).sum(1) / 2

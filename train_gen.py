@@ -27,10 +27,34 @@ from ddpm import PREDICTS, SCHEDULES, Diffusion
 from unet import Condition, UNet
 from vit import LENGTH, Text, vocabulary, word_tokens, words_of
 
-GIVEN = "pre", "mask", "lowres", "edges", "numbers", "text", "class"
 SMALL = ("--size 32 --width 32 --mults 1,2,4 --blocks 1 --patch 2 --predict x0 --steps 2400 --batch 32 "
          "--lr 2e-3 --warmup 50 --ema 0.99")
 
+
+# ---- hints: what a generator is told in pixels, made from the batch that is on the device
+
+def lowres(x, factor=4):
+    """Reduce x (B, 3, H, W) by area, and enlarge it again bilinearly: what a coarser satellite sees."""
+    return F.interpolate(F.avg_pool2d(x, factor), scale_factor=factor, mode="bilinear")
+
+
+def edges(x, threshold=0.15):
+    """Mark where the grey of x (B, 3, H, W) in [-1, 1] rises by more than threshold per pixel: (B, 1, H, W).
+
+    1 at an edge, -1 elsewhere. Sobel's filter: central differences, smoothed 1 2 1 across.
+    """
+    grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    slope, smooth = x.new_tensor([-0.5, 0, 0.5]), x.new_tensor([0.25, 0.5, 0.25])
+    kernels = torch.stack([smooth[:, None] * slope, slope[:, None] * smooth])[:, None]          # d/dx, d/dy
+    strength = F.conv2d(grey, kernels).square().sum(1, keepdim=True).sqrt()
+    return 2.0 * (strength > threshold) - 1
+
+
+HINTS = {"lowres": lowres, "edges": edges}                    # made of the picture (B, 3, H, W) itself
+GIVEN = "pre", "mask", *HINTS, "numbers", "text", "class"
+
+
+# ---- settings
 
 @dataclass
 class Config(data.Settings):
@@ -49,7 +73,8 @@ class Config(data.Settings):
     lr: float = flag(2e-4, "peak learning rate", 1e-9)
     warmup: int = flag(500, "steps to reach it", 0)
     ema: float = flag(0.999, "decay of the averaged weights, with which images are made", 0, 0.999999)
-    drop: float = flag(0.1, "share of images told nothing, for guidance; with --given each part so", 0, 0.9)
+    drop: float = flag(0.1, "share of images told nothing, for guidance; with --given as many of each part "
+                       "alone", 0, 0.9)
     given: str = flag("", f"what it is told beside the class, by comma: {', '.join(GIVEN[:-2])}; "
                       "text instead of the class; text,class")
     tower: str = flag("", "with --given text: checkpoint of a CLIP whose text tower reads it, frozen (empty: "
@@ -92,7 +117,7 @@ class Config(data.Settings):
 
     @property
     def shown(self):
-        """List what it must be told by other images: all of --given but what is said."""
+        """List the names in --given that need a picture or numbers: all but text and class."""
         return [name for name in self.told if name not in ("text", "class")]
 
 
@@ -109,7 +134,8 @@ class Script(Config):
     classes: str = flag("", "with --sample: which classes, by comma (empty: all)")
     prompts: str = flag("an aerial photo of a {}", "with --sample of one that is told text: sentences, by "
                         "semicolon, or a file with one per line; {} stands for each class in turn")
-    count: int = flag(16, "with --sample: images per class and sentence", 1, 1_000_000)
+    count: int = flag(16, "with --sample: images per class and sentence, with --like of each picture", 1,
+                      1_000_000)
     like: str = flag("", "with --sample: picture, folder or xBD tree that tells the rest, or where to start")
     start: float = flag(0.0, "with --like: share of the chain at which to start from it (0: noise)", 0, 1)
     paint: str = flag("", "with --like: picture that is white where to paint anew")
@@ -126,24 +152,7 @@ class Script(Config):
         data.without_effect(self, [] if self.paint else ["rounds"], "without --paint")
 
 
-# ---- hints: what a generator is told in pixels, made from the batch that is on the device
-
-def lowres(x, factor=4):
-    """Reduce x (B, 3, H, W) by area, and enlarge it again bilinearly: what a coarser satellite sees."""
-    return F.interpolate(F.avg_pool2d(x, factor), scale_factor=factor, mode="bilinear")
-
-
-def edges(x, threshold=0.15):
-    """Mark where the grey of x (B, 3, H, W) in [-1, 1] rises by more than threshold per pixel: (B, 1, H, W).
-
-    1 at an edge, -1 elsewhere. Sobel's filter: central differences, smoothed 1 2 1 across.
-    """
-    grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    slope, smooth = x.new_tensor([-0.5, 0, 0.5]), x.new_tensor([0.25, 0.5, 0.25])
-    kernels = torch.stack([smooth[:, None] * slope, slope[:, None] * smooth])[:, None]          # d/dx, d/dy
-    strength = F.conv2d(grey, kernels).square().sum(1, keepdim=True).sqrt()
-    return 2.0 * (strength > threshold) - 1
-
+# ---- what a generator is told
 
 def divide(x, told):
     """Divide a batch (B, C, H, W) into what is generated of it, and the hint, (B, J, H, W) or None.
@@ -155,7 +164,7 @@ def divide(x, told):
         x0, hints = x0[:, :-1], [x[:, -1:]]
     if "pre" in told:
         x0, hints = torch.cat([x0[:, :3], x0[:, 6:]], 1), [x[:, 3:6], *hints]
-    hints += [make(x[:, :3]) for make in (lowres, edges) if make.__name__ in told]
+    hints += [make(x[:, :3]) for name, make in HINTS.items() if name in told]
     return x0, torch.cat(hints, 1) if hints else None
 
 
@@ -203,7 +212,7 @@ class Generator:
     model: nn.Module
     classes: list[str]
     config: Config
-    channels: int                             # of the images in training, hints among them
+    channels: int                             # of the images in training as they are kept: with pre and mask
     measures: list[str]                       # the numbers that it is told, by name
     words: list[str]                          # that it has read
     tower: tuple                              # the shape of what reads them, as of vit.Text

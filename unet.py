@@ -58,7 +58,7 @@ def nothing(part):
 
 
 def timestep_embedding(t, dim):
-    """Embed t (B,) as sines and cosines at dim / 2 wavelengths from 2 pi to 20,000 pi, (B, dim).
+    """Embed t (B,) as sines and cosines at dim / 2 wavelengths from 2 pi to nearly 20,000 pi, (B, dim).
 
     Vaswani et al. 2017, section 3.5.
     """
@@ -137,7 +137,7 @@ class Block(nn.Module):
 
     (B, C_in, H, W), (B, D) -> (B, C_out, H, W). With attention, every pixel then looks at every other, and
     with text at its tokens (B, L, D) that count, (B, L). AdaGN: Dhariwal & Nichol 2021. A block starts as
-    the identity, and the U-Net as 0 (Ho et al.).
+    its skip, and the U-Net as 0 (Ho et al.).
     """
 
     def __init__(self, c_in, c_out, emb, attention=False, text=False):

@@ -6,7 +6,7 @@ learn from a few hundred images. Convolutions make the tokens (Xiao et al. 2021,
 would have to learn from the data that neighbouring pixels belong together. And every block starts as the
 identity, so that training begins with these convolutions, and attention joins in as far as it helps.
 
-Letters: B batch, C channels, H W image sides, L tokens, M more of them, D width of a token, K classes,
+Letters: B batch, C channels, H W image sides, L tokens, M further tokens, D width of a token, K classes,
 E axes of the space that images and texts share.
 """
 import gzip
@@ -160,7 +160,7 @@ def mean_token(tokens, x):
 class ViT(nn.Module):
     """Images (B, C, H, W) in [-1, 1] to class logits (B, K); stem: Convolutions or Patches.
 
-    The first loss is ln K but for a percent. Positions are added at a tenth of their length: at full length
+    The first loss is within a percent of ln K. Positions are added at a tenth of their length: at full length
     they drown the features that a stem of convolutions brings.
     """
 
