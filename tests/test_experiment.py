@@ -292,6 +292,11 @@ def case_by_hand(n, K):
     return experiment.Case("scenes", leg, leg.arms, cfg.resolved("scenes"), cfg, "", scenes, parts, None)
 
 
+def test_a_source_that_nobody_knows_is_no_arm():
+    with pytest.raises(AssertionError, match="unknown source noisy copies"):
+        Arm(source="noisy copies")
+
+
 def test_doubles_of_a_chosen_image_are_not_fresh():
     case = case_by_hand(40, 2)
     case.scenes.groups[:] = torch.arange(40) // 4                        # two of each class are doubles
