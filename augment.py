@@ -8,11 +8,12 @@ Everything works on whole batches, on their device, with parameters drawn per im
     rotate(x, degrees)                 the mathematics: nothing random, each parameter is a tensor (B,)
     draw(x, y, generator) -> (x, y)    the dice: AUGMENTATIONS["rotate"]; compose("hflip,rotate") chains them
 
-    x   images, float (B, C, H, W) in [-1, 1]. Channels are RGB triples (one picture; or two, before and after
+    x   images, float (B, C, H, W) in [-1, 1]. Channels are RGB triples (one picture; or two, after and before
         a disaster: C = 6), then perhaps one mask, > 0 on the object (C = 4 or 7).
     y   labels, float (B, K), a distribution over the classes per image, because two augmentations mix them.
 
-Geometry moves all channels together; colour, noise and Cutout change the pictures alike and leave the mask.
+Geometry moves all channels together. Colour and Cutout change both pictures alike, noise each by itself; they
+leave the mask.
 """
 
 import functools

@@ -1389,7 +1389,7 @@ def settings_of(cfg, config):
 
 
 def without_effect(settings, names, when):
-    """Raise ValueError if one of these flags is given, which changes nothing then."""
+    """Raise ValueError if one of these flags, which change nothing then, is not at its default."""
     for f in fields(settings):
         if f.name in names and getattr(settings, f.name) != f.default:
             raise ValueError(f"{spelled(f)} has no effect {when}: leave it out")

@@ -130,7 +130,7 @@ class Diffusion(nn.Module):
         assert order == 1 or not known, "known needs order = 1, as it breaks the line through the last x0"
 
         def step(x, x0s, t, row):
-            signal, grain, a, b0, b1, b2 = row                  # grain: sqrt(1 - abar), as noise() is taken
+            signal, grain, a, b0, b1, b2 = row               # grain: sqrt(1 - abar); noise is a function here
             x0 = self.x0_of(x, guided(model, x, t.expand(len(x)), cond, w), signal, grain)
             # Ho's code clips, Algorithm 2 does not: where abar is tiny, small errors of eps are huge in x0.
             x0s = torch.stack([x0.clamp(-1, 1) if clip else x0, x0s[0], x0s[1]])
@@ -242,7 +242,7 @@ def unipc2(signal, noise):
 
 
 def guided(model, x, t, cond, w):
-    """Classifier-free guidance (Eq. 6 there, w = 1 + their w): null + w (given - null), in one batch."""
+    """Classifier-free guidance, Ho & Salimans Eq. 6 (w = 1 + theirs): null + w (given - null), in one batch."""
     if w == 1:
         return model(x, t, cond).to(x.dtype)              # from bfloat16, if the network computes in that
     given, null = model(torch.cat([x, x]), torch.cat([t, t]), cond.and_null()).to(x.dtype).chunk(2)

@@ -4,12 +4,12 @@
     python experiment.py --data data/NWPU-RESISC45   the question itself, of scenes
     python experiment.py --data data/xbd             and of buildings: damage is rare, every disaster new
 
-For each number of real images and each seed: draw a subset of the training split, train a generator on
-exactly this subset, make a synthetic set with it, then train the same classifier once per arm and score it
-on the test split. The rules:
+For each number of real images and each draw of them (--subsets) from the training split: train a generator
+on exactly these, of buildings on their rarer classes, and make a synthetic set with it. Then for each seed
+train the same classifier once per arm, and score it on the test split. The rules:
 
-    equal budget   every arm takes the same optimizer steps and images per step: a synthetic image takes the
-                   place of a real one
+    equal budget   every network takes the same optimizer steps and images per step: a synthetic image takes
+                   the place of a real one
     no leak        a generator is trained on its arm's real training images alone; nothing is chosen on test.
                    Only simulated damage, with an event held out, starts from how its buildings look before
     paired         a seed fixes subset, weights and batches in all arms: differences are per seed and image
@@ -59,7 +59,7 @@ class Arm:
     """What a classifier is trained on; steps and images per step are the same in all."""
     source: str = ""              # of images in the place of real ones: generator, simulated, fresh, copies
     share: float = 0.0            # probability that one does
-    augment: str = "none"         # augmentations by name
+    augment: str = "none"         # augmentations by name, of real images and of those in their place
     balance: bool = False         # all classes equally often, however rare
     model: str = ""               # recogniser                            empty, None or 0: as --scale has it
     wide: float = 1.0             # its width, in units of what --scale has
@@ -68,12 +68,12 @@ class Arm:
     grey: bool = False            # grey all that is not the building, in training and in test
     w: float | None = None        # guidance scale
     calls: int = 0                # network calls per synthetic image
-    made: int = 0                 # synthetic images per class
+    made: int = 0                 # synthetic images per class, and fresh ones at most
     generator: int = 0            # which of several generators of the same images
     start: float = 0.0            # each synthetic image starts at this share of the chain from a real one
     keep: float = 0.0             # only images to whose class a teacher gives more than keep / K
     soft: bool = False            # teach, with the class of a synthetic image, what the teacher says of it
-    tune: str = ""                # begin from the weights --init: none of them is trained, or their head
+    tune: str = ""                # begin from the weights --init: "none", as they are; "head", a head learns
 
     def __post_init__(self):
         # A new source is also known to run_id(), by what decides its images, and to replacements().
@@ -235,7 +235,7 @@ class Config(data.Settings):
     out: str = flag("runs/experiment", "folder for results.csv, report.html, images, generators", alone=True)
     scale: str = flag("", "smoke, small, medium or full (empty: medium for --data on a GPU, else small)")
     smoke: bool = flag(False, "every stage in under a minute, the same as --scale smoke")
-    dry_run: bool = flag(False, "print the plan: runs, steps, time, disk; run nothing")
+    dry_run: bool = flag(False, "print the plan: runs, steps, time, disk; draw what is missing, run nothing")
     leg: str = flag("", "without --data: scenes or buildings only (empty: both)")
     arms: str = flag("", "which arms, by comma, or all (empty: those of --scale)")
     study: str = flag("", f"more arms, by comma: {', '.join(STUDIES)}")
@@ -595,12 +595,12 @@ def check_leaks(cell):
 def run_id(cell, arm):
     """Hash everything but the code that determines a run's result: a stored run is not repeated."""
     how = recipe(cell, arm)
-    made = {"": (), "generator": (how,), "simulated": (how,), "copies": (how["classes"],),
-            "fresh": (how["classes"], how["made"], cell.fresh.digest)}
+    by = {"": (), "generator": (how,), "simulated": (how,), "copies": (how["classes"],),
+          "fresh": (how["classes"], how["made"], cell.fresh.digest)}
     arm = replace(arm, w=None, calls=0, made=0, generator=0, start=0.0)              # the recipe tells these
     held = cell.case.val.digest, cell.case.test.digest
     begun = arm.tune and weights(cell.case.cfg.init)
-    return digest(arm, begun, cell.case.s.cls, made[arm.source], cell.real.digest, held, cell.seed)
+    return digest(arm, begun, cell.case.s.cls, by[arm.source], cell.real.digest, held, cell.seed)
 
 
 def generator_id(cell, arm):
@@ -1389,13 +1389,13 @@ def main_rows(case):
     name, scores = trivial(case)
     rows = [[f"always {name}", *(f"{score:.1f}" for score in scores)]]
     for count, arm in present(case):
-        cells = []
+        texts = []
         for column in (*leg.scores, "train"):
             found = values(case, arm, count, column)
             spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 and column != "train" else ""
-            cells.append(f"{np.mean(found):.1f}{spread}")
+            texts.append(f"{np.mean(found):.1f}{spread}")
         gains = [difference(case, arm, base, count) for base in bases]
-        rows.append([named(case, arm, count), *cells, *(points(g) if g else "" for g in gains)])
+        rows.append([named(case, arm, count), *texts, *(points(g) if g else "" for g in gains)])
     return ["arm", *(f"{TITLES[score]}, %" for score in leg.scores), "on its real training images",
             *(f"{TITLES[leg.scores[0]]} against {base}" for base in bases)], rows
 
