@@ -242,7 +242,7 @@ def unipc2(signal, noise):
 
 
 def guided(model, x, t, cond, w):
-    """Classifier-free guidance, Ho & Salimans Eq. 6 (w = 1 + theirs): null + w (given - null), in one batch."""
+    """Classifier-free guidance, Ho & Salimans Eq. 6 (w: theirs + 1): null + w (given - null) in a batch."""
     if w == 1:
         return model(x, t, cond).to(x.dtype)              # from bfloat16, if the network computes in that
     given, null = model(torch.cat([x, x]), torch.cat([t, t]), cond.and_null()).to(x.dtype).chunk(2)

@@ -48,7 +48,7 @@ class Config(data.Settings):
     decay: float = flag(0.1, "weight decay, on matrices only", 0, 100)
     smoothing: float = flag(0.1, "label smoothing", 0, 0.99)
     share: float = flag(0.0, "probability that a synthetic image stands in for a real one of its class", 0, 1)
-    pretrain: bool = flag(False, "only synthetic images in the first --share of the steps, then only real ones")
+    pretrain: bool = flag(False, "only synthetic images for the first --share of the steps, then real ones")
     balance: bool = flag(False, "draw all classes equally often, however rare they are")
     augment: str = flag(OVERHEAD, "augmentations by name, in order; none is none")
     seed: int = flag(0, "fixes the choice of images, weights and batches", 0, 2**32 - 1)

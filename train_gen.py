@@ -79,7 +79,7 @@ class Config(data.Settings):
                       "text instead of the class; text,class")
     tower: str = flag("", "with --given text: checkpoint of a CLIP whose text tower reads it, frozen (empty: "
                       "one of its own learns along)")
-    augment: str = flag("hflip,rot90", "augmentations that leave an image possible: the generator learns them")
+    augment: str = flag("hflip,rot90", "augmentations that leave images possible: a generator learns them")
     seed: int = flag(0, "fixes the choice of images, weights and noise", 0, 2**32 - 1)
 
     def __post_init__(self):
