@@ -421,9 +421,9 @@ def two_at_once(table, root):
 
 def kills(table, root):
     """Kill at random moments until it is done: equal results, and nothing half-written stays."""
-    dice, before, k = random.Random(0), results(root), 0
+    dice, before, k, begun = random.Random(0), results(root), 0, 0
     while k < 70:
-        out, first = f"killed{k}", k
+        out, first, begun = f"killed{begun}", k, begun + 1
         while True:
             how = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             code, said, memory = run("experiment", [*EXPERIMENT, "--out", out], root,
