@@ -521,6 +521,12 @@ def load_pretrained(path, **other):
 
 # ---- published weights: the vocabulary
 
+@cache
+def numbers():
+    """Join all characters that are numbers and no letters: what other languages write as \\p{N}."""
+    return "".join(c for c in map(chr, range(sys.maxunicode + 1)) if c.isnumeric() and not c.isalpha())
+
+
 def bpe(path, count):
     """Read CLIP's byte-pair encoding (Sennrich et al. 2016, 1508.07909): a function of a text to its ids.
 
@@ -536,8 +542,7 @@ def bpe(path, count):
     if len(tokens) != count - 2:
         raise ValueError(f"{path} makes {len(tokens)} tokens, but the weights know {count - 2}")
     ids, rank = {token: k for k, token in enumerate(tokens)}, {pair: k for k, pair in enumerate(merges)}
-    numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if c.isnumeric() and not c.isalpha())
-    words = re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W_{numbers}]+|[{numbers}]|(?:[^\w\s]|_)+", re.I)
+    words = re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W_{numbers()}]+|[{numbers()}]|(?:[^\w\s]|_)+", re.I)
 
     @cache
     def merged(word):
