@@ -336,7 +336,7 @@ class Case:
     runs: list = field(default_factory=list)                             # Tasks, done or not
     rows: list = field(default_factory=list)                             # of these runs, with their answers
     judged: dict = field(default_factory=dict)                           # {count: what judge() found}
-    memory: dict = field(default_factory=dict)                           # of sampled() and cell()
+    memory: dict = field(default_factory=dict)                           # of once() and cell()
 
     def __post_init__(self):
         self.metric = self.leg.scores[0]                                 # the score that claims are about
@@ -346,6 +346,12 @@ class Case:
         of = np.array([data.event_of(name) for name in self.test.names] if self.leg.rare else [])
         events = np.unique(of)                                           # {name: (N,) bool} if several
         self.events = {event: of == event for event in events} if len(events) > 1 else {}
+
+    def once(self, key, make):
+        """Return make(), which is called for a key once: the page is written many times."""
+        if key not in self.memory:
+            self.memory[key] = make()
+        return self.memory[key]
 
     def collect(self, stored):
         """Take the rows of the runs from all that are stored; a run may serve arms of several names."""
@@ -1151,11 +1157,12 @@ def sampled(case, arm, count, statistic=None):
     """Take an arm's replicates of a statistic, or else of the first score: (seeds, 1 + B, ...) or None."""
     rows, test = runs_of(case, arm, count), case.test
     statistic = statistic or SCORES[case.metric]
-    key = statistic, *(r["run"] for r in rows)
-    if rows and key not in case.memory:
+
+    def make():
         counts = [tally(test.labels, r["answers"], test.groups, len(test.classes)) for r in rows]
-        case.memory[key] = replicates(np.stack(counts), statistic)
-    return case.memory.get(key)
+        return replicates(np.stack(counts), statistic)
+
+    return case.once((statistic, *(r["run"] for r in rows)), make) if rows else None
 
 
 def difference(case, arm, base, count):
@@ -1489,8 +1496,13 @@ def likeness(case):
     """Yield what the synthetic images are like: pictures, and numbers where enough real ones are left."""
     if case.judged:
         yield "## What the synthetic images are like"
-        cell = case.cell([count for count in case.s.counts if count in case.judged][-1], 0)
-        yield side_by_side(cell.real, synthesize(cell, case.leg.arms[case.leg.mix])), (
+        count = [count for count in case.s.counts if count in case.judged][-1]
+
+        def shown():
+            cell = case.cell(count, 0)
+            return side_by_side(cell.real, synthesize(cell, case.leg.arms[case.leg.mix]))
+
+        yield case.once(("shown", count), shown), (
             "A row for each class that has synthetic images. Left: real training images. Right: images by a "
             "generator that saw nothing but such training images.")
     if picture := simulated(case):

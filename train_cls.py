@@ -10,6 +10,7 @@
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -329,6 +330,16 @@ def train(model, loss, cfg, path, kind, about, every, title, **tallies):
     return model.eval()
 
 
+@contextmanager
+def kept_whole(path, model, cfg, about, step):
+    """Keep a classifier that this block makes in one go; one of another run is refused before, and stays."""
+    identity = dict(config=data.settings_of(cfg, Config), **about)
+    data.resume(path, "classifier", identity, {}, dict(step=0))
+    yield
+    if path and data.rank() == 0:
+        data.save_checkpoint(path, "classifier", identity, step, dict(model=model))
+
+
 def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifier", model=None):
     """Train model, or else a fresh recogniser, on real and synthetic (Scenes; what is not used may be None).
 
@@ -342,11 +353,8 @@ def fit(real, synthetic, cfg, path=None, soft=None, every=1000, title="classifie
     about = dict(classes=classes, channels=channels, images=[pool.digest for pool in mixture.pools],
                  soft=soft is not None and soft.tolist())
     if isinstance(model, Linear):                             # solved, without steps, seed and augmentation
-        identity = dict(config=data.settings_of(cfg, Config), **about)
-        data.resume(path, "classifier", identity, {}, dict(step=0))      # another run's stays as it is
-        model.solve(mixture)
-        if path and data.rank() == 0:
-            data.save_checkpoint(path, "classifier", identity, 0, dict(model=model))
+        with kept_whole(path, model, cfg, about, 0):
+            model.solve(mixture)
         return model.eval(), dict(steps=0, images=0, synthetic=0)
     augment, synthetic_seen = compose(cfg.augment), torch.zeros((), device=device)
     part = data.own_slice(cfg.batch)                              # of several processes, each computes a part
@@ -581,15 +589,12 @@ def begin_and_tune(real, synthetic, cfg, path):
     if cfg.tune == "all":
         return fit(real, synthetic, cfg, path)[0]
     model = network(cfg, real.classes, 3).to(data.pick_device()).eval()
-    identity = dict(config=data.settings_of(cfg, Config), classes=real.classes, channels=3,
-                    images=[some.digest for some in (real, synthetic) if some])
-    data.resume(path, "classifier", identity, {}, dict(step=0))          # another run's stays as it is
-    if cfg.tune == "head":
-        tune(model.head, embed(model, real), embed(model, synthetic), cfg)
-    elif not model.reads:
-        raise Problem(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
-    if data.rank() == 0:
-        data.save_checkpoint(path, "classifier", identity, cfg.steps, dict(model=model))
+    about = dict(classes=real.classes, channels=3, images=[some.digest for some in (real, synthetic) if some])
+    with kept_whole(path, model, cfg, about, cfg.steps):
+        if cfg.tune == "head":
+            tune(model.head, embed(model, real), embed(model, synthetic), cfg)
+        elif not model.reads:
+            raise Problem(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
     return model
 
 
