@@ -897,16 +897,23 @@ def draw_scene(name, dice, size=128):
 
 def draw_tree(root, per_class, seed=0, size=128):
     """Draw root/<class>/<class>_001.jpg ... by (seed, class, k), unless there, and numbers.csv. -> root"""
-    table = Path(root) / "numbers.csv"
-    known = read_numbers(table)[1] if table.exists() else {}
+    def crc32(picture):                                                          # a JPEG has no checksum
+        return [float(zlib.crc32((root / picture).read_bytes() + repr(known[picture]).encode()))]
+
+    root, known, sums = Path(root), {}, {}
+    with suppress(OSError, Problem):                                             # else all are drawn again
+        known, sums = (read_numbers(root / table)[1] for table in ("numbers.csv", ".crc32.csv"))
     for name, k in progress([*product(SCENES, range(1, per_class + 1))], "drawing scenes"):
         picture = f"{name}/{name}_{k:03d}.jpg"
-        if picture not in known or not (Path(root) / picture).exists():
+        if picture not in known or not (root / picture).exists() or sums.get(picture) != crc32(picture):
             dice = np.random.default_rng([seed, zlib.crc32(name.encode()), k])
-            pil, known[picture] = draw_scene(name, dice, size)
-            save_picture(pil, Path(root) / picture, quality=90)
-    save_csv(table, ["picture", "scale", "light", "haze"], [[name, *told] for name, told in known.items()])
-    return Path(root)
+            pil, numbers = draw_scene(name, dice, size)
+            save_picture(pil, root / picture, quality=90)
+            known[picture] = [float(x) for x in numbers]
+            sums[picture] = crc32(picture)
+    save_csv(root / "numbers.csv", ("picture", "scale", "light", "haze"), [(k, *v) for k, v in known.items()])
+    save_csv(root / ".crc32.csv", ("picture", "crc32"), [(k, *v) for k, v in sums.items()])
+    return root
 
 
 # Disasters: of each event its type, its land, and per cent of each class of DAMAGE and of UNKNOWN.

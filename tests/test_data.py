@@ -219,9 +219,16 @@ def test_a_drawn_scene_is_as_light_and_hazy_as_its_numbers_say(tmp_path):
     before = (root / "numbers.csv").read_text()
     data.draw_tree(root, 24, size=32)                                    # nothing to draw: the same table
     assert (root / "numbers.csv").read_text() == before
-    (root / "river/river_003.jpg").unlink()
-    data.draw_tree(root, 24, size=32)
-    assert (root / "numbers.csv").read_text() == before
+
+
+@pytest.mark.parametrize("file", ("river/river_003.jpg", "numbers.csv", ".crc32.csv"))
+def test_a_drawn_tree_of_which_a_file_is_bad_is_made_whole_again(tmp_path, file):
+    root = data.draw_tree(tmp_path / "t", 3, size=32)
+    whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    for bad in (None, b"", whole[root / file][::-1], whole[root / file].replace(b"5", b"6")):
+        (root / file).unlink() if bad is None else (root / file).write_bytes(bad)
+        data.draw_tree(root, 3, size=32)
+        assert whole == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def test_a_split_is_stratified_disjoint_complete_and_by_seed():
