@@ -307,13 +307,18 @@ def read_numbers(path):
     return tuple(header[1:]), found
 
 
+def below(root):
+    """Collect all below a folder that is not hidden, nor in a hidden folder."""
+    return {p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root).as_posix()}"}
+
+
 def find_pictures(root, least):
     """List the pictures in folders of root, by class, then by name; count on stderr what else there is."""
     if not root.is_dir():
         raise Problem(f"no folder {root}: give one of class folders (python data.py tells how to get one)")
     if (root / "images").is_dir() and ((root / "labels").is_dir() or (root / "targets").is_dir()):
         raise Problem(f"{root} looks like a split of xBD: give what holds it as {' or '.join(FOLDERS)}")
-    there = {p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root).as_posix()}"}
+    there = below(root)
     files = sorted(p for p in there if p.parent.parent == root and p.suffix.lower() in SUFFIXES)
     folders = sorted({p.parent for p in files})
     if own := [folder for folder in folders if any((folder / name).exists() for name in OUTPUT)]:
@@ -361,8 +366,7 @@ def doubles(images):
 def pictures_in(path):
     """List the pictures in a folder and below it, or the one that path is. Problem if there are none."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES
-                                                 and not p.name.startswith("."))
+    files = [path] if path.is_file() else sorted(p for p in below(path) if p.suffix.lower() in SUFFIXES)
     if not files:
         raise Problem(f"no pictures in {path}: give one ({', '.join(sorted(SUFFIXES))}) or a folder of them")
     return files

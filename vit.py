@@ -9,6 +9,7 @@ identity, so that training begins with these convolutions, and attention joins i
 Letters: B batch, C channels, H W image sides, L tokens, M further tokens, D width of a token, K classes,
 E axes of the space that images and texts share.
 """
+import argparse
 import gzip
 import html
 import itertools
@@ -640,8 +641,9 @@ def main(path=None):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("weights", nargs="?", help="file to describe (without: the shapes in a small ViT)")
     try:
-        main(*sys.argv[1:])
+        main(parser.parse_args().weights)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"{error}\n")

@@ -188,7 +188,8 @@ def test_a_broken_table_of_numbers_is_named(tmp_path, text, said):
 def test_pictures_are_read_one_alone_or_all_below_a_folder(tmp_path, capsys):
     root = tree(tmp_path / "t", count=2)
     (root / "river/deep").mkdir()
-    for name in ("river/deep/x.PNG", "top.png", ".hidden.png"):
+    (root / ".trash").mkdir()
+    for name in ("river/deep/x.PNG", "top.png", ".hidden.png", ".trash/old.png"):
         Image.new("RGB", (20, 20), "white").save(root / name)
     s = data.read_pictures(root, 8)
     assert s.names == ["forest/forest_0.png", "forest/forest_1.png", "river/deep/x.PNG", "river/river_0.png",
