@@ -47,8 +47,8 @@ def warp(x, column, row):
     u = torch.arange(W, device=x.device, dtype=x.dtype)[:, None] - (W - 1) / 2         # (W, 1)
     v = torch.arange(H, device=x.device, dtype=x.dtype)[:, None, None] - (H - 1) / 2   # (H, 1, 1)
 
-    # grid_sample counts from edge to edge as -1 .. 1 (align_corners=False). As we go over to that only behind
-    # the map in pixels, angles are right on images that are not square.
+    # grid_sample counts from edge to edge as -1 .. 1 (align_corners=False). We convert to that only after
+    # the map in pixels, so angles are right on images that are not square.
     zero = x.new_zeros(len(x))
     by_u, by_v, shift = (torch.stack((p * (2 / W) + zero, q * (2 / H) + zero), dim=-1).to(x)[:, None, None]
                          for p, q in zip(column, row, strict=True))                    # each (B, 1, 1, 2)
@@ -93,7 +93,7 @@ def rot90(x, turns):
     if x.shape[-2] != x.shape[-1]:
         raise ValueError(f"rot90 needs square images, not {x.shape[-2]} x {x.shape[-1]}")
     pixel = torch.arange(x.shape[-1] ** 2, device=x.device).view(x.shape[-2:])
-    views = torch.stack([pixel.rot90(k).flatten() for k in range(4)])                  # which goes where
+    views = torch.stack([pixel.rot90(k).flatten() for k in range(4)])                  # (4, H W): source
     index = views[turns % 4][:, None].expand(-1, x.shape[1], -1)                       # (B, C, H W)
     return x.flatten(-2).gather(-1, index).view(x.shape)
 
@@ -101,7 +101,7 @@ def rot90(x, turns):
 # ---- colour: a 3 x 3 matrix on each pixel's red, green and blue ----
 # Seen from black each change is linear, so several are one matrix, the product, and one pass over the pixels.
 # Only contrast looks at the rest of the picture too: take a pixel as its picture's mean colour and a detail
-# on top of it. Contrast f is brightness f on the detail, and on the mean saturation f, which keeps its grey.
+# on top of it. Contrast f is brightness f on the detail and saturation f on the mean, whose grey it keeps.
 
 BLACK = -1
 GREY = 0.299, 0.587, 0.114      # red, green and blue in the brightness that the eye sees (ITU-R BT.601)

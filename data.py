@@ -131,7 +131,7 @@ def take(images, index, dim=0):
 
 
 def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache", least=2):
-    """Read Scenes: the buildings of an xBD tree by damage; of captions or a folder per class RGB alone."""
+    """Read Scenes: of an xBD tree buildings by damage; of a caption set or class folders RGB alone."""
     if is_xbd(root):
         return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
     if captions := [path for name in ("dataset*.json", "captions.json") for path in Path(root).glob(name)]:
@@ -258,7 +258,7 @@ def read_lists(root, names):
         return None
     part_of, known = {}, Counter(Path(name).name for name in names)
     for k, path in enumerate(lists):
-        with refusing(path, "does not do", "give the three official lists of this data set, or none"):
+        with refusing(path, "is no use", "give the three official lists of this data set, or none"):
             listed = {Path(line.strip()).name: k for line in path.read_text("utf-8-sig").splitlines()}
             part_of |= listed
             if not known.keys() & listed.keys():
@@ -426,7 +426,7 @@ NO_CLASS = "scene"                                       # of images of no class
 
 
 def in_words(name):
-    """Write the name of a class as words: "denseresidential", "dense_residential", "DenseResidential"."""
+    """Write a class name as words: "denseresidential", "DenseResidential" -> "dense residential"."""
     known = {words.replace(" ", ""): words for words in UC_MERCED}
     return known.get(name) or re.sub("(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
 
@@ -438,7 +438,7 @@ def read_captions(path, size, skip_broken=False, cache="runs/cache"):
         rows.setdefault(name, (part, kind, []))[2].extend(sentences)
     found = {file.name: file for file in pictures_in(root)}
     if (missing := [name for name in rows if name not in found]) and not skip_broken:
-        raise Problem(f"{root} has not {len(missing)} of the {len(rows)} pictures of {path.name} "
+        raise Problem(f"{root} lacks {len(missing)} of the {len(rows)} pictures of {path.name} "
                       f"({some_of(missing)}): unpack them into it, or give --skip-broken")
     files = [found[name] for name in rows if name in found]
     content = decode_tree(root, files, size, skip_broken, cache)
@@ -1004,7 +1004,7 @@ def rng(*key, device="cpu"):
 
 
 def to_float(images):
-    """Turn uint8 into float in [-1, 1]: with to_uint8 the only crossing of images that are trained on."""
+    """Turn uint8 into float in [-1, 1]: training images cross only here and in to_uint8."""
     return (images / 127.5).sub_(1)
 
 
@@ -1153,7 +1153,7 @@ def load(path, mmap=False):
 
 
 def kept(path, stamp, make, old="it is of something else"):
-    """Return what make() does: from the file path, if that is whole and has this stamp, or else anew."""
+    """Return make(): from the file path, if that is whole and has this stamp, or else anew."""
     try:
         found = load(path, mmap=True)
         if found["stamp"] != stamp:

@@ -97,8 +97,8 @@ class Diffusion(nn.Module):
     def weight(self, t):
         """Weigh the error at t, (B,): min-SNR (Hang et al. 2023, 2303.09556).
 
-        It is min(SNR, gamma) in units of x0, with SNR = abar / (1 - abar). One unit of x0 is SNR units of eps
-        and SNR + 1 of v: with gamma = inf the mean is L_simple (Eq. 14), whatever is predicted.
+        It is min(SNR, gamma) on squared errors of x0, SNR = abar / (1 - abar). Those of eps are SNR times as
+        large, of v SNR + 1: with gamma = inf the mean is L_simple (Ho Eq. 14) for all three.
         """
         snr = (self.signal[t] / self.noise[t]) ** 2
         return snr.clamp(max=self.gamma) / {"x0": 1, "eps": snr, "v": snr + 1}[self.predict]
@@ -220,7 +220,7 @@ def unipc2(signal, noise):
     between two levels is an integral of x0 (Lu et al. 2022, 2211.01095, Eq. 9); DDIM takes x0 as constant.
     UniPC-2 (Zhao et al., Algorithms 5 to 8, B(h) = e^-h - 1) first takes the line through the last two
     estimates, P: that alone is DPM-Solver++(2M). After the next call it would go this way again with one
-    estimate more, C. That costs no call: the next step, which shrinks x by a, adds a signal (C - P).
+    estimate more, C. That costs no call: the next step, x times a, adds a * signal * (C - P).
     """
     h = (signal / noise).log().diff()                            # (K - 1,), of the ways between the levels
     r = torch.cat([h.new_full((1,), -math.inf), -h[:-1] / h[1:]])[:len(h)]   # -inf: nothing before the first

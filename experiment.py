@@ -49,8 +49,6 @@ from train_cls import accuracy, f1, harmonic_f1, macro_f1, macro_precision, macr
 SCORES = dict(accuracy=accuracy, macro_f1=macro_f1, harmonic_f1=harmonic_f1, macro_precision=macro_precision,
               macro_recall=macro_recall)
 TITLES = dict(accuracy="accuracy", macro_f1="macro-F1", harmonic_f1="harmonic F1")
-
-
 SYNTHETIC = "generator", "simulated"                     # sources of synthetic images
 
 
@@ -61,7 +59,7 @@ class Arm:
     share: float = 0.0            # probability that one does
     augment: str = "none"         # augmentations by name, of real images and of those in their place
     balance: bool = False         # all classes equally often, however rare
-    model: str = ""               # recogniser                            empty, None or 0: as --scale has it
+    model: str = ""               # recogniser; here, at w, calls and made, the default is --scale's
     wide: float = 1.0             # its width, in units of what --scale has
     pretrain: bool = False        # synthetic images first, then real ones, in the same number of steps
     shuffle: bool = False         # each image of the source gets the label of another one
@@ -185,7 +183,7 @@ class Scale:
     calls: int                                # network calls per synthetic image
     w: float                                  # guidance scale
     drawn: int                                # scenes per class, or tiles, where no data are given
-    curve: tuple                              # the counts of the study of that name
+    curve: tuple                              # the counts of --study counts
     gen: train_gen.Config
     cls: train_cls.Config
     arms: tuple = ()                          # which arms are run if none are asked for (empty: all)
@@ -249,7 +247,7 @@ class Config(data.Settings):
     cls_steps: int = flag(0, "optimizer steps of a classifier", 0)
     label: str = flag("damage", "what to tell of a building: damage, or the type of disaster: type")
     init: str = flag("", "weights of --study clip: of train_cls.py --captions, or published ones")
-    hold_out: str = flag("", "xBD event to test on, of which nothing is trained on")
+    hold_out: str = flag("", "xBD event to test on, never to train on")
     skip_broken: bool = flag(False, "leave out pictures that do not decode")
     jobs: int = flag(0, "runs at a time, each a process of one thread (0: a core each; 1 on a GPU)", 0, 256)
 
@@ -340,7 +338,7 @@ class Case:
 
     def __post_init__(self):
         self.metric = self.leg.scores[0]                                 # the score that claims are about
-        self.val = self.at(self.parts["val"])                            # chosen on: recogniser and threshold
+        self.val = self.at(self.parts["val"])                            # chosen on: recogniser and tau
         self.test = self.at(self.parts["test"])                          # what all arms are scored on
         self.G = len(self.test.groups.unique())                          # its groups
         of = np.array([data.event_of(name) for name in self.test.names] if self.leg.rare else [])
@@ -508,7 +506,7 @@ def second_opinion(case):
 
 
 def whole(cases, stored):
-    """List all that the runs take which are not stored: of a seed generators, what needs none, the rest."""
+    """List the tasks of all runs not stored, seed by seed: generators, what needs none, the rest."""
     todo = {run.name: run for case in cases for run in case.runs if run.name not in stored}
     looks = {run.cell: replace(run, kind="judge", name="") for case in cases for run in case.runs
              if run.arms[0] == case.leg.arms[case.leg.mix] and run.cell[2] == 0
@@ -621,7 +619,7 @@ def digest(*what):
 
 
 def recipe(cell, arm):
-    """Say how what takes the place of real images is made: settings of the generator, and of the images."""
+    """Say how the images in place of real ones are made: settings of the generator, and of the images."""
     s, like = cell.case.s, arm.start
     gen = replace(s.gen, seed=cell.subset + 1000 * arm.generator)
     # Of fresh images of rare classes alone, a classifier would learn that what lies elsewhere is damaged.
@@ -803,7 +801,7 @@ def plan(case, stored, jobs):
 # ---- the statistics: counts of answers, resampled; differences of two arms
 
 def replicates(counts, statistic, B=1000, seed=0):
-    """Apply a statistic to counts (S, G, 3, K), and to B test sets that might have been: (S, 1 + B).
+    """Apply a statistic to counts (S seeds, G groups, 3, K) and B resampled test sets: (S, 1 + B).
 
     Column 0 is the test set itself. The others are bootstrap samples (Efron 1979): as many groups, drawn
     with replacement, the same for all rows. They follow from (G, seed): two arms with the same test set
@@ -972,7 +970,7 @@ def compare(embed, a, b, synthetic):
     """Compare with real images a: Fréchet distance, precision, recall, density, coverage. -> {name: number}
 
     Compared are synthetic images; other real ones b, the floor; and b blurred by 1 px in 24, a planted fault
-    (Scenes of N images each). Features of a classifier, embed(), know classes, and gradient energies blur.
+    (Scenes of N images each). Features of a classifier, embed(), see classes; gradient energies see blur.
     Each kind is scaled to a variance of 1 over a, whatever its number of features.
     """
     N, blurred = len(a), blur(b.images, a.images.shape[-1] / 24)
@@ -1107,7 +1105,7 @@ def nearest(images, known):
 def fidelity(found):
     """Set synthetic beside real images, (header, rows), if features can tell; say who judges, how well."""
     n, names = found["tested"], ("precision", "recall", "density", "coverage")
-    header, rows = ["images", "Fréchet distance", *names], []
+    header, rows = ["images", "Fréchet distance (less is better)", *names], []
     # Features to which blurred images are as good, or classes the same, measure neither.
     sees = [found[f"blurred {name}"] < found[f"real {name}"] for name in names if name != "recall"]
     sees.append(found["blurred frechet"] > found["real frechet"])
@@ -1117,22 +1115,23 @@ def fidelity(found):
     if not all(sees):
         return (header, []), (f"Fidelity is not shown. It would be judged by {by}, which cannot tell "
                               "classes or blurred images apart.")
-    titles = dict(synthetic="synthetic", real="other real (floor)", blurred="the same, blurred")
+    titles = dict(synthetic="synthetic", real="other real, as good as it gets", blurred="these, blurred")
     for who, title in titles.items():
         rows.append([title, *(f"{found[f'{who} {name}']:.2f}" for name in ("frechet", *names))])
     return (header, rows), (f"Each compared to {found['judged_by']} real images that the generator never "
-                            f"saw, by {by} and by gradient energies at three scales, which see blur.")
+                            f"saw, by {by} and by gradient energies at three scales, which see blur. "
+                            "Distances compare within this table only; copies are as precise as real images.")
 
 
 def copying(found):
     """Say in a few sentences whether there are copies, and how many would have been noticed."""
     k, n, enough = found["copies"], found["looked_at"], found["alarm_from"]
     low, high = wilson(k, n)
-    share = (f"{100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {n} synthetic images are nearer to "
-             f"a training image of their class ({found['trained_on']} in all) than any of {n} held-out real "
-             f"images is; were they as new, {100 * found['by_chance'] / n:.1f} % would be (p "
-             f"{p_text(found['copies_p'])}). Near is what correlates in {CELLS} x {CELLS} cells, whatever "
-             "its light, turn or flip.")
+    share = (f"{100 * k / n:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {n} synthetic images, all of one "
+             f"generator, are nearer to a training image of their class ({found['trained_on']} in all) than "
+             f"any held-out real image of this class is (as many, {n} in all); were they as new, "
+             f"{100 * found['by_chance'] / n:.1f} % would be (p {p_text(found['copies_p'])}). Near is what "
+             f"correlates in {CELLS} x {CELLS} cells, whatever its light, turn or flip.")
     if found["copies_p"] < ALARM:
         return f"There are copies, or nearly so: {share}"
     if enough > n:
@@ -1251,7 +1250,7 @@ def claims(case, prefix=None):
 
 
 def verdict(case, claim):
-    """Choose one of VERDICTS. Below the bar are both arms, or all of the recogniser's but the ceiling."""
+    """Pick a verdict: none if both arms, or all of the recogniser but the ceiling, are below bar()."""
     scores = [values(case, name, claim.count) for name in (claim.arm, claim.base)]
     if len(scores[0]) < 3:
         return "too few seeds"
@@ -1269,7 +1268,8 @@ def footing(case, count):
             for arm, score in [standing(case, count, prefix)] if arm]
     common, (score, *_) = trivial(case)
     best.append(f"always {common} {score:.1f} %")
-    summary = f"With {amount(case, count)}, {TITLES[case.metric]} at best: {', '.join(best)}."
+    summary = (f"With {amount(case, count)}, the best {TITLES[case.metric]} on test, but for fresh real "
+               f"images: {', '.join(best)}.")
     chosen, warning = recogniser(case, count), ""
     if not (able(case, count, chosen, "test") or able(case, count, CLIP, "test")):
         warning = ("No network reaches what a linear classifier or the commonest class does, so nothing "
@@ -1283,18 +1283,27 @@ def answer(case, found):
     """Write the answer: what can be believed, then what helps, what hurts, and what cannot be told."""
     if not found:
         is_asked = any({arm, base} <= {*case.arms} for arm, base, _ in case.leg.claims)
-        return "No answer yet: it takes two seeds." if is_asked else "No answer: these arms are of no claim."
+        return "No answer yet: it takes two seeds." if is_asked else "No answer: no claim names these arms."
     sentences = []
     for word, sentence in VERDICTS.items():
         parts = []
         for what in dict.fromkeys(claim.what for claim in found if claim.word == word):
-            mine = [claim for claim in found if claim.what == what]
-            where = [f"{claim.arm} against {claim.base} with {amount(case, claim.count)}"
-                     for claim in mine if claim.word == word]
-            parts.append(what if len(where) == len(mine) else f"{what} ({', '.join(where)})")
+            asked = [claim for claim in found if claim.what == what]
+            mine = [claim for claim in asked if claim.word == word]
+            details = [points(claim.gain) for claim in mine if len(mine) <= 2]           # more are in a table
+            if len(mine) < len(asked):
+                details = [f"{claim.arm} against {claim.base} with {amount(case, claim.count)}"
+                           for claim in mine]
+            parts.append(f"{what} ({', '.join(details)})" if details else what)
         if parts:
             sentence = sentence.format("; ".join(parts))
             sentences.append(sentence[0].upper() + sentence[1:])
+
+    for count in filter(case.judged.get, case.s.counts):
+        if (seen := case.judged[count])["copies_p"] < ALARM:
+            share = 100 * seen["copies"] / seen["looked_at"]
+            where = f" with {amount(case, count)}" * (len(case.s.counts) > 1)
+            sentences.append(f"{share:.1f} % of the synthetic images{where} are near-copies of real ones.")
     done = len({r["seed"] for r in case.rows})
     so_far = [f"So far, with {done} of {case.s.seeds} seeds:"] * (done < case.s.seeds)
     footings = {"": []}                                                  # {warning: it, and its summaries}
@@ -1310,7 +1319,7 @@ def worth(case, count):
 
     The number at which the curve of the base, over the logarithm of the number of real images, first reaches
     the score of the mix; found in every seed and every resampled test set, so that its interval is like that
-    of a gain. It ends where the curve ends. None unless two counts or more were run, in all seeds, and three.
+    of a gain. It ends where the curve ends. None unless two counts or more were run, in all of 3+ seeds.
     """
     arm, base, _ = case.leg.claims[0]
     counts = [n for n in case.s.counts if n]
@@ -1339,24 +1348,35 @@ def worths(case):
 
 def conditions(case):
     """Say what the answer holds for."""
-    s, test, n = case.s, case.test, case.s.subsets
-    unit = "tiles" if case.leg.rare else "images"
-    tiles = f" of {case.G} tiles" * case.leg.rare
-    makes = (f", each with a generator of {s.gen.steps} steps and {s.made} synthetic images per class"
-             * any(run.after for run in case.runs))
-    summary = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, "
-               f"{amount(case, *s.counts)}, {len(test)} test images{tiles}; seeds: {s.seeds}; draws of "
-               f"training images: {n}{makes}; classifiers of {s.cls.steps} steps. In brackets: 95 % "
-               f"intervals over seeds and test {unit}")
-    summary += ", which do not cover another draw of the training images" * (n == 1) + "."
+    s, test, n, rare = case.s, case.test, case.s.subsets, case.leg.rare
+    unit, tiles = ("tiles", f" of {case.G} tiles") if rare else ("images", "")
+    trained = ", ".join(map(functools.partial(by_class, case), s.counts)) if rare else amount(case, *s.counts)
+    makes = (f", {'each ' * (n > 1)}with a generator of {s.gen.steps} steps and {s.made} synthetic images "
+             f"per {'rarer ' * rare}class" * any(run.after for run in case.runs))
+    fresh = (f"; fresh real images: at most {s.made} per class"
+             * any(run.arms[0].source == "fresh" for run in case.runs))
+    prior = f"; in balanced arms the classes' weights are set on {len(case.val)} val images" * rare
+    summary = (f"Conditions: {case.title} at {s.cls.size} px, {len(test.classes)} classes, {trained}, "
+               f"{len(test)} test images{tiles}; seeds: {s.seeds}; draws of training images: {n}{makes}"
+               f"{fresh}; classifiers of {s.cls.steps} steps{prior}. In brackets: 95 % intervals over seeds "
+               f"and test {unit}")
+    summary += ", not over other draws of the training images or other generators" * (n == 1) + "."
     ceilings = {run.cell[1] for run in case.runs if run.arms[0].source == "fresh"}
     asked = any(arm.source == "fresh" for arm in case.arms.values())
     if lacking := [n for n in s.counts if asked and n not in ceilings]:
         summary += (f" No ceiling with {amount(case, *lacking)}: fewer real images are left over than are "
                     "trained on.")
     if not case.cfg.data:
-        summary += f" Drawn {case.name} show that the method works; they say nothing about the world."
+        summary += f" Drawn {case.name} try the comparison out; they say nothing about the world."
     return summary
+
+
+def by_class(case, count):
+    """Say how many training images of each class a number of tiles has, in the first draw."""
+    labels = case.scenes.labels[data.choose(case.scenes, case.parts["train"], count, 0)]
+    sizes = labels.bincount(minlength=len(case.test.classes)).tolist()
+    listing = ", ".join(f"{size} {name}" for size, name in zip(sizes, case.test.classes, strict=True))
+    return f"{amount(case, count)} (first draw: {listing})"
 
 
 def points(g):
@@ -1399,11 +1419,11 @@ def main_rows(case):
         texts = []
         for column in (*leg.scores, "train"):
             found = values(case, arm, count, column)
-            spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 and column != "train" else ""
+            spread = f" ± {np.std(found, ddof=1):.1f}" if len({*found}) > 1 and column != "train" else ""
             texts.append(f"{np.mean(found):.1f}{spread}")
         gains = [difference(case, arm, base, count) for base in bases]
         rows.append([named(case, arm, count), *texts, *(points(g) if g else "" for g in gains)])
-    return ["arm", *(f"{TITLES[score]}, %" for score in leg.scores), "on its real training images",
+    return ["arm", *(f"{TITLES[score]}, %" for score in leg.scores), "on real training images, %",
             *(f"{TITLES[leg.scores[0]]} against {base}" for base in bases)], rows
 
 
@@ -1411,9 +1431,10 @@ def claim_rows(case, found):
     """Tabulate the claims, those of the recogniser that is not believed last."""
     others = [claim for prefix in ("", RESNET) for claim in claims(case, prefix)
               if claim.arm not in [mine.arm for mine in found if mine.count == claim.count]]
-    header = ["claim", "verdict", "gain", "p after Holm", "detectable gain"]
+    header = ["claim", "verdict", "gain", "p after Holm", "detectable"]
     return header, [[named(case, f"{claim.arm} against {claim.base}", claim.count),
-                     claim.word if claim in found else "(not followed)", points(claim.gain),
+                     claim.word.replace("no difference", "none detected") if claim in found else
+                     "(not followed)", points(claim.gain),
                      p_text(claim.p), f"{100 * claim.gain.detectable(claim.family):.1f}"]
                     for claim in found + others]
 
@@ -1465,26 +1486,33 @@ def blocks(case):
     yield answer(case, found)
     if found:
         yield forest(case, found), (f"Gains in {score}, points: a dot per seed, a bar at the mean, a line "
-                                    "for the 95 % interval. Fresh real images are the ceiling.")
+                                    "for the 95 % interval. Fresh real images: what more of them bring.")
     yield from worths(case)
     yield claim_rows(case, found)
-    yield ("Gains in percentage points; detectable: what would have been found in 4 of 5 such comparisons. "
-           * bool(found) + conditions(case))
+    yield ("Gains in percentage points. Holm: among the claims about synthetic images, and among the "
+           "controls. Detectable: what about 4 of 5 such comparisons would find, if these seeds vary as any "
+           "would. " * bool(found) + conditions(case))
     if (protocol := protocol_rows(case))[1]:
         yield "## A recogniser that has read"
         yield protocol
     yield "## All arms"
     yield main_rows(case)
+    augmented = [name for name, some in case.leg.arms.items()
+                 if name in ran and some.augment != "none" and "augmentation" not in name]
+    yield ("±: standard deviation over the seeds. Gains here are not corrected for their number."
+           + f" Augmented too: {', '.join(augmented)}." * bool(augmented))
     for study in ["", *listed(case.cfg.study)]:
         mine = [name for name in ran if (name.startswith(f"{study}: ") if study else name in case.leg.arms)]
         if mine:
-            yield standings(case, mine), f"{score}, %{f': what {study} does' if study else ''}; as above"
+            yield standings(case, mine), (f"{score}, %{f': what {study} does' if study else ''}, with the "
+                                          "interval of each arm's own score: whether two differ, the gains "
+                                          "tell. Dashed: the floors.")
     if case.leg.rare:
-        yield "## By class and event; –: never recognised"
+        yield "## By class and event, %: means over the seeds; –: never recognised"
         yield detail_rows(case)
     header, rows = class_rows(case)
     if rows:
-        yield f"## Which classes gain, with {amount(case, case.s.counts[-1])}; not corrected for their number"
+        yield f"## F1 by class, %, with {amount(case, case.s.counts[-1])}; gains as they are, uncorrected"
         yield header, rows
     if picture := confusions(case):
         yield picture, (f"What was taken for what: {base} left, {arm} right. A row is the truth, a column "
@@ -1514,8 +1542,8 @@ def likeness(case):
         yield f"### With {amount(case, count)}"
         yield from fidelity(found)
         yield copying(found)
-        yield Image.open(found["sheet"]), ("Are they copies? The synthetic images nearest in structure to a "
-                                           "training image of their class, turned as it is, and above it.")
+        yield Image.open(found["sheet"]), ("Are they copies? The 16 synthetic images nearest in structure to "
+                                           "a training image of their class, turned as it is, and above it.")
 
 
 def tell(cases, out):
@@ -1569,7 +1597,9 @@ th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px soli
 td + td { white-space: nowrap }
 :is(th, td):first-child { position: sticky; left: 0; min-width: 9rem; background: Canvas }
 svg { width: 100%; max-width: 36rem; font-size: 11px; fill: currentColor; display: block }
-path { stroke: currentColor; fill: none } img { max-width: 100%; image-rendering: pixelated }
+text { paint-order: stroke; stroke: Canvas; stroke-width: 4px } path { stroke: currentColor; fill: none }
+figure { overflow-x: auto } img { max-width: 100%; image-rendering: pixelated }
+@media (max-width: 40rem) { img { max-width: none } td + td { white-space: normal } }
 </style><title>Does synthetic data help to recognise what is seen from above?</title>
 <h1>Does synthetic data help to recognise what is seen from above?</h1>"""
 
@@ -1596,8 +1626,8 @@ def command(cfg):
 def forest(case, found):
     """Plot the gains of the claims, and below them where the linear floor is."""
     rows, floors = {}, []
-    for count in case.s.counts:
-        floor, base = standing(case, count, LINEAR)[0], recogniser(case, count) + case.leg.claims[0][1]
+    for count, base in dict.fromkeys((claim.count, claim.base) for claim in found):
+        floor = standing(case, count, LINEAR)[0]
         if floor and (g := difference(case, floor, base, count)):
             floors.append(Claim(count, floor, base, "the linear floor", g, asks=False))
     for claim in found + floors:

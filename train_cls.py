@@ -2,7 +2,7 @@
 
     python train_cls.py --data data/NWPU-RESISC45 --augment hflip,rot90,crop,color
     python train_cls.py --data data/NWPU-RESISC45 --synthetic runs/made --share 0.5 --out runs/mixed
-    torchrun --nproc-per-node 4 train_cls.py ...               # equal numbers, on 4 GPUs
+    torchrun --nproc-per-node 4 train_cls.py ...               # same numbers, on 4 GPUs
     python train_cls.py --predict photos --out runs/mixed      # with runs/mixed/classifier.pt: a csv
     python train_cls.py --data data/UCM_captions --captions --out runs/clip    # a CLIP from scratch
     python train_cls.py --data data/NWPU-RESISC45 --init WEIGHTS --tune head   # ours, or published ones
@@ -95,7 +95,7 @@ class Script(Config):
         if self.mae and self.model not in ("vit", "patches"):
             raise ValueError(f"--mae needs the tokens of a ViT, which --model {self.model} has not")
         if self.captions and self.model == "linear":
-            raise ValueError("--captions trains a network, which --model linear is none")
+            raise ValueError("--captions trains a network: --model linear is none")
         idle = {"linear": ["patch", "dim", "depth", "heads", "steps", "batch", "lr", "warmup", "decay",
                            "smoothing", "pretrain", "augment"], "resnet": ["patch", "depth", "heads"]}
         trained = {f.name for f in fields(self)} - {"skip_broken", "out", "predict"}
@@ -417,12 +417,12 @@ def sentences_of(scenes):
 
 
 def clip(cfg, words):
-    """Make a fresh CLIP: two towers of one width and depth; that of text knows these words, [V]."""
+    """Make a fresh CLIP: equal towers, the E = cfg.dim axes as 'classes'; words [V] for text."""
     return CLIP(network(cfg, range(cfg.dim), 3), Text(len(words) + 3, LENGTH, cfg.dim, cfg.depth, cfg.heads))
 
 
 def fit_clip(scenes, cfg, path=None, every=1000):
-    """Train a CLIP from scratch on Scenes with sentences. -> model.eval() and what makes tokens of texts"""
+    """Train a CLIP from scratch on Scenes with sentences. -> model.eval() and its tokenizer"""
     if not all(scenes.captions):
         raise Problem("--captions needs sentences for every image: --data must be a caption set")
     if mixes := [name for name in ("cutmix", "copypaste") if name in cfg.augment]:
@@ -447,7 +447,7 @@ def fit_clip(scenes, cfg, path=None, every=1000):
 
 @torch.no_grad()
 def encode_texts(model, tokens, texts, batch=512):
-    """Place texts on the unit sphere of a CLIP, (M, D) on the CPU."""
+    """Place texts on the unit sphere of a CLIP, (M, E) on the CPU."""
     parts = [texts[k:k + batch] for k in range(0, len(texts), batch)]
     return torch.cat([model.encode_text(tokens(part).to(data.pick_device())).float().cpu() for part in parts])
 
@@ -528,7 +528,7 @@ def fit_mae(scenes, cfg, path=None, every=1000):
 # ---- tuning: a classifier that begins from weights trained before
 
 def load_weights(path):
-    """Read weights to begin from. -> a CLIP and its tokens of texts, or a recogniser and None; image size."""
+    """Read weights to begin from. -> a CLIP and its tokenizer, or a recogniser and None; image size."""
     try:
         saved = data.load_checkpoint(path, "clip", "classifier", "mae")
     except Problem:
@@ -548,7 +548,7 @@ def load_weights(path):
 class Tuned(nn.Module):
     """Weights trained before, under a new head: images (B, 3, H, W) in [-1, 1] to class logits (B, K).
 
-    Those of a CLIP, with its tokens of texts, make features of length 1, and the head begins as the names of
+    Those of a CLIP, with its tokenizer, make features of length 1, and the head begins as the names of
     classes say (zero-shot classification; He et al. 2023: "CT w. init"). With others it begins small.
     """
 
@@ -557,10 +557,11 @@ class Tuned(nn.Module):
         self.size, self.reads = size, tokens is not None
         if self.reads:
             self.tower, self.head = model.image, zero(nn.Linear(model.project.out_features, len(classes)))
-            names = vit.zero_shot(model, tokens, [data.in_words(name) for name in classes])           # (K, D)
+            names = vit.zero_shot(model, tokens, [data.in_words(name) for name in classes])           # (K, E)
             self.head.weight.data = model.log_scale.exp().item() * names
         else:
-            self.tower, self.head = model, head(model.head.in_features, len(classes))
+            width = getattr(model.head, "in_features", None) or len(model.norm.bias)     # some have no head
+            self.tower, self.head = model, head(width, len(classes))
             model.head = nn.Identity()
 
     def features(self, x):
@@ -607,8 +608,8 @@ def put_back(logits, labels, counts):
     the training images over their sum (Menon et al. 2021, 2007.07314). To those of a network that knows its
     few images by heart it is tau times that, tau of 0, 1/4 ... 1 by macro-F1 on held-out logits (N, K).
     """
-    frequency = (counts.clamp(min=1) / counts.sum()).log()
-    shifts = [tau / 4 * frequency for tau in range(5)]
+    log_freq = (counts.clamp(min=1) / counts.sum()).log()
+    shifts = [k / 4 * log_freq for k in range(5)]
     return max(shifts, key=lambda shift: macro_f1(totals(labels, (logits + shift).argmax(1), len(counts))))
 
 
@@ -755,7 +756,7 @@ def teach_clip(scenes, parts, index, cfg):
             found, luck = (", ".join(f"{100 * r:.1f}" for r in some) for some in both)
             print(f"{part}: {what} is among the best 1, 5, 10 in {found} %, by chance {luck}")
     if len(scenes.classes) > 1:
-        print("its names of the classes as a classifier:")
+        print("zero-shot, by the names of the classes:")
         score(Tuned(model, tokens, cfg.size, scenes.classes).to(data.pick_device()), scenes, parts, cfg.test)
 
 

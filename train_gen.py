@@ -5,7 +5,7 @@
     python train_gen.py --data data/xbd --given pre,mask --out runs/damage      # told how it looks before
     python train_gen.py --data data/RSICD --given text --out runs/text          # sentences, not classes
     python train_gen.py --sample runs/text/generator.pt --prompts "a river;two tennis courts" --out runs/said
-    torchrun --nproc-per-node 4 train_gen.py ...               # equal numbers, on 4 GPUs
+    torchrun --nproc-per-node 4 train_gen.py ...               # same numbers, on 4 GPUs
 
 The loss barely moves after the first minutes, and a lower one is no better image: look at samples-*.png.
 """
@@ -79,7 +79,7 @@ class Config(data.Settings):
                       "text instead of the class; text,class")
     tower: str = flag("", "with --given text: checkpoint of a CLIP whose text tower reads it, frozen (empty: "
                       "one of its own learns along)")
-    augment: str = flag("hflip,rot90", "augmentations that leave images possible: a generator learns them")
+    augment: str = flag("hflip,rot90", "augmentations that keep images plausible: a generator learns them")
     seed: int = flag(0, "fixes the choice of images, weights and noise", 0, 2**32 - 1)
 
     def __post_init__(self):
@@ -181,7 +181,7 @@ def check(cfg, scenes):
 # ---- sentences
 
 def reader(cfg, captions):
-    """Return the words that the text tower knows, [V], its shape as of vit.Text, and its weights or None."""
+    """Return the words that the text tower knows, [V], arguments of vit.Text, and its weights or None."""
     if "text" not in cfg.told:
         return [], (), None
     if not cfg.tower:
@@ -215,7 +215,7 @@ class Generator:
     channels: int                             # of the images in training as they are kept: with pre and mask
     measures: list[str]                       # the numbers that it is told, by name
     words: list[str]                          # that it has read
-    tower: tuple                              # the shape of what reads them, as of vit.Text
+    tower: tuple                              # arguments of the vit.Text that reads them
 
 
 def networks(cfg, classes, channels, numbers=0, tower=()):
@@ -358,7 +358,7 @@ def load_generator(path):
 def noise_of(seeds, shape, device="cpu"):
     """Make a source of N(0, I): every call returns (B, *shape), B = len(seeds).
 
-    Each image has a generator of its own, so that it does not depend on which others share its batch.
+    Each image has its own torch.Generator, so it does not depend on which others share its batch.
     """
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     return lambda: torch.stack([torch.randn(shape, generator=g, device=device) for g in generators])
@@ -369,7 +369,7 @@ def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=N
     """Make images of the classes y (N,) int64, -1: not told. -> uint8 (N, C, H, W) on the CPU.
 
     like: Scenes of N real images, for what else the generator is told. start: share of the chain, in 0..1, at
-    which to begin, at like with the noise of it. paint (N, 1, H, W) bool: what to paint anew of like, by DDPM
+    which to begin, from `like` plus noise. paint (N, 1, H, W) bool: what to repaint of `like`, by DDPM
     steps in so many rounds (those of DDIM fitted worse). texts [N]: None takes sentences of like.
     Image k follows from (seed, k), whatever the batch and the number of processes. Each process makes its
     part, and all get all of them.

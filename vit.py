@@ -69,7 +69,7 @@ class Attention(nn.Module):
         if more is not None:
             x = torch.cat([x, more], dim=1)
         mask = None if count is None else count[:, None, None]                            # (B, 1, 1, L + M)
-        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)   # (B, heads, L, d)
+        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)   # (B, h, L + M, d)
         x = F.scaled_dot_product_attention(q[:, :, :L], k, v, mask, is_causal=self.causal)
         return self.out(rearrange(x, "b h l d -> b l (h d)"))
 
@@ -122,7 +122,7 @@ class Patches(nn.Module):
 class Convolutions(nn.Module):
     """A token per patch, by convolutions: (B, C, H, W) -> (B, L, D). Xiao et al. 2021.
 
-    They are 3 x 3: one of stride 2, one of stride 1, then one of stride 2 for each further halving. GroupNorm
+    They are 3 x 3, of stride 2, 1, then 2 for each further halving; a 1 x 1 ends them. GroupNorm
     instead of BatchNorm, whose statistics would depend on how many images of a batch are synthetic. Raises
     ValueError if the patch is not a power of 2, or the width not divisible by 16 (8 groups in half of it).
     """
@@ -273,7 +273,7 @@ def contrastive(logits):
 
 
 def pairwise(logits):
-    """Cross-entropy of saying of each pair whether it is one; logits (B, B). SigLIP, algorithm 1."""
+    """Cross-entropy of telling which pairs belong together; logits (B, B). SigLIP, algorithm 1."""
     own = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
     return F.binary_cross_entropy_with_logits(logits, own, reduction="sum") / len(logits)
 
@@ -287,7 +287,7 @@ TEMPLATES = [f"{view} {kind} of {article}{{}}." for view in ("satellite", "aeria
 def zero_shot(clip, encode, classes, templates=TEMPLATES):
     """Make a classifier of class names: (K, E), unit vectors. An image is of the class that is nearest.
 
-    Each is the mean of its texts' unit vectors, made one again (Radford et al. 3.1.4); encode makes ids.
+    Each is the normalised mean of its texts' unit vectors (Radford et al. 3.1.4); encode makes ids.
     """
     device = clip.project.weight.device
     texts = [[template.format(name.replace("_", " ")) for template in templates] for name in classes]

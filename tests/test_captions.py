@@ -134,7 +134,7 @@ def test_two_texts_of_one_picture_are_both_its_sentences_and_doubles_are_a_group
     (json.dumps(karpathy(("a.png", "train", [" "]), ("b.png", "train", []))), "no sentence for a.png, b.png"),
     (json.dumps(dict(annotations=[dict(filename="a.png", text_output=None)])), "no caption set"),
     (json.dumps(karpathy(("a.png", "train", ["x"]), ("gone.png", "train", ["x"]))),
-     r"has not 1 of the 2 pictures of dataset.json \(gone.png\)")])
+     r"lacks 1 of the 2 pictures of dataset.json \(gone.png\)")])
 def test_an_odd_caption_set_is_told_in_one_line(tmp_path, text, said):
     pictures(tmp_path, ["a.png"])
     (tmp_path / "dataset.json").write_text(text)

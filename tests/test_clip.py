@@ -18,6 +18,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import vit
+from train_cls import Tuned
 from vit import CLIP, Attention, Probe, QuickGELU, Text, Tower, load_pretrained
 
 GREY = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -417,6 +418,8 @@ def test_weights_without_a_head_give_features(tmp_path):
     found = load_pretrained(tmp_path / "mae.pth")
     assert_close(tensors.linear("head", found(x)), timm_by_hand(tensors, x), rtol=1e-4, atol=1e-5)
     assert torch.equal(found(x), found.features(x)) and found.size == 12
+    tuned = Tuned(found, None, 12, ["river", "forest"])
+    assert torch.equal(tuned.features(x), found(x)) and tuned(x).shape == (2, 2)
 
 
 @pytest.mark.parametrize("dim, heads", [(192, 3), (768, 12), (1280, 16)])

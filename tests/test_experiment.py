@@ -64,7 +64,8 @@ def results(out):
 def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
     out, printed, errors = smoke
     assert "28 classifiers of 5 steps, 4 generators" in printed and "minutes on" in printed
-    rows = re.findall(r"^([a-z].*?)  +[0-9]+\.[0-9] ±", printed, re.M)
+    tables = "\n".join(re.findall(r"^All arms\n\n(.*?)\n\n", printed, re.M | re.S))
+    rows = re.findall(r"^((?!always).*?)  +[0-9]+\.[0-9]", tables, re.M)
     arms = LEGS["scenes"].arms, LEGS["buildings"].arms
     assert sorted(row for row in rows if "resnet" not in row) == sorted(
         [f"{arm} ({count})" for count in "48" for arm in arms[0]] + [*arms[1]])
@@ -72,7 +73,7 @@ def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
     said = unwrapped(printed)
     assert said.count("say nothing about the world") == 2
     assert said.count("Too few seeds to say (at least three)") == 2
-    assert said.count("synthetic images are nearer to a training image of") == 3
+    assert said.count("of one generator, are nearer to a training image of their class") == 3
     assert len(re.findall("gets [0-9]+ % of [0-9]+ held-out images right", said)) == 3
     assert str(out / "report.html") in printed
     assert len([*(out / "drawn-scenes-30").rglob("*.jpg")]) == 8 * 30
@@ -177,7 +178,7 @@ def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, m
         m.setattr(experiment.train_cls, "fit", fit_thrice)
         experiment.main(cfg)
     page = (tmp_path / "report.html").read_text()
-    assert len(results(tmp_path)) == 2 and "No answer: these arms are of no claim." in page
+    assert len(results(tmp_path)) == 2 and "No answer: no claim names these arms." in page
     assert "with a generator" not in page and "percentage points" not in page
     assert len(experiment.read_runs(tmp_path)) == 3
     experiment.main(cfg)
@@ -224,7 +225,7 @@ def test_sharing_a_subset_trains_one_generator_per_count_and_the_conditions_say_
                  arms="real + synthetic")
     experiment.main(cfg)
     said = unwrapped(capsys.readouterr().out)
-    assert "draws of training images: 1" in said and "do not cover another draw" in said
+    assert "draws of training images: 1" in said and "not over other draws of" in said
     assert len(list((tmp_path / "generators").glob("*.pt"))) == 1
     assert len([r for r in results(tmp_path) if r["arm"] == "real + synthetic"]) == 2
 
@@ -697,8 +698,9 @@ def test_the_verdict_then_follows_the_resnet_and_the_claim_of_the_vit_stands_bes
         ("real + synthetic against real", "(not followed)")]
     assert ask(experiment.answer, case) == (
         "The ViT stays below the linear floor, so the verdict is the ResNet's. With 4 real images per class, "
-        "accuracy at best: the ViT 30.0 % (real), a small ResNet 90.0 % (real + synthetic), a linear "
-        "classifier on colours and edges 50.0 % (real), always c00 25.0 %. Synthetic images: help.")
+        "the best accuracy on test, but for fresh real images: the ViT 30.0 % (real), a small ResNet 90.0 % "
+        "(real + synthetic), a linear classifier on colours and edges 50.0 % (real), always c00 25.0 %. "
+        f"Synthetic images ({rows[0][2]}): help.")
 
 
 def test_whose_verdict_counts_is_chosen_on_val_and_not_on_test(tmp_path):
@@ -712,11 +714,11 @@ def test_whose_verdict_counts_is_chosen_on_val_and_not_on_test(tmp_path):
 
 def test_the_answer_begins_with_what_the_recognisers_can_do(tmp_path):
     strong = ask(experiment.answer, compared(tmp_path, RATES | {"real": 0.6}))
-    assert "With 4 real images per class, accuracy at best: the ViT 60.0 % (real), a small" in strong
+    assert "With 4 real images per class, the best accuracy on test, but for fresh real images: " in strong
     assert not strong.startswith("With")                                 # the answer first, then its footing
     weak = ask(experiment.answer, compared(tmp_path, RATES | {"linear: real": 0.95}))
     assert weak.startswith("No network reaches what a linear classifier or the commonest class does")
-    assert weak.endswith("No verdict, as they are below the floor: synthetic images.")
+    assert re.search(r"No verdict, as they are below the floor: synthetic images \(-10.0 \[.*\]\)\.$", weak)
     luck = ask(experiment.answer, compared(tmp_path, RATES | {"real": (0.3, 0.6)}))     # on val, not test
     assert luck.startswith("No network reaches")
     blocks = [*experiment.blocks(compared(tmp_path, RATES))]
@@ -734,15 +736,21 @@ def test_the_answer_says_of_every_question_what_became_of_it(monkeypatch, scenes
                 for claim, sign in zip(found, signs, strict=True)]
         monkeypatch.setattr(experiment, "footing", lambda case, count: ("", ""))
         rows = [dict(seed=seed) for seed in range(seeds)]
-        return experiment.answer(replace(scenes_case, rows=rows), both).strip()
+        text = experiment.answer(replace(scenes_case, rows=rows, judged=judged), both).strip()
+        return text.replace(" (+10.0 [+10.0, +10.0], +10.0 [+10.0, +10.0])", "!")    # gains of two counts
 
-    assert said("++++++++") == "Synthetic images; fresh real images; copies of the real images: help."
-    assert said("--+0--+0") == ("Fresh real images: help. Synthetic images: hurt. "
-                                "No difference detected with this many runs: copies of the real images.")
+    judged = {4: {}, 8: dict(copies=1, looked_at=8, copies_p=0.5)}
+    assert said("++++++++") == "Synthetic images; fresh real images!; copies of the real images!: help."
+    assert said("--+0--+0") == ("Fresh real images!: help. Synthetic images: hurt. "
+                                "No difference detected with this many runs: copies of the real images!.")
+    judged[8]["copies_p"] = 0.001
+    assert said("++++++++").endswith(": help. 12.5 % of the synthetic images with 8 real images per class "
+                                     "are near-copies of real ones.")
+    judged = {}
     one, rest = said("+0000000").split(": help. ")
     assert one == ("Synthetic images (real + synthetic + augmentation against real + augmentation with 4 "
                    "real images per class)")
-    assert rest.count("against") == 3 and rest.endswith("; fresh real images; copies of the real images.")
+    assert rest.count("against") == 3 and rest.endswith("; fresh real images!; copies of the real images!.")
     assert said("??00??00").endswith("No verdict, as they are below the floor: synthetic images.")
     assert said("22222222", seeds=1).startswith("So far, with 1 of 2 seeds: Too few seeds to say")
     assert experiment.answer(scenes_case, []) == "No answer yet: it takes two seeds."
@@ -843,6 +851,7 @@ def test_the_forest_shows_claims_and_linear_floor_with_the_gains_of_the_seeds(tm
              for name, mine in rows.items() for g, dots in [mine[4]]}
     assert (marks, least) == ({"": 0}, -100) and found == {"synthetic images, against real": (10, [10] * 4),
                      "fresh real images, against real + augmentation": (25, [25] * 4),
+                         "the linear floor, against real": (-5, [-5] * 4),
                      "the linear floor, against real + augmentation": (-15, [-15] * 4)}
 
 
