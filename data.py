@@ -545,10 +545,12 @@ def cut_tree(root, tiles, size, label, pre, mask):
         rows += [(f"{tile}/{uid}", subtype if label == "damage" else kind, group, measured)
                  for uid, subtype, _ in usable]
         tasks.append((files, [rings for _, _, rings in usable], extent))
+
     reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "nothing"
     if not rows:
         raise Problem(f"{root}: no building with a damage class in {len(tiles)} tiles (left out: {reasons}): "
                       "unpack images and labels of the same split side by side")
+
     images = roomy(torch.uint8, len(rows), 3 + 3 * pre + mask, size, size)
     parts = images.split([len(buildings) for _, buildings, _ in tasks])
     in_threads(lambda k: cut_tile(parts[k], *tasks[k], pre, mask), len(tasks), "cutting buildings")
@@ -1467,6 +1469,7 @@ def launch(main, config, argv=None, several=False):
         settings = config(**vars(parser.parse_args(argv)))             # its __post_init__ looks at the values
     except ValueError as error:
         parser.error(error)
+
     again = "the same command goes on where it was"
     before = signal.signal(signal.SIGTERM, stop)
     try:

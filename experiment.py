@@ -723,6 +723,7 @@ def score(cell, arm, title):
     test, val = case.test, case.val
     if arm.grey:
         real, pool, test, val = (scenes and grey_outside(scenes) for scenes in (real, pool, test, val))
+
     cls, share = case.s.cls, arm.share if pool else 0.0    # a filter may let nothing through
     cfg = replace(cls, seed=cell.seed, share=share, augment=arm.augment, balance=arm.balance,
                   pretrain=arm.pretrain, model=arm.model or cls.model, dim=round(cls.dim * arm.wide))
@@ -734,11 +735,13 @@ def score(cell, arm, title):
             model, seen = train_cls.tune(clip.head, real, pool, cfg, soft, title)
     else:
         model, seen = train_cls.fit(real, pool, cfg, soft=soft, title=title)
+
     K, parts = len(test.classes), dict(train=real, val=val, test=test)               # train: the real images
     logits = {part: train_cls.outputs(model, some.images).log_softmax(1) for part, some in parts.items()}
     if arm.balance:
         shift = train_cls.put_back(logits["val"], val.labels, real.labels.bincount(minlength=K))
         logits = {part: each + shift for part, each in logits.items()}
+
     counts = {part: totals(some.labels, logits[part].argmax(1), K) for part, some in parts.items()}
     predicted = logits["test"].argmax(1)
     row = {name: float(of(counts["test"])) for name, of in SCORES.items()}
@@ -1481,8 +1484,9 @@ def blocks(case):
     """Yield all there is to say of a leg: "# heading" or paragraph; (header, rows); (picture, caption)."""
     arm, base, _ = case.leg.claims[0]
     ran, score = dict.fromkeys(name for _, name in present(case)), TITLES[case.metric]
-    yield f"# {case.title}"
     found = claims(case)
+
+    yield f"# {case.title}"
     yield answer(case, found)
     if found:
         yield forest(case, found), (f"Gains in {score}, points: a dot per seed, a bar at the mean, a line "
@@ -1495,6 +1499,7 @@ def blocks(case):
     if (protocol := protocol_rows(case))[1]:
         yield "## A recogniser that has read"
         yield protocol
+
     yield "## All arms"
     yield main_rows(case)
     augmented = [name for name, some in case.leg.arms.items()
@@ -1507,6 +1512,7 @@ def blocks(case):
             yield standings(case, mine), (f"{score}, %{f': what {study} does' if study else ''}, with the "
                                           "interval of each arm's own score: whether two differ, the gains "
                                           "tell. Dashed: the floors.")
+
     if case.leg.rare:
         yield "## By class and event, %: means over the seeds; –: never recognised"
         yield detail_rows(case)

@@ -385,6 +385,7 @@ def generate(generator, y, seed, calls=12, w=1.5, like=None, start=None, paint=N
     if generator.words:
         texts = texts or [some[k % len(some)] for k, some in enumerate(like.captions)]
         everyone.text = encode(texts, generator.words).to(device)
+
     for first in data.progress(range(part.start, part.stop, batch), title):
         these = slice(first, min(first + batch, part.stop))
         seeds = [(seed * 1_000_003 + k) % 2**32 for k in range(these.start, these.stop)]

@@ -1,10 +1,11 @@
 """What several test files use."""
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
-from functools import partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,46 +19,76 @@ torch.set_num_threads(1)                                             # small net
 ANSWERS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
 
 
-BEGUN = {}                               # {test file: (a folder, the processes that it began there)}
+# ---- two processes share the test files: each takes the next one that nobody has begun
+
+OTHER = SimpleNamespace(folder=os.environ.get("TESTS_BEGUN", ""), process=None)
 
 
-def start(file, *argv, **environment):
-    """Start a test file as a script, which can import all that tests can."""
-    here = Path(__file__).parent
-    new = dict(PYTHONPATH=f"{here}{os.pathsep}{here.parent}", **environment)
-    return subprocess.Popen([sys.executable, file, *argv], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {k: str(v) for k, v in new.items()})
+def pytest_collection_modifyitems(items):
+    """Put large files first, so that both processes end together."""
+    items.sort(key=lambda item: -item.path.stat().st_size)
 
 
-def begin(module):
-    folder = tempfile.TemporaryDirectory()
-    BEGUN[module] = folder, module.begin(Path(folder.name), partial(start, module.__file__))
+def pytest_collection_finish(session):
+    """Start the other process, with this one's arguments, where there are several files and cores."""
+    several = len({item.path for item in session.items}) > 1 and (os.cpu_count() or 1) > 1
+    if several and not OTHER.folder and not session.config.option.collectonly:
+        OTHER.folder = tempfile.mkdtemp()
+        argv = [sys.executable, "-m", "pytest", *session.config.invocation_params.args]
+        OTHER.process = subprocess.Popen(argv, cwd=session.config.invocation_params.dir, text=True,
+                                         env=os.environ | dict(TESTS_BEGUN=OTHER.folder),
+                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def pytest_runtestloop(session):
-    """Begin what takes long before the first test, on another core: the begin(folder, start) of test files.
+@cache
+def mine(file):
+    """Is a test file this process's to run? Who makes its folder first has it."""
+    try:
+        return not OTHER.folder or os.mkdir(Path(OTHER.folder) / file.name) is None
+    except FileExistsError:
+        return False
 
-    start(*argv, **environment) starts the file itself as a script.
-    """
-    if not (session.config.option.collectonly or hasattr(session.config, "workerinput")):
-        for module in {item.module: 0 for item in session.items if "begun" in item.fixturenames}:
-            begin(module)
 
+def pytest_runtest_protocol(item):
+    """Pass over (True) a test whose file the other process has."""
+    return None if mine(item.path) else True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Wait for the other process, and fail if it did."""
+    if OTHER.process:
+        OTHER.said, _ = OTHER.process.communicate()
+        shutil.rmtree(OTHER.folder)
+        session.exitstatus = session.exitstatus or OTHER.process.returncode
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Show what the other process said, all of it if a test failed there."""
+    if OTHER.process:
+        said = OTHER.said.rstrip() if OTHER.process.returncode else OTHER.said.rstrip().rpartition("\n")[2]
+        terminalreporter.write_line(f"another process:\n{said}")
+
+
+# ---- what several files use
 
 @pytest.fixture(scope="module")
-def begun(request):
-    """What the file's begin began is done: (folder, processes, what each printed and its errors)."""
-    if request.module not in BEGUN:
-        begin(request.module)
-    folder, processes = BEGUN[request.module]
-    ended = [process.communicate(timeout=300) for process in processes]
-    yield Path(folder.name), processes, ended
-    folder.cleanup()
+def begun(request, tmp_path_factory):
+    """What the file's begin(folder, start) began is done: (folder, processes, [what it printed, its errors]).
 
+    start(*argv, **environment) starts the file itself as a script, which can import all that tests can.
+    """
+    def start(*argv, **environment):
+        here = Path(__file__).parent
+        new = dict(PYTHONPATH=f"{here}{os.pathsep}{here.parent}", **environment)
+        return subprocess.Popen([sys.executable, request.path, *argv], text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, env=os.environ | {k: str(v) for k, v in new.items()})
 
-def pytest_unconfigure():
-    """Leave nothing running, whatever ended the tests."""
-    for _, processes in BEGUN.values():
+    folder = tmp_path_factory.mktemp("begun")
+    processes = request.module.begin(folder, start)
+    try:
+        yield folder, processes, [process.communicate(timeout=300) for process in processes]
+    finally:
         for process in processes:
             process.kill()
 

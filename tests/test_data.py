@@ -207,7 +207,7 @@ def test_pictures_are_read_one_alone_or_all_below_a_folder(tmp_path, capsys):
 
 
 def test_a_drawn_scene_is_as_light_and_hazy_as_its_numbers_say(tmp_path):
-    root = data.draw_tree(tmp_path / "t", 24, size=32)
+    root = data.draw_tree(tmp_path / "t", 16, size=32)
     s = data.read_folder(root, 16, cache=tmp_path / "cache")
     assert s.measures == ("scale", "light", "haze") and s.numbers.isfinite().all()
     light = s.images.float().mean((1, 2, 3))
@@ -218,17 +218,17 @@ def test_a_drawn_scene_is_as_light_and_hazy_as_its_numbers_say(tmp_path):
                 for z in (seen, told))
         assert sign * torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.4
     before = (root / "numbers.csv").read_text()
-    data.draw_tree(root, 24, size=32)                                    # nothing to draw: the same table
+    data.draw_tree(root, 16, size=32)                                    # nothing to draw: the same table
     assert (root / "numbers.csv").read_text() == before
 
 
 @pytest.mark.parametrize("file", ("river/river_003.jpg", "numbers.csv", ".crc32.csv"))
 def test_a_drawn_tree_of_which_a_file_is_bad_is_made_whole_again(tmp_path, file):
-    root = data.draw_tree(tmp_path / "t", 3, size=32)
+    root = data.draw_tree(tmp_path / "t", 3, size=16)
     whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     for bad in (None, b"", whole[root / file][::-1], whole[root / file].replace(b"5", b"6")):
         (root / file).unlink() if bad is None else (root / file).write_bytes(bad)
-        data.draw_tree(root, 3, size=32)
+        data.draw_tree(root, 3, size=16)
         assert whole == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
