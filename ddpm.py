@@ -112,9 +112,9 @@ class Diffusion(nn.Module):
     # ---- sampling: from noise to x0, Algorithm 2 and its shortcuts
 
     @torch.no_grad()
-    def sample(self, model, cond, noise, steps=12, eta=0.0, order=2, w=1.0, clip=True, graph=None,
+    def sample(self, model, cond, fresh, steps=12, eta=0.0, order=2, w=1.0, clip=True, graph=None,
                start=None, known=None, rounds=10):
-        """Draw images (B, C, H, W) in [-1, 1]; `noise()` returns N(0, I) of that shape at every call.
+        """Draw images (B, C, H, W) in [-1, 1]; fresh() returns new noise N(0, I) of this shape at every call.
 
         order=2 is UniPC-2, for 8 to 20 steps; order=1, eta=0 is DDIM; order=1, eta=1, steps=T is DDPM
         (Algorithm 2). Few steps with eta > 0 lose variance (of a Gaussian with std .2, 12 steps return .141
@@ -130,14 +130,14 @@ class Diffusion(nn.Module):
         assert order == 1 or not known, "known needs order = 1, as it breaks the line through the last x0"
 
         def step(x, x0s, t, row):
-            signal, grain, a, b0, b1, b2 = row               # grain: sqrt(1 - abar); noise is a function here
-            x0 = self.x0_of(x, guided(model, x, t.expand(len(x)), cond, w), signal, grain)
+            signal, noise, a, b0, b1, b2 = row
+            x0 = self.x0_of(x, guided(model, x, t.expand(len(x)), cond, w), signal, noise)
             # Ho's code clips, Algorithm 2 does not: where abar is tiny, small errors of eps are huge in x0.
             x0s = torch.stack([x0.clamp(-1, 1) if clip else x0, x0s[0], x0s[1]])
             # With b1 = b2 = 0 this is Eq. 7 of DDPM and of DDIM; UniPC-2 knows better from the last three x0.
             return a * x + b0 * x0s[0] + b1 * x0s[1] + b2 * x0s[2], x0s
 
-        x = noise()
+        x = fresh()
         x0s = torch.zeros(3, *x.shape, dtype=x.dtype, device=x.device)            # the newest first
         ts, rows, sigmas = self.plan(steps, eta, order, start[1] if start else None)
         ts, rows, sigmas = ts.to(x.device), rows.to(x.dtype).to(x.device), sigmas.to(x.dtype).to(x.device)
@@ -150,12 +150,12 @@ class Diffusion(nn.Module):
             for left in reversed(range(rounds if known else 1)):         # nothing in here waits for the GPU
                 x, x0s = step(x, x0s, t, row)
                 if eta:
-                    x = x + sigma * noise()
+                    x = x + sigma * fresh()
                 if known:
-                    (x0, mask), (signal, grain) = known, levels[k + 1]
-                    x = torch.where(mask > 0, signal * x0 + grain * noise(), x)
+                    (x0, mask), (signal, noise) = known, levels[k + 1]
+                    x = torch.where(mask > 0, signal * x0 + noise * fresh(), x)
                 if left:
-                    x = renoised(x, levels[k], levels[k + 1], noise)
+                    x = renoised(x, levels[k], levels[k + 1], fresh)
         return x
 
     def plan(self, steps, eta=0.0, order=2, start=None):
@@ -206,10 +206,10 @@ def posterior(abar, abar_prev, eta=1.0):
     return a, b, sigma
 
 
-def renoised(x, level, last, noise):
+def renoised(x, level, last, fresh):
     """Take x from its last level (signal, noise) back to a noisier one: q(x_t | x_s), t > s."""
     ratio = level[0] / last[0]
-    return ratio * x + (1 - ratio**2).sqrt() * noise()
+    return ratio * x + (1 - ratio**2).sqrt() * fresh()
 
 
 def unipc2(signal, noise):

@@ -356,7 +356,7 @@ def test_ancestral_sampling_returns_the_gaussian_that_the_data_are(predict):
 def test_few_steps_with_fresh_noise_lose_variance_and_the_default_does_not():
     diffusion = Diffusion()
     exact = Exact(diffusion, torch.tensor([[0.3]], dtype=torch.float64), 0.2)
-    few = dict(model=exact, cond=None, noise=source(20_000, 1, 1, 1), steps=12)
+    few = dict(model=exact, cond=None, fresh=source(20_000, 1, 1, 1), steps=12)
     assert diffusion.sample(**few, eta=1, order=1).std() < 0.185
     assert abs(diffusion.sample(**few).std() - 0.2) < 0.006
 
