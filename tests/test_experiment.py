@@ -63,7 +63,8 @@ def results(out):
 
 def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
     out, printed, errors = smoke
-    assert "28 classifiers of 5 steps, 4 generators" in printed and "minutes on" in printed
+    networks = sum(arm.model != "linear" for arm in LEGS["scenes"].arms.values())        # 2 counts, 2 seeds
+    assert f"{4 * networks} classifiers of 5 steps, 4 generators" in printed and "minutes on" in printed
     tables = "\n".join(re.findall(r"^All arms\n\n(.*?)\n\n", printed, re.M | re.S))
     rows = re.findall(r"^((?!always).*?)  +[0-9]+\.[0-9]", tables, re.M)
     arms = LEGS["scenes"].arms, LEGS["buildings"].arms
@@ -84,7 +85,8 @@ def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
 def test_every_run_is_a_row_and_all_arms_of_networks_have_the_same_budget(smoke):
     rows = results(smoke[0])
     assert len({(r["leg"], r["arm"], r["count"], r["seed"]) for r in rows}) == len(rows)
-    assert len([r for r in rows if not r["arm"].startswith("resnet")]) == 4 * 10 + 2 * 10
+    expected = 4 * len(LEGS["scenes"].arms) + 2 * len(LEGS["buildings"].arms)
+    assert len([r for r in rows if not r["arm"].startswith("resnet")]) == expected
     for r in rows:
         arm = LEGS[r["leg"]].arms[r["arm"].removeprefix("resnet: ")]
         budget = ("0", "0") if arm.model == "linear" else ("5", "160")
@@ -875,10 +877,15 @@ def test_confusions_have_names_on_both_sides(tmp_path):
 def test_of_each_seed_generators_come_first_and_seeds_come_in_order(scenes_case):
     wanted = experiment.runs(scenes_case, scenes_case.arms, scenes_case.s.counts)
     tasks = experiment.whole([replace(scenes_case, runs=wanted)], {})
-    assert len(wanted) == 40 and [task.cell[2] for task in tasks] == sorted(task.cell[2] for task in tasks)
+    need = sum(arm.source == "generator" for arm in scenes_case.arms.values())
+    free = len(scenes_case.arms) - need
+    assert len(wanted) == 4 * (need + free)                                          # 2 counts, 2 seeds
+    assert [task.cell[2] for task in tasks] == sorted(task.cell[2] for task in tasks)
     for seed in (0, 1):
         kinds = [(task.kind == "make", bool(task.after)) for task in tasks if task.cell[2] == seed]
-        assert kinds == [(True, False)] * 2 + [(False, False)] * 10 + [(False, True)] * (10 + 2 * (seed == 0))
+        looks = 2 * (seed == 0)
+        assert kinds == ([(True, False)] * 2 + [(False, False)] * 2 * free
+                         + [(False, True)] * (2 * need + looks))
     missing = {run.name: {} for run in wanted[1:]}
     assert experiment.whole([replace(scenes_case, runs=wanted[:1])], missing) == wanted[:1]
 
@@ -887,7 +894,8 @@ def test_arms_of_two_names_that_are_the_same_run_are_run_once(smoke):
     case = case_of(smoke[0], study="share,soft")
     wanted = experiment.runs(case, case.arms, (4,))
     tasks = [task for task in experiment.whole([replace(case, runs=wanted)], {}) if task.kind == "run"]
-    assert len(wanted) == 2 * 16 and len(tasks) == 2 * 13       # shares .5, 1 and soft: False are arms
+    arms = len(LEGS["scenes"].arms)
+    assert len(wanted) == 2 * (arms + 6) and len(tasks) == 2 * (arms + 3)   # shares .5, 1, soft: False are arms
     assert len({task.name for task in tasks}) == len(tasks)
 
 
