@@ -895,7 +895,7 @@ def test_arms_of_two_names_that_are_the_same_run_are_run_once(smoke):
     wanted = experiment.runs(case, case.arms, (4,))
     tasks = [task for task in experiment.whole([replace(case, runs=wanted)], {}) if task.kind == "run"]
     arms = len(LEGS["scenes"].arms)
-    assert len(wanted) == 2 * (arms + 6) and len(tasks) == 2 * (arms + 3)   # shares .5, 1, soft: False are arms
+    assert len(wanted) == 2 * (arms + 6) and len(tasks) == 2 * (arms + 3)     # three of six are arms
     assert len({task.name for task in tasks}) == len(tasks)
 
 
