@@ -563,6 +563,17 @@ def test_the_conditions_say_that_there_is_no_ceiling(scenes_case):
         assert ("No ceiling with 8 real images per class" in told) is ("No ceiling" in told) is said
 
 
+def test_the_conditions_say_how_many_buildings_of_each_class_tiles_have_and_what_is_set_on_val(smoke):
+    case = case_of(smoke[0], "buildings")
+    case.runs = experiment.runs(case, case.arms, (12,))
+    told = experiment.conditions(case)
+    sizes = case.cell(12, 0).real.labels.bincount(minlength=4).tolist()
+    listing = ", ".join(f"{n} {name}" for n, name in zip(sizes, data.DAMAGE, strict=True))
+    assert f"12 training tiles (first draw: {listing})" in told and len({*sizes}) > 2
+    assert "8 synthetic images per rarer class" in told and "fresh real images: at most 8 per class" in told
+    assert f"weights are set on {len(case.val)} val images" in told
+
+
 def test_a_class_without_synthetic_images_keeps_its_real_ones_at_share_1(smoke):
     case = case_of(smoke[0], "buildings")
     _, real, _ = case.choose(12, 0)
