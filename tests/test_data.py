@@ -232,6 +232,12 @@ def test_a_drawn_tree_of_which_a_file_is_bad_is_made_whole_again(tmp_path, file)
         assert whole == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+def test_classes_are_shuffled_apart():
+    parts = data.split(scenes(list(range(100)), [0] * 50 + [1] * 50))
+    a, b = parts["test"].view(2, -1).tolist()
+    assert a != [k - 50 for k in b]
+
+
 def test_a_split_is_stratified_disjoint_complete_and_by_seed():
     s = scenes(list(range(200)), [0] * 150 + [1] * 50)
     parts = data.split(s, seed=3)
