@@ -606,7 +606,7 @@ def test_who_judges_and_what_is_compared_have_no_tile_in_common(smoke, monkeypat
         seen.append(teach) or fit(teach, *args, **kw)))
     assert experiment.judge(cell, cell.real)
     (a, b, _), teach, (_, held) = seen
-    tiles = [{*some.groups.tolist()} for some in (teach, a, b)]
+    tiles = [{*some.groups.tolist()} for some in (teach, a, b, cell.real)]         # the last: the generator's
     assert len(set.union(*tiles)) == sum(map(len, tiles)) and min(map(len, tiles)) > 1
     assert {*held.groups.tolist()} == tiles[1] | tiles[2]
 
