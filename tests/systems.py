@@ -37,7 +37,7 @@ One generator of each kind, so no intervals: small differences say nothing. The 
       ddpm.sample: start,         picture (from noise 45, two of a class 44); the right class in .90, .87,
       Diffusion.plan              .85, .87, .88, .89 (from noise .87, real .95). Feature distance .8, 1.2,
                                   1.4, 1.8, 1.7, 1.4, from noise 1.1: between real and noise it is no better.
-    text to image (Text2Earth)    UCM-Captions, 32 px, 1680 images, 2000 steps (commit 8803c2c, 25 minutes of a
+    text to image (Text2Earth)    UCM-Captions, 32 px, 1680 images, 2000 steps (at 8803c2c, 25 minutes of a
       --given text, --prompts,    core in all). Of 20 images of each of 21 classes, asked for as "an aerial
       unet.Words, vit.Text,       photo of a ...", a CLIP of the same training images finds the name in, at w
       vit.Attention: more         1, 1.5, 3: told the class .21, .33, .43; sentences .10, .15, .22; sentences
