@@ -31,8 +31,8 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     """Start the other process, with this one's arguments, where there are several files and cores."""
-    several = len({item.path for item in session.items}) > 1 and (os.cpu_count() or 1) > 1
-    if several and not OTHER.folder and not session.config.option.collectonly:
+    several, option = len({item.path for item in session.items}) > 1, session.config.option
+    if several and os.cpu_count() > 1 and not (OTHER.folder or option.collectonly or option.usepdb):
         OTHER.folder = tempfile.mkdtemp()
         argv = [sys.executable, "-m", "pytest", *session.config.invocation_params.args]
         OTHER.process = subprocess.Popen(argv, cwd=session.config.invocation_params.dir, text=True,
