@@ -19,13 +19,14 @@ leave the mask.
 import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-from data import Settings, decode, flag, launch, refusing, save_picture, to_float
+from data import Problem, Settings, decode, flag, launch, refusing, save_picture, to_float
 
 
 def per_image(values, like):
@@ -411,6 +412,8 @@ class Script(Settings):
 
 def main(cfg):
     """Draw a contact sheet of all augmentations."""
+    if cfg.picture and Path(cfg.picture).resolve() == Path(cfg.out).resolve():
+        raise Problem(f"--out {cfg.out} would be written over: give another")
     one = settlement(96)
     other = adjust_hue(one.flip(-1).roll(24, -1), torch.tensor([0.5]))       # so that mixing two shows
     if cfg.picture:

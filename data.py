@@ -135,6 +135,8 @@ def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache
     if is_xbd(root):
         return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
     if captions := [path for name in ("dataset*.json", "captions.json") for path in Path(root).glob(name)]:
+        if len(captions) > 1:
+            raise Problem(f"{root} has several caption sets ({some_of(captions)}): leave one")
         return read_captions(captions[0], size, skip_broken, cache)
     return read_folder(root, size, skip_broken, cache, least)
 
@@ -142,7 +144,7 @@ def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache
 def cached(make, root, cache, how, files):
     """Return make(), a dict; a copy is kept in the folder `cache` until `how` or the tree's files change."""
     place = hashlib.sha256(os.fsencode(f"{root.resolve()} {how}")).hexdigest()[:12]
-    stats = [(p.relative_to(root).as_posix(), about.st_size, about.st_mtime_ns)
+    stats = [(p.relative_to(root).as_posix(), about.st_size, about.st_mtime_ns, about.st_ctime_ns)
              for p in files for about in [p.stat() if p.exists() else p.lstat()]]        # a link to nothing
     tree = hashlib.sha256(repr((how, stats)).encode()).hexdigest()
     store = Path(cache) / f"{root.resolve().name}-{how['size']}-{place}.pt"
@@ -304,12 +306,21 @@ def read_numbers(path):
         found = {row[0]: [float(cell or "nan") for cell in row[1:]] for row in rows if row}
         if any(len(values) != len(header) - 1 for values in found.values()):
             raise ValueError("rows of several lengths")
+        if header[1:] and all(re.fullmatch(r"[-+.\deE]*", cell) for cell in header[1:]):
+            raise ValueError("the first line is no header")
+        if len(found) < sum(map(bool, rows)):
+            raise ValueError("two rows of one picture")
+        if any(abs(value) > 3e38 for values in found.values() for value in values):              # of float32
+            raise ValueError("a number is infinite")
     return tuple(header[1:]), found
 
 
 def below(root):
-    """Collect all below a folder that is not hidden, nor in a hidden folder."""
-    return {p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root).as_posix()}"}
+    """Collect all below a folder that is not hidden, nor in a hidden folder; say what links are left out."""
+    there = {p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root).as_posix()}"}
+    if links := sorted(p for p in there if p.is_symlink() and p.is_dir()):
+        warn(f"{root}: links to folders are not followed: {some_of(links)}")
+    return there
 
 
 def find_pictures(root, least):
@@ -436,7 +447,11 @@ def read_captions(path, size, skip_broken=False, cache="runs/cache"):
     root, rows = path.parent, {}
     for name, part, kind, sentences in caption_rows(path):
         rows.setdefault(name, (part, kind, []))[2].extend(sentences)
-    found = {file.name: file for file in pictures_in(root)}
+    pictures = pictures_in(root)
+    found = {file.name: file for file in pictures}
+    count = Counter(file.name for file in pictures)
+    if twice := [name for name in rows if count[name] > 1]:
+        raise Problem(f"{root} has several pictures of one name ({some_of(twice)}): leave one of each")
     if (missing := [name for name in rows if name not in found]) and not skip_broken:
         raise Problem(f"{root} lacks {len(missing)} of the {len(rows)} pictures of {path.name} "
                       f"({some_of(missing)}): unpack them into it, or give --skip-broken")
@@ -469,6 +484,8 @@ def caption_rows(path):
             rows = [(i["filename"], place[i["split"]], kind,
                      [text for key, text in i.items() if key.startswith("raw")])
                     for kind, images in content.items() for i in images]
+        if odd := [name for name, *_ in rows if not isinstance(name, str)]:
+            raise ValueError(f"{odd[0]!r} is no name of a file")
         rows = [(name, part, kind, [text.strip() for text in texts if text.strip()])
                 for name, part, kind, texts in rows]
         if silent := [name for name, *_, texts in rows if not texts]:
@@ -568,7 +585,9 @@ def read_label(path):
     with refusing(path, "is not an xBD label", "unpack it again, or remove it"):
         content = json.loads(path.read_bytes())
         about, polygons = content["metadata"], []
-        extent = about["width"], about["height"]
+        extent, kind = (about["width"], about["height"]), about["disaster_type"]
+        if min(extent) < 1 or not is_name(kind):
+            raise ValueError(f"no tile is of {extent} pixels and type {kind!r}")
         for p in content["features"]["xy"]:
             uid, subtype = p["properties"]["uid"], p["properties"].get("subtype")
             if subtype not in (*DAMAGE, UNKNOWN) and "_post_" in path.name:
@@ -579,7 +598,9 @@ def read_label(path):
         month = (about.get("capture_date") or "")[5:7]
         known = [about.get(name) for name in MEASURES[2:5]] + [month or None]
         measures = place + [math.nan if value is None else float(value) for value in known]
-        return polygons, about["disaster_type"], extent, measures
+        if any(map(math.isinf, measures)):
+            raise ValueError("a number is infinite")
+        return polygons, kind, extent, measures
 
 
 def wkt_polygon(text):
@@ -901,12 +922,21 @@ def draw_scene(name, dice, size=128):
     return c.photograph(), (c.scale, c.light, c.haze)
 
 
+def drawn_only(root, sign):
+    """Raise Problem if a folder holds something, but nothing that is the sign of what was drawn before."""
+    if any(Path(root).glob("[!.]*")) and not any(Path(root).glob(sign)):
+        raise Problem(f"{root} holds what was not drawn: draw into a folder of its own")
+
+
 def draw_tree(root, per_class, seed=0, size=128):
     """Draw root/<class>/<class>_001.jpg ... by (seed, class, k), unless there, and numbers.csv. -> root"""
     def crc32(picture):                                                          # a JPEG has no checksum
         return [float(zlib.crc32((root / picture).read_bytes() + repr(known[picture]).encode()))]
 
     root, known, sums = Path(root), {}, {}
+    drawn_only(root, ".crc32.csv")
+    if not (root / ".crc32.csv").exists():
+        save_csv(root / ".crc32.csv", ("picture", "crc32"), ())
     with suppress(OSError, Problem):                                             # else all are drawn again
         known, sums = (read_numbers(root / table)[1] for table in ("numbers.csv", ".crc32.csv"))
     for name, k in progress([*product(SCENES, range(1, per_class + 1))], "drawing scenes"):
@@ -984,6 +1014,7 @@ def draw_tile(event, dice, side):
 
 def draw_xbd(root, tiles=24, seed=0, side=256):
     """Draw tiles as an xBD tree, a quarter in test, each by (seed, k), unless they are there. -> root"""
+    drawn_only(root, "*/images/drawn-*")
     for k in progress(range(tiles), "drawing disasters"):
         event = list(EVENTS)[k % len(EVENTS)]
         folder = Path(root) / ("test" if k // len(EVENTS) % 4 == 3 else "train")
@@ -1106,6 +1137,8 @@ def sweep(folder):
 @contextmanager
 def alone(folder):
     """Hold a folder until this process ends, however it does. Problem if another process holds it."""
+    if not folder:
+        raise Problem("--out is empty: give a folder")
     os.makedirs(folder, exist_ok=True)
     if fcntl:                                                            # Windows has no such locks
         held = os.open(folder, os.O_RDONLY)
@@ -1174,6 +1207,8 @@ def kept(path, stamp, make, old="it is of something else"):
 def refusing(path, wrong, advice):
     """Turn an error in this block into a Problem of the file path: for what cannot be made again."""
     try:
+        if path and Path(path).exists() and not Path(path).is_file():    # to read a pipe is to wait for ever
+            raise ValueError("no regular file")
         yield
     except Problem:
         raise
@@ -1191,6 +1226,9 @@ def reason(error):
 def save_checkpoint(path, kind, identity, step, parts, **more):
     """Save all of a run: what it is (kind, identity), how far it is (step), the state of its parts."""
     states = {name: part.state_dict() for name, part in parts.items()}
+    models = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+    if not all(p.isfinite().all() for model in models for p in model.parameters()):
+        raise Problem(f"the weights are not finite at step {step}: lower --lr; the last checkpoint is kept")
     save(path, {"kind": kind, **identity, "step": step, **states, **more})
 
 
@@ -1201,6 +1239,8 @@ def load_checkpoint(path, *kinds):
     needed = f"a {' or '.join(kinds)} is needed, give another path"
     with refusing(path, "is no checkpoint of ours", needed):
         content = load(path)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no dict")
         if str(content["kind"]) not in kinds:
             raise Problem(f"{path} is a {content['kind']}: {needed}")
         if odd := [name for name in content.get("classes", ()) if not is_name(name)]:    # they become folders
@@ -1410,7 +1450,10 @@ def without_effect(settings, names, when):
 
 def integers(text):
     """Parse "10,40" -> (10, 40)."""
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is no list of integers like 10,40") from None
 
 
 def some_of(things):
@@ -1450,7 +1493,7 @@ def launch(main, config, argv=None, several=False):
     What ends it early is said in a line: a mistake or a full disk with exit code 2, Ctrl-C with 130, a
     SIGTERM with 143.
     """
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = os.environ.get("RANK", "0") in ("", "0")
 
     def refuse(message, code=2):
         if not first:

@@ -240,7 +240,7 @@ class Config(data.Settings):
     counts: str = flag("", "real images per class, or for buildings training tiles (0: all), by comma")
     seeds: int = flag(0, "repetitions", 0, 1000)
     subsets: int = flag(0, "draws of training images, each with its generator (at most --seeds)", 0, 1000)
-    size: int = flag(0, "side of the images in pixels, a multiple of 8", 0, 1024)
+    size: int = flag(0, "side of the images in pixels, a multiple of 8", 0, 512)
     made: int = flag(0, "synthetic images per class", 0, 1_000_000)
     w: float | None = flag(None, "guidance scale (1: no guidance, 0: no class)", 0, 100)
     gen_steps: int = flag(0, "optimizer steps of a generator", 0)
@@ -477,8 +477,11 @@ def prepare(cfg, name, out):
     title = "/".join(root.resolve().parts[-2:]) if cfg.data else f"drawn {name}"
     title += f" with {cfg.hold_out} held out" if cfg.hold_out else ""
     case = Case(name, leg, cfg.wanted(leg), s, cfg, title, scenes, parts, out)
-    if not case.arms:
-        raise Problem(f"--arms {cfg.arms}: no arm for {name} among them; these are: {', '.join(leg.arms)}")
+    odd = [arm for arm in listed(cfg.arms) if arm not in ("all", *leg.arms)]
+    if odd and (cfg.leg or cfg.data or not case.arms):
+        raise Problem(f"--arms {odd[0]}: no arm for {name}; these are: {', '.join(leg.arms)}")
+    if cfg.init:
+        tuned(case)                                          # told at once if it is no CLIP
     if not cfg.counts and not leg.rare:                  # a scale's own counts give way to smaller data sets
         least = int(scenes.labels[parts["train"]].bincount().min())
         s.counts = tuple(n for n in s.counts if n <= least) or (least,)
@@ -692,6 +695,8 @@ def replacements(cell, arm):
 def tuned(case):
     """Read the weights --init, under a head that the names of the classes begin."""
     model = train_cls.network(replace(case.s.cls, init=case.cfg.init), case.scenes.classes, 3)
+    if not model.reads:
+        raise Problem(f"--init {case.cfg.init} has read no texts: --study clip needs a CLIP")
     return model.to(data.pick_device()).eval()
 
 

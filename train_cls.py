@@ -101,7 +101,10 @@ class Script(Config):
         trained = {f.name for f in fields(self)} - {"skip_broken", "out", "predict"}
         data.without_effect(self, trained if self.predict else [], "with --predict")
         data.without_effect(self, idle.get(self.model, []), f"with --model {self.model}")
-        data.without_effect(self, ["model"] if self.init else [], "with --init")
+        shape = ["model", "patch", "dim", "depth", "heads"]
+        data.without_effect(self, shape if self.init else [], "with --init")
+        data.without_effect(self, ["balance", "smoothing", "test"] if self.mae else [], "with --mae")
+        data.without_effect(self, ["balance", "smoothing"] if self.captions else [], "with --captions")
         data.without_effect(self, [] if self.init else ["tune"], "without --init")
         data.without_effect(self, [] if self.share else ["pretrain"], "without --share")
         if "copypaste" in self.augment.split(","):
@@ -276,7 +279,7 @@ class Mixture:
 
         self.images = torch.cat([pool.images for pool in self.pools]).to(device)         # (N, C, H, W) uint8
         targets = [F.one_hot(pool.labels, self.K).float() for pool in self.pools]
-        if soft is not None:
+        if soft is not None and cfg.share > 0:
             targets[-1] = soft
         self.targets = torch.cat(targets).to(device)                                     # (N, K)
         self.labels = [pool.labels.to(device) for pool in (first, last)]
@@ -722,6 +725,8 @@ def read_synthetic(cfg, classes):
     """Read the tree --synthetic, if any: Scenes, with classes numbered as in `classes`, or None."""
     if not cfg.synthetic:
         return None
+    if Path(cfg.synthetic).resolve() == Path(cfg.data).resolve():
+        raise Problem(f"--synthetic {cfg.synthetic} is --data itself, test images and all: give another tree")
     synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken, least=1)
     if unknown := sorted(set(synthetic.classes) - set(classes)):
         raise Problem(f"{cfg.synthetic} has classes that {cfg.data} has not: {', '.join(unknown)}")

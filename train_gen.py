@@ -11,8 +11,10 @@ The loss barely moves after the first minutes, and a lower one is no better imag
 """
 import copy
 import math
+import os
 import re
 import sys
+import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -426,7 +428,7 @@ def read_like(cfg, generator):
 
 def asked(cfg, generator):
     """List what to make by --classes and --prompts: [(folder, class, text)]."""
-    known = dict(zip([*generator.classes, "any"], [*range(len(generator.classes)), -1], strict=True))
+    known = {"any": -1} | {name: c for c, name in enumerate(generator.classes)}
     names = [name.strip() for name in cfg.classes.split(",")] if cfg.classes else generator.classes
     if unknown := set(names) - set(known):
         raise Problem(f"{cfg.sample} knows no class {', '.join(sorted(unknown))}; "
@@ -435,8 +437,13 @@ def asked(cfg, generator):
         if cfg.prompts != Script.prompts:
             raise Problem(f"--prompts {cfg.prompts}: {cfg.sample} is told no text")
         return [(name, known[name], "") for name in names]
-    file, rows = Path(cfg.prompts), []
-    for text in file.read_text("utf-8-sig").splitlines() if file.is_file() else cfg.prompts.split(";"):
+    rows, lines = [], cfg.prompts.split(";")
+    if os.path.isfile(cfg.prompts):                                      # Path.is_file() fails of a long text
+        with data.refusing(cfg.prompts, "is no text in UTF-8", "save it as such"):
+            lines = Path(cfg.prompts).read_text("utf-8-sig").splitlines()
+    if not any(map(str.strip, lines)):
+        raise Problem(f"--prompts {cfg.prompts}: there is no sentence")
+    for text in filter(str.strip, lines):
         for name in names if cfg.classes or "{}" in text else ["any"]:
             said = text.replace("{}", data.in_words(name)).strip()
             rows.append((name if "{}" in text else re.sub(r"\W+", "_", said)[:60], known[name], said))
@@ -457,8 +464,9 @@ def sample(cfg):
         raise Problem(f"--calls {cfg.calls}: {cfg.sample} has a chain of {generator.config.timesteps} steps")
     if not generator.config.drop and (cfg.w != 1 or "any" in names):
         raise Problem(f"{cfg.sample} was trained with --drop 0, always told a class: give --w 1, and no any")
-    if full := [name for name in names if any((Path(cfg.out) / name).glob("[!.]*.png"))]:
-        raise Problem(f"{cfg.out} holds pictures of {full[0]} already: give another --out, or remove them")
+    out = Path(cfg.out)
+    if full := [name for name in names if any((out / name).glob("*"))]:
+        raise Problem(f"{out} holds files of {full[0]} already: give another --out, or remove them")
     like, paint = read_like(cfg, generator), None
     each = cfg.count * len(like or [0])                                  # images of a class
     y = torch.tensor(classes).repeat_interleave(each)
@@ -466,15 +474,20 @@ def sample(cfg):
     if like:
         like = like[torch.arange(len(like)).repeat_interleave(cfg.count).repeat(len(names))]
     if cfg.paint:
+        if not Path(cfg.paint).is_file():
+            raise Problem(f"--paint {cfg.paint}: give one picture, white where to paint")
         hole = data.read_pictures(cfg.paint, generator.config.size).images[0]
         paint = (hole.float().mean(0) > 127).expand(len(y), 1, -1, -1)
     images = generate(generator, y, cfg.seed, cfg.calls, cfg.w, like, cfg.start, paint, cfg.rounds, texts)
     if data.rank():
         return
-    for k, image in enumerate(images):
-        name = names[k // each]
-        data.save_picture(data.picture(image), Path(cfg.out) / name / f"{name}_{k + 1:05d}.png")
-    data.save_picture(data.grid(images, min(each, 16)), Path(cfg.out) / "grid.png")
+    with tempfile.TemporaryDirectory(dir=out, prefix=".") as new:        # the tree is there whole, or not
+        for k, image in enumerate(images):
+            name = names[k // each]
+            data.save_picture(data.picture(image), Path(new) / name / f"{name}_{k + 1:05d}.png")
+        for name in dict.fromkeys(names):
+            os.replace(Path(new) / name, out / name)
+    data.save_picture(data.grid(images, min(each, 16)), out / "grid.png")
     print(f"{len(images)} images in {cfg.out}, all of them in {cfg.out}/grid.png")
 
 

@@ -418,6 +418,8 @@ def read_tensors(path):
             tree = Unpickler(archive).load()
     else:
         tree = torch.load(path, "cpu", weights_only=True)    # from before torch 1.6
+    if not isinstance(tree, dict):
+        raise ValueError("it holds no tensors with names")
     if tree.get("kind") in ("clip", "classifier", "mae"):
         raise ValueError(f"a {tree['kind']} of ours, which train_cls.py --init reads")
     tree = tree.get("state_dict", tree.get("model", tree))
@@ -645,5 +647,5 @@ if __name__ == "__main__":
     parser.add_argument("weights", nargs="?", help="file to describe (without: the shapes in a small ViT)")
     try:
         main(parser.parse_args().weights)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"{error}\n")

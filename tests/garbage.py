@@ -433,7 +433,7 @@ def kills(table, root):
             table.add("kills", f"signal {how}", (code, said, memory), wrong)
             if code == 0:
                 break
-        left = [p for p in (root / out).rglob(".*")]
+        left = [*(root / out).rglob(f".{data.HOST}-*")]
         wrong = "other results" if results(root, out) != before else f"left: {left}" if left else ""
         table.add("kills", "the end", (0, "", 0), wrong)
 

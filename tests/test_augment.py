@@ -435,6 +435,7 @@ def test_the_demo_writes_a_contact_sheet(tmp_path, capsys):
 
 
 def test_a_bad_path_is_one_line_and_exit_code_two(tmp_path, launch):
-    for arguments in ([tmp_path / "none.png"], [augment.__file__], ["--out", tmp_path]):
+    same = [tmp_path / "x.png", "--out", tmp_path / "x.png"]
+    for arguments in ([tmp_path / "none.png"], [augment.__file__], ["--out", tmp_path], same):
         told = launch(augment, *arguments)
         assert told.returncode == 2 and len(told.stderr.strip().splitlines()) == 1

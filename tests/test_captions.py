@@ -133,6 +133,7 @@ def test_two_texts_of_one_picture_are_both_its_sentences_and_doubles_are_a_group
     (json.dumps(karpathy(("a.png", "trian", ["x"]))), "trian"), ('{"river": 3}', "no caption set"),
     (json.dumps(karpathy(("a.png", "train", [" "]), ("b.png", "train", []))), "no sentence for a.png, b.png"),
     (json.dumps(dict(annotations=[dict(filename="a.png", text_output=None)])), "no caption set"),
+    (json.dumps(dict(annotations=[dict(filename=["a.png"], text_output="x")])), "is no name of a file"),
     (json.dumps(karpathy(("a.png", "train", ["x"]), ("gone.png", "train", ["x"]))),
      r"lacks 1 of the 2 pictures of dataset.json \(gone.png\)")])
 def test_an_odd_caption_set_is_told_in_one_line(tmp_path, text, said):
@@ -141,6 +142,18 @@ def test_an_odd_caption_set_is_told_in_one_line(tmp_path, text, said):
     with pytest.raises(Problem, match=said) as problem:
         data.read(tmp_path, 8, cache=tmp_path / "cache")
     assert "\n" not in str(problem.value)
+
+
+def test_two_caption_sets_or_two_pictures_of_one_name_are_refused(tmp_path):
+    pictures(tmp_path, ["a.png"])
+    (tmp_path / "dataset.json").write_text(json.dumps(karpathy(("a.png", "train", ["x"]))))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/a.png").write_bytes((tmp_path / "a.png").read_bytes())
+    with pytest.raises(Problem, match="several pictures of one name .a.png"):
+        data.read(tmp_path, 8, cache=tmp_path / "cache")
+    (tmp_path / "captions.json").write_text("{}")
+    with pytest.raises(Problem, match="several caption sets"):
+        data.read(tmp_path, 8, cache=tmp_path / "cache")
 
 
 def test_pictures_that_are_missing_or_broken_are_left_out_with_their_sentences_if_asked(tmp_path):
@@ -441,10 +454,15 @@ def test_from_captions_to_a_tuned_classifier_on_the_command_line(tmp_path, launc
     (["--mae", "--share", "0.5"], "real images alone"),
     (["--captions", "--init", "x"], "give one of them"), (["--mae", "--model", "resnet"], "tokens of a ViT"),
     (["--captions", "--model", "linear"], "trains a network"),
-    (["--captions", "--augment", "hflip,cutmix"], "cutmix makes sentences untrue")])
+    (["--captions", "--augment", "hflip,cutmix"], "cutmix makes sentences untrue"),
+    (["--init", "x", "--dim", "32"], "--dim has no effect with --init"),
+    (["--mae", "--balance"], "--balance has no effect with --mae"),
+    (["--mae", "--test"], "--test has no effect with --mae"),
+    (["--captions", "--smoothing", "0.2"], "--smoothing has no effect with --captions")])
 def test_what_cannot_be_tuned_is_one_line(tmp_path, launch, flags, said, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = launch(train_cls, "--data", caption_tree(tmp_path / "t"), *FLAGS, *flags)
+    usual = [] if "--init" in flags else FLAGS                           # those of a network
+    done = launch(train_cls, "--data", caption_tree(tmp_path / "t"), *usual, *flags)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -484,6 +484,8 @@ def test_what_is_no_file_of_weights_is_refused_in_one_line(tmp_path):
         (tmp_path / name).write_bytes(content)
         refusal(tmp_path / name)
     refusal(tmp_path / "absent.pt")
+    torch.save(torch.zeros(3), tmp_path / "bare.pt")
+    refusal(tmp_path / "bare.pt")
     saved(timm(), tmp_path / "cut.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:9000])
     refusal(tmp_path / "cut.pt")

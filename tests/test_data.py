@@ -1,4 +1,5 @@
 """data.py: every picture read right, splits that do not leak, files whole or not at all, mistakes told."""
+import os
 import runpy
 import sys
 from dataclasses import dataclass, fields, replace
@@ -175,6 +176,8 @@ def test_numbers_belong_to_their_pictures_and_a_missing_one_is_not_known(tmp_pat
     ("", "not enough values"), ("picture,a\nforest/forest_0.png,high\n", "high"),
     ("picture,a,b\nforest/forest_0.png,1\n", "several lengths"),
     ("picture,a\nforest/forest_0.png\n", "several lengths"),
+    ("forest/forest_0.png,1\nriver/river_0.png,1\n", "no header"),
+    ("picture,a\nforest/forest_0.png,1e300\n", "infinite"), ("picture,a\nx,1\nx,2\n", "two rows of one"),
     ("picture,a\nforest_0.png,1\n", "names no picture of .* like forest/forest_0.png"),
     (b"picture,a\n\xff\xfe,1\n", "give a header")])
 def test_a_broken_table_of_numbers_is_named(tmp_path, text, said):
@@ -222,12 +225,51 @@ def test_a_drawn_scene_is_as_light_and_hazy_as_its_numbers_say(tmp_path):
     assert (root / "numbers.csv").read_text() == before
 
 
+def test_nothing_is_drawn_into_a_folder_of_other_pictures(tmp_path):
+    (tmp_path / "river").mkdir()
+    (tmp_path / "river/river_001.jpg").write_bytes(b"mine")
+    for draw in (data.draw_tree, data.draw_xbd):
+        with pytest.raises(Problem, match="holds what was not drawn"):
+            draw(tmp_path, 1)
+    assert [p.name for p in tmp_path.rglob("*")] == ["river", "river_001.jpg"]
+
+
+def test_a_lost_picture_and_a_lost_table_are_drawn_again(tmp_path):
+    root = data.draw_tree(tmp_path / "t", 1, size=16)
+    whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    for file in ("river/river_001.jpg", "numbers.csv"):
+        (root / file).unlink()
+        data.draw_tree(root, 1, size=16)
+        assert whole == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_links_to_folders_are_left_out_and_said(tmp_path, capsys):
+    root = tree(tmp_path / "t", count=2)
+    (root / "moor").symlink_to(root / "river")
+    assert data.read_folder(root, 8, cache=tmp_path / "cache").classes == ["forest", "river"]
+    assert "links to folders are not followed: " in capsys.readouterr().err
+
+
+def test_pictures_that_change_places_are_read_again(tmp_path):
+    root, a, b = tree(tmp_path / "t", count=1), "forest/forest_0.png", "river/river_0.png"
+    for name, colour in ((a, "red"), (b, "blue")):
+        Image.new("RGB", (8, 8), colour).save(root / name.replace("png", "bmp"))
+        (root / name).unlink()
+        os.utime(root / name.replace("png", "bmp"), (1, 1))
+    before = data.read_folder(root, 8, cache=tmp_path / "cache")
+    a, b = (root / name.replace("png", "bmp") for name in (a, b))
+    a.rename(root / "c")
+    b.rename(a)
+    (root / "c").rename(b)
+    assert (data.read_folder(root, 8, cache=tmp_path / "cache").images == before.images.flip(0)).all()
+
+
 @pytest.mark.parametrize("file", ("river/river_003.jpg", "numbers.csv", ".crc32.csv"))
 def test_a_drawn_tree_of_which_a_file_is_bad_is_made_whole_again(tmp_path, file):
     root = data.draw_tree(tmp_path / "t", 3, size=16)
     whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    for bad in (None, b"", whole[root / file][::-1], whole[root / file].replace(b"5", b"6")):
-        (root / file).unlink() if bad is None else (root / file).write_bytes(bad)
+    for bad in (b"", whole[root / file][::-1], whole[root / file].replace(b"5", b"6")):
+        (root / file).write_bytes(bad)
         data.draw_tree(root, 3, size=16)
         assert whole == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 

@@ -971,12 +971,18 @@ SCENES, BUILDINGS = ["--smoke", "--data", "drawn-scenes-30"], ["--smoke", "--dat
      (["--scale", "huge"], "unknown scale huge"),
     (["--data", "/nowhere"], "no folder /nowhere"), ([*SCENES, "--leg", "scenes"], "--leg scenes"),
     (["--smoke", "--size", "18"], "--size 18"), (["--label", "colour"], "unknown label colour"),
-    ([*SCENES, "--arms", "balanced"], "no arm for scenes"),
+    ([*SCENES, "--arms", "balanced"], "--arms balanced: no arm for scenes"),
+    ([*SCENES, "--arms", "real,balanced"], "--arms balanced: no arm for scenes"),
+    (["--leg", "scenes", "--counts", "4,4,"], "'4,4,' is no list of integers"),
+    ([*SCENES, "--study", "clip", "--init", "vit.pt"], "--init vit.pt has read no texts"),
     ([*SCENES, "--counts", "4,99"], "99 asked for"),
     ([*SCENES, "--hold-out", "flood"], "only an xBD tree has events"),
     ([*BUILDINGS, "--counts", "99"], "tiles to train on")])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, message, smoke, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(smoke[0])
+    if "--init" in argv:
+        cfg = experiment.train_cls.Config(size=8, patch=4, dim=16, depth=1, heads=1, steps=1, batch=2)
+        experiment.train_cls.fit(case_by_hand(4, 2).scenes, None, cfg, smoke[0] / "vit.pt")
     with pytest.raises(SystemExit) as error:
         data.launch(experiment.main, Config, [*argv, "--out", str(tmp_path)])
     err = capsys.readouterr().err

@@ -99,6 +99,7 @@ def test_soft_targets_are_taught_instead_of_the_class_of_synthetic_images(monkey
     level = data.to_uint8(x[:, 0, 0, 0]).long()
     assert_close(y[level >= 200], soft[level[level >= 200] - 200])
     assert_close(y[level < 200], torch.eye(2)[level[level < 200] % 2])
+    fit(real, None, replace(TINY, share=0.0), soft=soft[:0])             # a filter has let nothing through
 
 
 def coloured(labels, classes, seed=0):
@@ -500,6 +501,8 @@ def test_the_command_trains_on_a_mixture_and_reads_test_only_if_asked(tmp_path, 
     half = ("--synthetic", synthetic, "--share", 0.5)
     mixed = launch(train_cls, *flags, "--out", tmp_path / "b", *half, "--test")
     assert mixed.returncode == 0 and "14 synthetic" in mixed.stdout and "test: accuracy" in mixed.stdout
+    same = launch(train_cls, *flags, "--out", tmp_path / "c", "--synthetic", root, "--share", 0.5)
+    assert same.returncode == 2 and "is --data itself" in same.stderr and same.stderr.count("\n") == 1
     alone = launch(train_cls, *flags, "--out", tmp_path / "c", "--synthetic", synthetic)
     assert alone.returncode == 2 and "--share" in alone.stderr and alone.stderr.count("\n") == 1
 

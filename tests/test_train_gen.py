@@ -452,6 +452,28 @@ def test_the_commands_train_and_make_pictures_that_can_be_read_back(tmp_path, la
     assert "moon" in wrong.stderr and "river" in wrong.stderr
 
 
+def test_a_tree_is_made_whole_or_not_at_all(checkpoints, tmp_path, monkeypatch, launch):
+    argv = ["--sample", checkpoints / "plain.pt", "--count", 2, "--calls", 2, "--out", tmp_path / "m"]
+    kept, save = [], data.save_picture
+
+    def once(*args, **kw):
+        if kept:
+            raise KeyboardInterrupt
+        kept.append(save(*args, **kw))
+
+    monkeypatch.setattr(data, "save_picture", once)
+    assert launch(train_gen, *argv).returncode == 130 and not [*tmp_path.rglob("*.png")]
+    monkeypatch.setattr(data, "save_picture", save)
+    assert launch(train_gen, *argv).returncode == 0 and len([*tmp_path.rglob("*_*.png")]) == 4
+
+
+def test_a_class_that_is_named_any_is_told(tmp_path):
+    real = replace(halves(8), classes=["any", "other"])
+    generator = train(real, replace(TINY, steps=1), tmp_path / "g.pt")
+    (name, number, _), _ = train_gen.asked(train_gen.Script(sample="g.pt"), generator)
+    assert (name, number) == ("any", 0)
+
+
 def picture(path, size=16):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.linear_gradient("L").resize((size, size)).convert("RGB").save(path)
@@ -504,14 +526,19 @@ def checkpoints(tmp_path_factory):
     ("plain", "--like broken --start .5", "do not decode .*b.png"),
     ("plain", "--like broken/b.png --start .5 --skip-broken", "no picture decodes"),
     ("plain", "--like ok --paint broken/b.png", "do not decode .*b.png"),
-    ("plain", "--like ok --paint nowhere.png", "no pictures in nowhere.png"),
+    ("plain", "--like ok --paint nowhere.png", "--paint nowhere.png: give one picture"),
+    ("plain", "--like ok --paint ok", "--paint ok: give one picture"),
     ("numbers", "--like ok", "must be told light, here are none"),
     ("numbers", "--like others", "must be told light, here are haze"),
     ("numbers", "--like strangers", "numbers.csv names no picture"),
     ("pre", "--like ok", "--like ok: pictures alone; .*xBD tree"),
     ("plain", "--prompts river", "--prompts river: .*plain.pt is told no text"),
     ("text", "--like ok --prompts left", "--like ok: .*give --start or --paint"),
-    ("text", "--prompts ;", "has read no word of ''"), ("text", "--prompts left;moon", "no word of 'moon'"),
+    ("text", "--prompts ;", "--prompts ;: there is no sentence"),
+    ("text", "--prompts left;moon", "no word of 'moon'"),
+    ("text", "--prompts empty.txt", "there is no sentence"),
+    ("text", "--prompts latin.txt", "latin.txt is no text in UTF-8"),
+    ("text", "--prompts " + "moon;" * 100, "no word of 'moon'"),
 ])
 def test_a_wrong_or_missing_like_is_one_line_and_nothing_is_written(checkpoints, tmp_path, monkeypatch,
                                                                     launch, which, flags, said):
@@ -523,6 +550,8 @@ def test_a_wrong_or_missing_like_is_one_line_and_nothing_is_written(checkpoints,
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/b.png").write_bytes(b"no picture")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes(b"a riv\xe9r")
     before = sorted(tmp_path.rglob("*"))
     told = launch(train_gen, "--sample", checkpoints / f"{which}.pt", "--out", "made", "--calls", 2,
                   *flags.split())

@@ -402,6 +402,22 @@ def test_on_a_full_disk_the_old_file_stays_and_the_error_names_it(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("name", ["dataset.json", "resisc45-train.txt"])
+def test_a_pipe_in_the_place_of_a_text_is_not_waited_for(tmp_path, name):
+    for k in range(2):
+        (tmp_path / f"t/{k}").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / f"t/{k}/a.png")
+    os.mkfifo(tmp_path / "t" / name)
+    with pytest.raises(Problem, match=f"{name} .*no regular file"):
+        data.read(tmp_path / "t", 8, cache=tmp_path / "c")
+
+
+def test_an_empty_name_is_no_folder(launch):
+    told = launch(train_gen, "--data", "nothing", "--out", "")
+    assert told.returncode == 2 and "--out is empty" in told.stderr and told.stderr.count("\n") == 1
+
+
 def test_a_folder_is_held_by_one_run(tmp_path, launch):
     with data.alone(tmp_path / "x"), pytest.raises(Problem, match="another run writes to"), \
             data.alone(tmp_path / "x"):
@@ -469,6 +485,16 @@ def test_a_terminal_without_a_letter_replaces_it(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_ends_within_50_steps(tmp_path, train):
     with pytest.raises(Problem, match=r"the loss is \S+ at step 50, at a rate of .*: lower --lr"):
         train(tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    """The loss of a step is finite before the step that spoils the weights."""
+    cfg = train_cls.Config(size=8, patch=4, dim=16, depth=1, heads=1, steps=1, batch=4, lr=1e38, warmup=0)
+    for train in (lambda path: train_cls.fit(real(), None, cfg, path),
+                  lambda path: train_gen.train(real(), replace(GEN, lr=1e38, steps=1, warmup=0), path)):
+        with pytest.raises(Problem, match="weights are not finite at step 1: lower --lr"):
+            train(tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
 
 

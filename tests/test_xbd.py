@@ -281,7 +281,9 @@ def test_a_tree_without_a_whole_tile_or_without_a_class_is_a_problem(tmp_path, r
 
 @pytest.mark.parametrize("old, new", [
     ('"subtype": "no-damage"', '"subtype": "fine"'), ('"subtype": "no-damage", ', ""), ("POLYGON", "CIRCLE"),
-    ('"uid"', '"id"'), ('"width"', '"w"'), ('"metadata"', '"meta"'), ("}", ""), ('"xy"', '"yx"')])
+    ('"uid"', '"id"'), ('"width"', '"w"'), ('"metadata"', '"meta"'), ("}", ""), ('"xy"', '"yx"'),
+    ('"width": ', '"width": -'), ('"disaster_type": "', '"disaster_type": "../'),
+    ('"disaster_type": ', '"sun_elevation": Infinity, "disaster_type": ')])
 def test_a_broken_label_is_named(tmp_path, read, old, new):
     tile(tmp_path / "tree", "a_00000001", [house()])
     path = tmp_path / "tree/train/labels/a_00000001_post_disaster.json"
