@@ -18,8 +18,8 @@ leave the mask.
 
 import functools
 import math
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -412,7 +412,7 @@ class Script(Settings):
 
 def main(cfg):
     """Draw a contact sheet of all augmentations."""
-    if cfg.picture and Path(cfg.picture).resolve() == Path(cfg.out).resolve():
+    if os.path.realpath(cfg.picture) == os.path.realpath(cfg.out):
         raise Problem(f"--out {cfg.out} would be written over: give another")
     one = settlement(96)
     other = adjust_hue(one.flip(-1).roll(24, -1), torch.tensor([0.5]))       # so that mixing two shows

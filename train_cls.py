@@ -10,6 +10,7 @@
 Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
 """
 import math
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -725,7 +726,7 @@ def read_synthetic(cfg, classes):
     """Read the tree --synthetic, if any: Scenes, with classes numbered as in `classes`, or None."""
     if not cfg.synthetic:
         return None
-    if Path(cfg.synthetic).resolve() == Path(cfg.data).resolve():
+    if os.path.realpath(cfg.synthetic) == os.path.realpath(cfg.data):
         raise Problem(f"--synthetic {cfg.synthetic} is --data itself, test images and all: give another tree")
     synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken, least=1)
     if unknown := sorted(set(synthetic.classes) - set(classes)):
@@ -773,7 +774,7 @@ def main(cfg):
         raise Problem("--captions and --mae run in one process: start them with python, not with torchrun")
     path = Path(cfg.out) / "classifier.pt"
     if cfg.init:
-        if path.resolve() == Path(cfg.init).resolve():
+        if os.path.realpath(path) == os.path.realpath(cfg.init):
             raise Problem(f"--init {cfg.init} would be written over: give another --out")
         cfg = replace(cfg, size=load_weights(cfg.init)[2])
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken)

@@ -435,7 +435,8 @@ def test_the_demo_writes_a_contact_sheet(tmp_path, capsys):
 
 
 def test_a_bad_path_is_one_line_and_exit_code_two(tmp_path, launch):
-    same = [tmp_path / "x.png", "--out", tmp_path / "x.png"]
-    for arguments in ([tmp_path / "none.png"], [augment.__file__], ["--out", tmp_path], same):
+    same, loop = [tmp_path / "x.png", "--out", tmp_path / "x.png"], tmp_path / "loop.png"
+    loop.symlink_to(loop)
+    for arguments in ([tmp_path / "none.png"], [augment.__file__], ["--out", tmp_path], same, [loop]):
         told = launch(augment, *arguments)
         assert told.returncode == 2 and len(told.stderr.strip().splitlines()) == 1
