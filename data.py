@@ -338,7 +338,14 @@ def find_pictures(root, least):
         wrong = f"only one class with pictures, {files[0].parent.name}" if files else "no pictures in folders"
         inside = sorted(p.parent for p in root.glob("[!.]*/*") if p.is_dir())
         hint = f"; did you mean {inside[0]}?" if inside else ""
+        if len({*PARTS} & {p.name for p in inside}) > 1:
+            hint = "; these are parts of a set: put all pictures of a class in a folder, they are split here"
+        elif not files and (above := [p for p in (root.parent, root.parent.parent)
+                                      if is_xbd(p) or any(p.glob("dataset*.json"))]):
+            hint = f"; did you mean {above[0]}?"
         raise Problem(f"{root}: {wrong}; a folder per class, at least {least}, is needed{hint}")
+    if empty := sorted(p.name for p in there if p.parent == root and p.is_dir() and not any(p.iterdir())):
+        warn(f"{root}: folders without a picture are no classes: {some_of(empty)}")
     beside = there - {*files} - {root / name for name in BESIDE}
     if rest := sorted(p.relative_to(root) for p in beside if not p.is_dir()):
         warn(f"{root}: {len(rest)} files are not read (no pictures, or not in a class): {some_of(rest)}")
@@ -1517,6 +1524,9 @@ def launch(main, config, argv=None, several=False):
     before = signal.signal(signal.SIGTERM, stop)
     try:
         held = [getattr(settings, f.name) for f in fields(config) if f.metadata["alone"]]
+        tree = getattr(settings, "data", "")
+        if held and tree and os.path.dirname(os.path.realpath(held[0])) == os.path.realpath(tree):
+            raise Problem(f"--out {held[0]} would be a class of {tree}: give a folder elsewhere")
         with alone(held[0]) if held and first else nullcontext(), processes(several):
             return main(settings)
     except Problem as problem:

@@ -271,6 +271,8 @@ class Config(data.Settings):
         s = self.resolved("scenes")           # a bad size or count is told before anything is done
         if min(s.counts) < 0:
             raise ValueError(f"--counts {self.counts}: below 0")
+        if self.subsets > s.seeds:
+            raise ValueError(f"--subsets {self.subsets}: at most one for each of the {s.seeds} seeds")
         if 1 < s.subsets < s.seeds:           # neither one draw nor independent ones: no interval fits
             raise ValueError(f"--subsets {s.subsets}: 1, or one for each of the {s.seeds} seeds")
 

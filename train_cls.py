@@ -743,8 +743,10 @@ def score(model, scenes, parts, test):
         held = scenes[parts[part]]
         counts = totals(held.labels, predict(model, held.images), len(scenes.classes))
         worst = weakest(counts)
+        absent = [name for c, name in enumerate(scenes.classes) if c not in held.labels]
         print(f"{part}: accuracy {accuracy(counts):.3f}, macro-F1 {macro_f1(counts):.3f} on {len(held)} "
-              f"images; weakest class {scenes.classes[worst]} ({recall(counts)[worst]:.2f})")
+              f"images; weakest class {scenes.classes[worst]} ({recall(counts)[worst]:.2f})"
+              + f"; no image of {data.some_of(absent)}" * bool(absent))
 
 
 def teach_clip(scenes, parts, index, cfg):

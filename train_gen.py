@@ -429,7 +429,7 @@ def read_like(cfg, generator):
 def asked(cfg, generator):
     """List what to make by --classes and --prompts: [(folder, class, text)]."""
     known = {"any": -1} | {name: c for c, name in enumerate(generator.classes)}
-    names = [name.strip() for name in cfg.classes.split(",")] if cfg.classes else generator.classes
+    names = [*dict.fromkeys(map(str.strip, cfg.classes.split(",")))] if cfg.classes else generator.classes
     if unknown := set(names) - set(known):
         raise Problem(f"{cfg.sample} knows no class {', '.join(sorted(unknown))}; "
                       f"it knows {', '.join(generator.classes)}, and any")

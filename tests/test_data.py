@@ -250,6 +250,26 @@ def test_links_to_folders_are_left_out_and_said(tmp_path, capsys):
     assert "links to folders are not followed: " in capsys.readouterr().err
 
 
+def test_a_folder_without_a_picture_is_no_class_and_said(tmp_path, capsys):
+    root = tree(tmp_path / "t", count=2)
+    (root / "desert").mkdir()
+    assert data.read_folder(root, 8, cache=tmp_path / "cache").classes == ["forest", "river"]
+    assert capsys.readouterr().err == f"{root}: folders without a picture are no classes: desert\n"
+
+
+def test_a_wrong_level_of_a_tree_is_told_where_to_go(tmp_path):
+    for part in data.PARTS:
+        tree(tmp_path / "t" / part, count=1)
+    with pytest.raises(Problem, match="these are parts of a set: put all pictures of a class in a folder"):
+        data.read_folder(tmp_path / "t", 8)
+    xbd = data.draw_xbd(tmp_path / "x", 1, side=96)
+    (tmp_path / "c/images").mkdir(parents=True)
+    (tmp_path / "c/dataset_rsicd.json").write_text("{}")
+    for wrong, right in ((xbd / "train/images", xbd), (tmp_path / "c/images", tmp_path / "c")):
+        with pytest.raises(Problem, match=f"did you mean {right}\\?"):
+            data.read_folder(wrong, 8)
+
+
 def test_pictures_that_change_places_are_read_again(tmp_path):
     root, a, b = tree(tmp_path / "t", count=1), "forest/forest_0.png", "river/river_0.png"
     for name, colour in ((a, "red"), (b, "blue")):

@@ -967,6 +967,7 @@ SCENES, BUILDINGS = ["--smoke", "--data", "drawn-scenes-30"], ["--smoke", "--dat
     (["--arms", "real,fake"], "unknown arm fake"), (["--seed", "3"], "--seed"),
     (["--leg", "scenes", "--counts", "ten"], "ten"), (["--counts", "3"], "of which --leg"),
     (["--study", "size"], "unknown study size"), (["--scale", "smoke,small"], "unknown scale smoke"),
+    (["--smoke", "--subsets", "9"], "--subsets 9: at most one for each of the 2 seeds"),
     (["--leg", "scenes", "--counts=-3"], "--counts -3"), (["--seeds", "5", "--subsets", "2"], "--subsets 2"),
      (["--scale", "huge"], "unknown scale huge"),
     (["--data", "/nowhere"], "no folder /nowhere"), ([*SCENES, "--leg", "scenes"], "--leg scenes"),

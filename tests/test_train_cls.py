@@ -501,6 +501,12 @@ def test_the_command_trains_on_a_mixture_and_reads_test_only_if_asked(tmp_path, 
     half = ("--synthetic", synthetic, "--share", 0.5)
     mixed = launch(train_cls, *flags, "--out", tmp_path / "b", *half, "--test")
     assert mixed.returncode == 0 and "14 synthetic" in mixed.stdout and "test: accuracy" in mixed.stdout
+    inside = launch(train_cls, *flags, "--out", root / "c")
+    assert inside.returncode == 2 and "would be a class of" in inside.stderr and not (root / "c").exists()
+    for k in (2, 3, 4, 5):
+        (root / "river" / f"river_00{k}.jpg").unlink()
+    few = launch(train_cls, *flags, "--out", tmp_path / "f")
+    assert few.returncode == 0 and few.stdout.endswith("; no image of river\n")
     same = launch(train_cls, *flags, "--out", tmp_path / "c", "--synthetic", root, "--share", 0.5)
     assert same.returncode == 2 and "is --data itself" in same.stderr and same.stderr.count("\n") == 1
     alone = launch(train_cls, *flags, "--out", tmp_path / "c", "--synthetic", synthetic)

@@ -447,6 +447,9 @@ def test_the_commands_train_and_make_pictures_that_can_be_read_back(tmp_path, la
     assert Path(tmp_path / "made" / "grid.png").exists()
     twice = launch(train_gen, "--sample", checkpoint, "--calls", 2, "--out", tmp_path / "made")
     assert twice.returncode == 2 and "already" in twice.stderr and twice.stderr.count("\n") == 1
+    once = launch(train_gen, "--sample", checkpoint, "--classes", "river, river", "--count", 1, "--calls", 2,
+                  "--out", tmp_path / "once")
+    assert once.returncode == 0 and once.stdout.startswith("1 images")
     wrong = launch(train_gen, "--sample", checkpoint, "--classes", "moon")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
     assert "moon" in wrong.stderr and "river" in wrong.stderr
