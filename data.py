@@ -1142,10 +1142,15 @@ def sweep(folder):
 
 
 @contextmanager
-def alone(folder):
-    """Hold a folder until this process ends, however it does. Problem if another process holds it."""
+def alone(folder, tree=""):
+    """Hold a folder until this process ends, however it does.
+
+    Problem if another process holds it, or if it would be taken for a class of the tree that is read.
+    """
     if not folder:
         raise Problem("--out is empty: give a folder")
+    if tree and os.path.dirname(os.path.realpath(folder)) == os.path.realpath(tree):
+        raise Problem(f"--out {folder} would be a class of {tree}: give a folder elsewhere")
     os.makedirs(folder, exist_ok=True)
     if fcntl:                                                            # Windows has no such locks
         held = os.open(folder, os.O_RDONLY)
@@ -1525,9 +1530,7 @@ def launch(main, config, argv=None, several=False):
     try:
         held = [getattr(settings, f.name) for f in fields(config) if f.metadata["alone"]]
         tree = getattr(settings, "data", "")
-        if held and tree and os.path.dirname(os.path.realpath(held[0])) == os.path.realpath(tree):
-            raise Problem(f"--out {held[0]} would be a class of {tree}: give a folder elsewhere")
-        with alone(held[0]) if held and first else nullcontext(), processes(several):
+        with alone(held[0], tree) if held and first else nullcontext(), processes(several):
             return main(settings)
     except Problem as problem:
         refuse(problem)

@@ -440,6 +440,8 @@ def main(cfg):
     CASES.clear()
     enter(cfg)
     cases, stored = list(CASES.values()), read_runs(out)
+    if cfg.init:
+        tuned(cases[0])                                      # told at once if it is no CLIP
     for case in cases:
         case.runs = runs(case, case.arms, case.s.counts)
     with data.pool(jobs, enter, cfg) as pool:
@@ -482,8 +484,6 @@ def prepare(cfg, name, out):
     odd = [arm for arm in listed(cfg.arms) if arm not in ("all", *leg.arms)]
     if odd and (cfg.leg or cfg.data or not case.arms):
         raise Problem(f"--arms {odd[0]}: no arm for {name}; these are: {', '.join(leg.arms)}")
-    if cfg.init:
-        tuned(case)                                          # told at once if it is no CLIP
     if not cfg.counts and not leg.rare:                  # a scale's own counts give way to smaller data sets
         least = int(scenes.labels[parts["train"]].bincount().min())
         s.counts = tuple(n for n in s.counts if n <= least) or (least,)
@@ -1235,7 +1235,7 @@ class Claim:
 
 
 VERDICTS = {"help": "{}: help.", "hurt": "{}: hurt.",
-            "no difference": "No difference detected with this many runs: {}.",
+            "none detected": "No difference detected with this many runs: {}.",
             "no verdict": "No verdict, as they are below the floor: {}.",
             "too few seeds": "Too few seeds to say (at least three): {}."}
 
@@ -1267,7 +1267,7 @@ def verdict(case, claim):
     prefix = next((prefix for prefix in (RESNET, CLIP) if claim.arm.startswith(prefix)), "")
     if max(map(np.mean, scores)) < bar(case, claim.count) or not able(case, claim.count, prefix, "test"):
         return "no verdict"
-    return "no difference" if claim.p >= 0.05 else "help" if claim.gain.mean > 0 else "hurt"
+    return "none detected" if claim.p >= 0.05 else "help" if claim.gain.mean > 0 else "hurt"
 
 
 def footing(case, count):
@@ -1443,8 +1443,7 @@ def claim_rows(case, found):
               if claim.arm not in [mine.arm for mine in found if mine.count == claim.count]]
     header = ["claim", "verdict", "gain", "p after Holm", "detectable"]
     return header, [[named(case, f"{claim.arm} against {claim.base}", claim.count),
-                     claim.word.replace("no difference", "none detected") if claim in found else
-                     "(not followed)", points(claim.gain),
+                     claim.word if claim in found else "(not followed)", points(claim.gain),
                      p_text(claim.p), f"{100 * claim.gain.detectable(claim.family):.1f}"]
                     for claim in found + others]
 

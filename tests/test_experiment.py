@@ -650,8 +650,8 @@ def ask(what, case):
 
 
 @pytest.mark.parametrize("base, arm, floor, seeds, word", [
-    (0.3, 0.8, 0.5, 4, "help"), (0.8, 0.3, 0.5, 4, "hurt"), (0.6, 0.6, 0.5, 4, "no difference"),
-    (0.5, 0.55, 0.5, 4, "no difference"),
+    (0.3, 0.8, 0.5, 4, "help"), (0.8, 0.3, 0.5, 4, "hurt"), (0.6, 0.6, 0.5, 4, "none detected"),
+    (0.5, 0.55, 0.5, 4, "none detected"),
     (0.3, 0.8, 0.9, 4, "no verdict"), (0.0, 0.2, 0.0, 4, "no verdict"),          # a quarter is the commonest
     (0.3, 0.8, 0.5, 2, "too few seeds"), (0.3, 0.8, 0.5, 3, "help")])
 def test_a_verdict_takes_three_seeds_and_an_arm_above_the_floor(tmp_path, base, arm, floor, seeds, word):
@@ -727,7 +727,8 @@ def test_whose_verdict_counts_is_chosen_on_val_and_not_on_test(tmp_path):
 
 def test_the_answer_begins_with_what_the_recognisers_can_do(tmp_path):
     strong = ask(experiment.answer, compared(tmp_path, RATES | {"real": 0.6}))
-    assert "With 4 real images per class, the best accuracy on test, but for fresh real images: " in strong
+    assert ("With 4 real images per class, the best accuracy on test, but for fresh real images: the ViT "
+            "60.0 % (real), a small") in strong
     assert not strong.startswith("With")                                 # the answer first, then its footing
     weak = ask(experiment.answer, compared(tmp_path, RATES | {"linear: real": 0.95}))
     assert weak.startswith("No network reaches what a linear classifier or the commonest class does")
@@ -740,7 +741,7 @@ def test_the_answer_begins_with_what_the_recognisers_can_do(tmp_path):
 
 
 def test_the_answer_says_of_every_question_what_became_of_it(monkeypatch, scenes_case):
-    words = {"+": "help", "-": "hurt", "0": "no difference", "?": "no verdict", "2": "too few seeds"}
+    words = {"+": "help", "-": "hurt", "0": "none detected", "?": "no verdict", "2": "too few seeds"}
 
     def said(signs, seeds=2):
         """The answer, but for its footing, if the verdicts on the claims are these, count by count."""
@@ -864,7 +865,7 @@ def test_the_forest_shows_claims_and_linear_floor_with_the_gains_of_the_seeds(tm
              for name, mine in rows.items() for g, dots in [mine[4]]}
     assert (marks, least) == ({"": 0}, -100) and found == {"synthetic images, against real": (10, [10] * 4),
                      "fresh real images, against real + augmentation": (25, [25] * 4),
-                         "the linear floor, against real": (-5, [-5] * 4),
+                     "the linear floor, against real": (-5, [-5] * 4),
                      "the linear floor, against real + augmentation": (-15, [-15] * 4)}
 
 
