@@ -12,13 +12,12 @@ Everything works on whole batches, on their device, with parameters drawn per im
         a disaster: C = 6), then perhaps one mask, > 0 on the object (C = 4 or 7).
     y   labels, float (B, K), a distribution over the classes per image, because two augmentations mix them.
 
-Geometry moves all channels together. Colour and Cutout change both pictures alike, noise each by itself; they
+Geometry moves all channels together. Colour and Cutout change both pictures examples, noise each by itself; they
 leave the mask.
 """
 
 import functools
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-from data import Problem, Settings, decode, flag, launch, refusing, save_picture, to_float
+from data import Settings, flag, launch, save_picture
 
 
 def per_image(values, like):
@@ -381,7 +380,7 @@ def compose(names):
     return augment
 
 
-# ---- python augment.py PICTURE: a contact sheet ----
+# ---- python augment.py: a contact sheet ----
 
 def settlement(size):
     """A red roof and, as the mask's object, a round white tank, seen from above: (1, 4, size, size)."""
@@ -406,19 +405,13 @@ def contact_sheet(x):
 @dataclass
 class Script(Settings):
     """The flags of this script."""
-    picture: str = flag("", "a picture; its middle is the object", bare=True)
     out: str = flag("runs/augment.png", "where the sheet goes")
 
 
 def main(cfg):
     """Draw a contact sheet of all augmentations."""
-    if os.path.realpath(cfg.picture) == os.path.realpath(cfg.out):
-        raise Problem(f"--out {cfg.out} would be written over: give another")
     one = settlement(96)
     other = adjust_hue(one.flip(-1).roll(24, -1), torch.tensor([0.5]))       # so that mixing two shows
-    if cfg.picture:
-        with refusing(cfg.picture, "does not decode", "give another picture"):
-            other[0, :3] = to_float(torch.from_numpy(decode(cfg.picture, 96)))
     save_picture(contact_sheet(torch.cat((other, one)).repeat(4, 1, 1, 1)), cfg.out)
     print(f"{cfg.out}: a row each for {', '.join(AUGMENTATIONS)}")
 
