@@ -933,8 +933,8 @@ def resume(path, kind, identity, parts, fresh):
 
 
 # ---- shared by all scripts: several processes, by torchrun --nproc-per-node N SCRIPT.py ...
-# Every process runs the whole script and draws the same random numbers. Each computes its part of every
-# batch, sums over the processes bring the parts together, and process 0 alone writes and talks.
+# Every process trains the same weights: it draws its own share of each batch, the gradients are averaged
+# over the processes, and process 0 alone writes files and prints.
 
 def join_processes():
     """Join the processes that torchrun started, if it did."""
@@ -951,24 +951,24 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def own_slice(n):
-    """Return this process's part of n images, as a slice. The parts differ by one image at most."""
+def own_share(batch):
+    """Return how many images of a batch this process draws."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    return slice(n * rank() // world, n * (rank() + 1) // world)
+    return max(1, batch // world)
 
 
-def total(x):
-    """Sum x in place over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+def step_rng(seed, step, device):
+    """Return the random numbers of a training step, which differ from process to process."""
+    return rng(seed, step, *[rank()] * (rank() > 0), device=device)
 
 
 def average_gradients(model):
-    """Sum the gradients over all processes: that of the whole batch, however it is divided."""
-    for p in model.parameters():
-        if p.grad is not None:
-            total(p.grad)
+    """Replace each gradient by its mean over all processes, that of the whole batch."""
+    if dist.is_initialized():
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
 
 
 # ---- shared by all scripts: several tasks at a time

@@ -178,10 +178,10 @@ class Linear(nn.Module):
         self.register_buffer("std", torch.ones(dim))
         self.head = zero(nn.Linear(dim, classes))
 
-    def solve(self, mixture, penalty=0.01):
+    def solve(self, mixture, share, penalty=0.01):
         """Minimise the average loss over all batches of a mixture, plus penalty / 2 |W|^2, by L-BFGS."""
         f = torch.cat([colours_and_edges(data.to_float(images)) for images in mixture.images.split(512)])
-        p = mixture.probabilities()                                      # of each image to be drawn
+        p = mixture.probabilities(share)                                      # of each image to be drawn
         self.mean = p @ f
         self.std = (p @ (f - self.mean) ** 2).sqrt().clamp(min=1e-3)     # some never vary
         f = (f - self.mean) / self.std
@@ -254,20 +254,19 @@ class Mixture:
         self.cdf = p.double().cumsum(0).div(p.sum()).float().to(device)
         self.count = count.to(device)                                    # (K,), of synthetic images; these
         self.first = (len(real) + count.cumsum(0) - count).to(device)    # of a class begin at first[c]
-        self.share = cfg.share
 
-    def draw(self, n, generator):
+    def draw(self, n, share, generator):
         """Draw the indices of n images, (n,). The random numbers do not depend on the share."""
-        u, kind, v = torch.rand(3, n, device=self.cdf.device, generator=generator)
-        index = torch.searchsorted(self.cdf, u).clamp(max=len(self.cdf) - 1)
+        u_real, u_replace, u_synthetic = torch.rand(3, n, device=self.cdf.device, generator=generator)
+        index = torch.searchsorted(self.cdf, u_real).clamp(max=len(self.cdf) - 1)
         c = self.labels[index]
-        replaced = (kind < self.share) & (self.count[c] > 0)
-        return torch.where(replaced, self.first[c] + (v * self.count[c]).long(), index)
+        replaced = (u_replace < share) & (self.count[c] > 0)
+        return torch.where(replaced, self.first[c] + (u_synthetic * self.count[c]).long(), index)
 
-    def probabilities(self):
+    def probabilities(self, share):
         """Return the probability of each image to be the next one drawn, (N,)."""
         real, made = self.labels.split([len(self.p), len(self.labels) - len(self.p)])
-        share = self.share * (self.count > 0).float()                                        # (K,)
+        share = share * (self.count > 0).float()                                        # (K,)
         of_class = torch.zeros_like(share).index_add(0, real, self.p)
         return torch.cat([self.p * (1 - share)[real], (of_class * share / self.count)[made]])
 
@@ -283,18 +282,18 @@ def fit(real, synthetic, cfg, path=None, soft=None, title="classifier", model=No
     model.to(device, memory_format=torch.channels_last)                                  # a tenth faster
     identity = identity_of(cfg, real, synthetic, soft)
     if isinstance(model, Linear):                             # solved, without steps, seed and augmentation
-        model.solve(mixture)
+        model.solve(mixture, cfg.share)
         return keep(path, model, identity)
-    augment, part = compose(cfg.augment), data.own_slice(cfg.batch)                      # of this process
+    augment, batch = compose(cfg.augment), data.own_share(cfg.batch)                     # of this process
 
     def loss(step, g):
+        share = cfg.share
         if cfg.pretrain:                                              # synthetic images first, then real ones
-            mixture.share = float(step < cfg.share * cfg.steps)
-        index = mixture.draw(cfg.batch, g)
+            share = float(step < cfg.share * cfg.steps)
+        index = mixture.draw(batch, share, g)
         x, y = augment(as_float(mixture.images[index]), mixture.targets[index], g)
         with data.autocast(device):
-            each = F.cross_entropy(model(x[part]), y[part], reduction="sum", label_smoothing=cfg.smoothing)
-        return each / cfg.batch
+            return F.cross_entropy(model(x), y, label_smoothing=cfg.smoothing)
 
     return train(model, loss, cfg, path, "classifier", identity, title)
 
@@ -302,14 +301,13 @@ def fit(real, synthetic, cfg, path=None, soft=None, title="classifier", model=No
 def train(model, loss, cfg, path, kind, identity, title, every=1000):
     """Take cfg.steps steps of AdamW on loss(step, generator). -> the model in eval mode
 
-    The loss is the sum over this process's images, divided by the images of all. Its randomness follows from
-    (seed, step): a run that was killed goes on from its checkpoint at path, and ends with equal weights.
+    Its randomness follows from (seed, step): a run that was killed goes on from its checkpoint at path, and ends with equal weights.
     """
     device, optimizer = data.pick_device(), adamw(model, cfg.decay)
     parts = dict(model=model, optimizer=optimizer)
     done = data.resume(path, kind, identity, parts, dict(step=0))["step"]
     for step in data.progress(range(done, cfg.steps), title, cfg.steps, initial=done):
-        value = loss(step, data.rng(cfg.seed, step, device=device))
+        value = loss(step, data.step_rng(cfg.seed, step, device))
         value.backward()
         data.average_gradients(model)                                        # over all processes
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)                # no odd batch throws the weights far
@@ -318,7 +316,7 @@ def train(model, loss, cfg, path, kind, identity, title, every=1000):
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % every == 0 or step + 1 == cfg.steps:
-            data.check_finite(model, data.total(value.detach()).item(), step + 1)
+            data.check_finite(model, value.item(), step + 1)
             if path and data.rank() == 0:
                 data.save_checkpoint(path, kind, identity, step + 1, parts)
     return model.eval()

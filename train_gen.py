@@ -209,19 +209,18 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
     S = max(map(len, real.captions)) if generator.words else 1           # sentences in turn; some have fewer
     said = [[some[k % len(some)] for some in real.captions] if generator.words else None for k in range(S)]
     told = [generator.conditions(real.labels, real, texts) for texts in said]
-    part = data.own_slice(cfg.batch)                                     # of this process
+    batch = data.own_share(cfg.batch)                                    # of this process
     losses = torch.zeros((), device=device)
     for step in data.progress(range(done, cfg.steps), title, cfg.steps, initial=done):
-        g = data.rng(cfg.seed, step, device=device)
-        index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
+        g = data.step_rng(cfg.seed, step, device)
+        index = torch.randint(len(images), (batch,), device=device, generator=g)
         x, _ = augment(data.to_float(images[index]), None, g)
         cond = told[step % S][index]
         x0, cond.control = split_channels(x, cfg.conditions)
         if cfg.conditions:
             cond = cond.drop_each(cfg.drop, g)
         with data.autocast(device):
-            share = len(x0[part]) / cfg.batch
-            loss = diffusion.loss(model, x0[part], cond[part], cfg.drop, g) * share
+            loss = diffusion.loss(model, x0, cond, cfg.drop, g)
         loss.backward()
         data.average_gradients(model)                                        # over all processes
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)                # no odd batch throws the weights far
@@ -234,11 +233,11 @@ def train(real, cfg, path=None, every=1000, look=0, title="generator"):
         losses += loss.detach()
 
         if (step + 1) % every == 0 or step + 1 == cfg.steps:
-            mean = data.total(losses).item() / (step % every + 1)
+            mean = losses.item() / (step % every + 1)
             data.check_finite(model, mean, step + 1)
             log.append([step + 1, mean])
             losses.zero_()
-            if path and look:
+            if path and look and data.rank() == 0:
                 show(generator, real, look, Path(path).with_name(f"samples-{step + 1:06d}.png"))
             if path and data.rank() == 0:
                 data.save_csv(Path(path).with_suffix(".csv"), ["step", "loss"], log)
@@ -250,9 +249,8 @@ def show(generator, real, look, path):
     """Make a row of `look` images for each class, always from the same noise: a picture at path."""
     y, cfg = real.labels.unique().repeat_interleave(look), generator.config
     sampling_steps, guidance = min(12, cfg.timesteps), 1.5 if cfg.drop else 1.0
-    images = generate(generator, y, 0, sampling_steps, guidance, examples(real, y))         # by all processes
-    if data.rank() == 0:
-        data.save_picture(data.grid(images, look, zoom=max(1, 64 // cfg.size)), path)
+    images = generate(generator, y, 0, sampling_steps, guidance, examples(real, y))
+    data.save_picture(data.grid(images, look, zoom=max(1, 64 // cfg.size)), path)
 
 
 def examples(scenes, labels):
@@ -293,17 +291,17 @@ def generate(generator, y, seed, sampling_steps=12, guidance=1.5, reference=None
     reference: Scenes of N real images, for what else the generator is told. strength: share of the chain, in 0..1,
     at which to begin, from `reference` plus noise. inpaint (N, 1, H, W) bool: what to repaint of `reference`, by steps
     of DDPM. texts [N]: None takes the first sentences of reference. Image k follows from (seed, k), whatever the
-    batch and the number of processes. Each process makes its part, and all get all of them.
+    batch.
     """
     diffusion, model, cfg = generator.diffusion, generator.network, generator.config
-    device, part = data.pick_device(), data.own_slice(len(y))
+    device = data.pick_device()
     shape = (model.channels, cfg.size, cfg.size)
     images = torch.zeros(len(y), *shape, dtype=torch.uint8, device=device)
     if generator.words and not texts:
         texts = [some[0] for some in reference.captions]
     everyone, how = generator.conditions(y, reference, texts), dict(steps=sampling_steps, w=guidance)
-    for first in data.progress(range(part.start, part.stop, batch), title):
-        these = slice(first, min(first + batch, part.stop))
+    for first in data.progress(range(0, len(y), batch), title):
+        these = slice(first, min(first + batch, len(y)))
         seeds = [(seed * 1_000_003 + k) % 2**32 for k in range(these.start, these.stop)]
         cond = everyone[these]
         if reference is not None:
@@ -315,7 +313,7 @@ def generate(generator, y, seed, sampling_steps=12, guidance=1.5, reference=None
         noise = noise_source(seeds, shape, device)
         with data.autocast(device):
             images[these] = data.to_uint8(diffusion.sample(model, cond, noise, **how))
-    return data.total(images).cpu()                      # zeros stand where the others' images go
+    return images.cpu()
 
 
 # ---- the script
@@ -383,16 +381,17 @@ def sample(cfg):
         hole = data.read_pictures(cfg.inpaint, generator.config.size).images[0]
         inpaint = (hole.float().mean(0) > 127).expand(len(y), 1, -1, -1)
     images = generate(generator, y, cfg.seed, cfg.sampling_steps, cfg.guidance, reference, cfg.strength, inpaint, texts)
-    if data.rank() == 0:
-        for k, image in enumerate(images):
-            name = names[k // each]
-            data.save_picture(data.to_pil(image), out / name / f"{name}_{k + 1:05d}.png")
-        data.save_picture(data.grid(images, min(each, 16)), out / "grid.png")
+    for k, image in enumerate(images):
+        name = names[k // each]
+        data.save_picture(data.to_pil(image), out / name / f"{name}_{k + 1:05d}.png")
+    data.save_picture(data.grid(images, min(each, 16)), out / "grid.png")
     print(f"{len(images)} images in {cfg.out}, all of them in {cfg.out}/grid.png")
 
 
 def main(cfg):
     """Train on the training split of a tree, or make images with a checkpoint."""
+    if cfg.sample and data.dist.is_initialized():
+        raise UserError("--sample runs in one process: start it with python, not with torchrun")
     if cfg.sample:
         return sample(cfg)
     scenes = data.read(cfg.data, cfg.size, cfg.skip_broken, pre="pre" in cfg.conditions, mask=True)
