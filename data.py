@@ -1,8 +1,9 @@
 """Images: how they are split, and where they come from (class folders, captions, xBD, drawings).
-Then the tools that all scripts share. `grep "^# ----" data.py` lists the sections.
+Then the tools that all scripts share: files, checkpoints, processes, the command line.
 
 A data set is one uint8 tensor (N, C, H, W) with a label for each image. It lives on the device as
 it is (RESISC45 at 64 px: 387 MB), so a batch is an index draw, and there are no loading processes.
+`grep "^# ----" data.py` lists the sections of this file.
 """
 import argparse
 import csv
@@ -388,7 +389,7 @@ def caption_rows(path, skip_broken=False):
 FOLDERS = "train", "tier3", "test", "hold"
 DAMAGE = ["no-damage", "minor-damage", "major-damage", "destroyed"]
 UNKNOWN = "un-classified"                # no class, for example under a cloud
-CONTEXT = 0.5                            # share of a building's longer side shown on each side of it
+CONTEXT = 0.5                            # share of its longer side shown around a building
 MIN_SIDE, MIN_AREA = 32, 64              # of a crop and of a building, in pixels of the tile
 XBD_METADATA = "longitude", "latitude", "gsd", "off_nadir_angle", "sun_elevation", "month"
 
@@ -592,9 +593,10 @@ def rotation(angle):
 def curve(random, bend=0.0, level=0.0, angle=0.0, start=-3.0):
     """Draw a line (90, 2) from u = start to 3, about v = level, and turn it by the angle."""
     u = np.linspace(start, 3, 90)
-    waves = [random.normal(0, bend / k) * np.sin(k * random.uniform(1, 2) * u + random.uniform(0, 6))
-             for k in (1, 2, 4)]
-    return np.stack([u, level + sum(waves)], 1) @ rotation(angle)
+    v = level + sum(
+        random.normal(0, bend / k) * np.sin(k * random.uniform(1, 2) * u + random.uniform(0, 6))
+        for k in (1, 2, 4))
+    return np.stack([u, v], 1) @ rotation(angle)
 
 
 class Canvas:
