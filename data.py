@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import urllib.request
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -575,14 +574,11 @@ def colours(codes):
 
 # Muted colours. What is painted takes one of a family, a little brighter or darker.
 LAND = colours("#5a6c3e #8e8058 #725e48 #425432 #9c927a #7c824c")
-WATER, FOAM = colours("#244050 #3c5244 #406c76"), colours("#eef0eac8")
-SAND, PAVING = colours("#c8b792 #b4a280"), colours("#525254 #7a7874 #a6a296")
+WATER, SAND = colours("#244050 #3c5244 #406c76"), colours("#c8b792 #b4a280")
+PAVING, MARKS = colours("#525254 #7a7874 #a6a296"), colours("#e0dcd0")
 ROOFS = colours("#96604c #a67a62 #7a726c #5e5a5a #bcb4a8 #464448")
-LIDS, MARKS = colours("#ccccc8 #b0b0ac #a09a90"), colours("#e0dcd0")
-CROWNS, CARS = colours("#364c26 #46582e #5a5a2c"), colours("#d6d6d2 #2e3036 #823c36")
-SHADE, LIT, DARK = colours("#0a0c1a78"), colours("#ecf0be32"), colours("#1e2c18be")
-HOLE, FLOOD, CLOUD = colours("#2c2622 #483e36"), colours("#7a6242aa"), colours("#eceef2d7")
-RUBBLE, SOIL, ASH = colours("#c4beb4 #968a7c #3c3632"), colours("#80705a"), colours("#342e2c")
+TREES, LIDS = colours("#364c26 #46582e #5a5a2c"), colours("#ccccc8 #b0b0ac")
+SHADOW, RUBBLE = colours("#0a0c1a78"), colours("#2c2622 #c4beb4 #968a7c #3c3632")
 
 
 def rotation(angle):
@@ -590,18 +586,10 @@ def rotation(angle):
     return np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
 
 
-def curve(random, bend=0.0, level=0.0, angle=0.0, start=-3.0):
-    """Draw a line (90, 2) from u = start to 3, about v = level, and turn it by the angle."""
-    u = np.linspace(start, 3, 90)
-    v = level + sum(
-        random.normal(0, bend / k) * np.sin(k * random.uniform(1, 2) * u + random.uniform(0, 6))
-        for k in (1, 2, 4))
-    return np.stack([u, v], 1) @ rotation(angle)
-
-
 class Canvas:
-    """A picture, drawn at twice its size; first the pens, then the scenes (SCENES).
-    Points (n, 2), about -1..1, are the pixels points @ axes + origin. random: a numpy Generator.
+    """A picture of land, drawn at twice its size. random: a numpy Generator.
+
+    Points (n, 2), about -1..1, are the pixels points @ axes + origin.
     """
 
     def __init__(self, random, size, land):
@@ -623,110 +611,29 @@ class Canvas:
         chosen = self.random.choice(family)
         shift = vary * (self.random.standard_normal() + self.random.standard_normal(3) / 3)
         rgb = (shift + chosen[:3]).clip(0, 255).astype(int)
-        points = outline @ self.axes + self.origin
+        points = np.asarray(outline) @ self.axes + self.origin
         self.pen.polygon(points.ravel().tolist(), (*rgb, *chosen[3:]))
 
     def strip(self, line, half_width, family):
-        """Paint a thick line (n, 2); half_width is a number, or (n,)."""
+        """Paint a line (n, 2) of this half width."""
         along = np.gradient(line, axis=0)
         across = along[:, ::-1] * [-1, 1] / np.hypot(*along.T)[:, None]          # of length 1
-        side = across * np.reshape(half_width, (-1, 1))
+        side = half_width * across
         self.paint(np.concatenate([line + side, (line - side)[::-1]]), family)
 
-    def dashes(self, start, end, count, half_width, family=MARKS, part=0.5):
-        """Paint lane marks or cars from start to end; they cover this part of the way."""
-        step = np.subtract(end, start) / count
-        for k in range(count):
-            self.strip(start + np.outer([k, k + part], step), half_width, family)
-
-    def solid(self, spot, outline, family, height=0.06):
-        """Paint a house, tree or tank: its shadow, its body, and the sunny side of its top."""
-        self.paint(spot + outline + height * self.shadow, SHADE, 0)
-        self.paint(spot + outline, family)
-        self.paint(spot + 0.7 * outline - 0.3 * np.sign(self.shadow) * outline.max(0), LIT, 0)
+    def solid(self, outline, family, height=0.06):
+        """Paint a house, tree or tank, and its shadow."""
+        self.paint(outline + height * self.shadow, SHADOW, vary=0)
+        self.paint(outline, family)
 
     def render(self):
         """Return the picture at its final size, with texture, light and haze: PIL RGB."""
+        self.light, self.haze = self.random.uniform(-22, 22), self.random.uniform(0, 0.25)
         pixels = np.asarray(self.image.reduce(2), np.float32)
-        pixels *= 1 + self.random.uniform(0.03, 0.09) * self.texture[..., None]
-        contrast, self.light = self.random.uniform(0.75, 1.2), self.random.uniform(-22, 22)
-        pixels = 115 + contrast * (pixels - 112) + self.light
-        self.haze = self.random.uniform(0, 0.25)
+        pixels = pixels * (1 + self.random.uniform(0.03, 0.09) * self.texture[..., None])
+        pixels = 115 + self.random.uniform(0.75, 1.2) * (pixels - 112) + self.light
         pixels += self.haze * (np.array([190, 198, 206]) - pixels)
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-    def beach(self, random):
-        """Paint sand, water, and the waves that break."""
-        shore, sea = curve(random, 0.16, random.uniform(-0.4, 0.3)), [(3, 4), (-3, 4)]
-        self.paint([*(shore - [0, random.uniform(0.15, 0.7)]), *sea], SAND)
-        self.paint([*shore, *sea], WATER)
-        for reach in np.cumsum(random.uniform(0.03, 0.15, random.integers(1, 4))):
-            self.strip(shore + [0, reach], random.uniform(0.01, 0.03), FOAM)
-
-    def circular_farmland(self, random):
-        """Paint round fields, each with its watering arm, on square ones."""
-        radius = random.uniform(0.45, 0.95)
-        for cell in [(0, 0), (1, 0), (0, 1), (1, 1)][:random.choice([1, 1, 2, 4])]:
-            middle = 2.15 * radius * np.array(cell)
-            rim = middle + radius * CIRCLE
-            self.paint(middle + 1.04 * radius * SQUARE, LAND)
-            self.paint(rim, LAND)
-            self.paint([middle, *rim[:random.integers(2, 33)]], LAND)            # a second crop
-            self.dashes(middle, rim[random.integers(32)], 1, 0.012, part=1)
-
-    def dense_residential(self, random):
-        """Paint rows of houses along parallel streets."""
-        plot, block = random.uniform(0.3, 0.45), random.uniform(0.38, 0.5)
-        for v in 2 * block * np.arange(-2, 3):
-            self.strip(curve(random, level=v), 0.06, PAVING)
-            for u, side in product(np.arange(-1.5, 1.5, plot), (-0.55, 0.55)):
-                half = random.uniform((0.3 * plot, 0.25 * block), (0.46 * plot, 0.36 * block))
-                self.solid((u, v + side * block), half * SQUARE, ROOFS)
-
-    def forest(self, random):
-        """Paint crowns beside crowns, perhaps up to an edge."""
-        size, edge = random.uniform(0.12, 0.2), curve(random, 0.3, random.choice([0.5, 0.9, 3]))
-        self.paint([*edge, (3, -4), (-3, -4)], DARK)
-        for u, v in random.uniform(-1.5, 1.5, (int(3 / size ** 2), 2)):
-            if v < np.interp(u, *edge.T):
-                self.solid((u, v), size * random.uniform(0.6, 1.3) * CIRCLE[::3], CROWNS, size)
-
-    def intersection(self, random):
-        """Paint two roads that cross, or a T, with lane marks and cars."""
-        half, turn = random.uniform(0.16, 0.28), random.uniform(0.7, 2.4)
-        roads = [curve(random), curve(random, angle=turn, start=random.choice([-3, -3, 0]))]
-        for kerb, family in ((0.04, PAVING[1:]), (0, [random.choice(PAVING)])):
-            for road in roads:
-                self.strip(road, half + kerb, family)
-        for road, angle in zip(roads, (0, turn), strict=True):
-            lane = half / 2 * rotation(angle)[1]
-            self.dashes(road[0], road[-1], 24, 0.015)
-            self.dashes(road[0] + lane, road[-1] + lane, random.integers(8, 20), 0.03, CARS, 0.2)
-
-    def river(self, random):
-        """Paint a winding band of water between its banks."""
-        line, half = curve(random, random.uniform(0.15, 0.36)), random.uniform(0.12, 0.27)
-        half = half * (1 + 0.35 * np.sin(random.uniform(1, 3) * line[:, 0]))
-        self.strip(line, half + random.uniform(0.01, 0.14), LAND + SAND)
-        self.strip(line, half, WATER)
-
-    def runway(self, random):
-        """Paint a marked strip in mown grass, perhaps with its end."""
-        half, end = random.uniform(0.16, 0.3), random.choice([-3, -1, -0.6])
-        self.strip(curve(random), half + random.uniform(0.15, 0.4), LAND)
-        self.strip(curve(random, start=end - 0.1), half, PAVING)
-        self.dashes((end + 0.4, 0), (3, 0), 9, 0.022)
-        self.dashes((end + 0.2, -0.8 * half), (end + 0.2, 0.8 * half), 7, 0.12)  # the threshold
-
-    def storage_tank(self, random):
-        """Paint one, four or nine round tanks in rows."""
-        n, lid = random.integers(1, 4), [random.choice(LIDS)]
-        radius = random.uniform(0.55, 0.8) / n
-        pitch = radius * random.uniform(2.2, 2.7)
-        self.paint(n * pitch * 0.54 * SQUARE, PAVING + LAND + SAND)
-        for cell in np.ndindex(n, n):
-            spot = (np.array(cell) - (n - 1) / 2) * pitch
-            self.solid(spot, radius * CIRCLE, lid, 0.4 * radius)
 
 
 SCENES = ("beach", "circular_farmland", "dense_residential", "forest", "intersection", "river",
@@ -736,13 +643,50 @@ SCENES = ("beach", "circular_farmland", "dense_residential", "forest", "intersec
 def draw_scene(name, random, size=128):
     """Draw a scene of a class of SCENES: PIL RGB, and its scale, light and haze."""
     c = Canvas(random, size, LAND)
-    # What may lie anywhere: a field, a house, a group of trees.
-    for _ in range(random.poisson(0 if name in ("dense_residential", "forest") else 1)):
-        c.paint(random.uniform(-1.2, 1.2, 2) + random.uniform(0.25, 0.9, 2) * SQUARE, LAND)
-        c.solid(random.uniform(-1.2, 1.2, 2), random.uniform(0.04, 0.16, 2) * SQUARE, ROOFS)
-        for spot in random.normal(random.uniform(-1.2, 1.2, 2), 0.2, (random.integers(1, 14), 2)):
-            c.solid(spot, random.uniform(0.02, 0.07) * CIRCLE[::3], CROWNS)
-    getattr(c, name)(random)
+    for spot in random.uniform(-1.3, 1.3, (random.poisson(4), 2)):       # what may lie anywhere
+        c.paint(spot + random.uniform(0.1, 0.6, 2) * SQUARE, LAND)
+        c.solid(-spot + random.uniform(0.03, 0.15, 2) * SQUARE, ROOFS + TREES)
+
+    u = np.linspace(-3, 3, 90)
+    straight = np.stack([u, 0 * u], 1)
+    winding = straight.copy()
+    for k in (1, 2, 4):
+        waves = np.sin(k * random.uniform(1, 2) * u + random.uniform(0, 6))
+        winding[:, 1] += random.normal(0, 0.25 / k) * waves
+    match name:
+        case "beach":
+            c.paint([*winding, (3, 4), (-3, 4)], WATER)
+            c.strip(winding, random.uniform(0.05, 0.3), SAND)
+        case "circular_farmland":
+            radius = random.uniform(0.45, 0.95)
+            for cell in [(0, 0), (1, 0), (0, 1), (1, 1)][:random.choice([1, 1, 2, 4])]:
+                c.paint(2.1 * radius * np.array(cell) + radius * CIRCLE, LAND)
+        case "dense_residential":
+            street, plot = random.uniform(0.75, 1.0), random.uniform(0.3, 0.45)
+            for v in street * np.arange(-2, 3):
+                c.strip(straight + [0, v], 0.06, PAVING)
+                for spot in product(np.arange(-1.8, 1.8, plot), v + 0.27 * street * SQUARE[:2, 0]):
+                    c.solid(spot + random.uniform(0.1, 0.45 * plot, 2) * SQUARE, ROOFS)
+        case "forest":
+            for spot in random.uniform(-1.6, 1.6, (random.integers(60, 200), 2)):
+                c.solid(spot + random.uniform(0.08, 0.22) * CIRCLE, TREES, height=0.15)
+        case "intersection":
+            for angle in (0, random.uniform(0.7, 2.4)):
+                c.strip(straight @ rotation(angle), random.uniform(0.14, 0.26), PAVING)
+        case "river":
+            c.strip(winding, random.uniform(0.2, 0.35), LAND + SAND)     # its banks
+            c.strip(winding, random.uniform(0.12, 0.25), WATER)
+        case "runway":
+            end = random.choice([0, 25, 40])
+            c.strip(straight[end:], random.uniform(0.16, 0.3), PAVING)
+            for k in range(end + 4, 88, 4):
+                c.strip(straight[k:k + 2], 0.03, MARKS)
+        case "storage_tank":
+            n = random.integers(1, 4)
+            radius, lid = random.uniform(0.5, 0.75) / n, [random.choice(LIDS)]
+            for cell in np.ndindex(n, n):
+                spot = 2.4 * radius * (np.array(cell) - (n - 1) / 2)
+                c.solid(spot + radius * CIRCLE, lid, 0.4 * radius)
     return c.render(), (c.scale, c.light, c.haze)
 
 
@@ -753,53 +697,46 @@ def draw_tree(root, per_class, seed=0, size=128):
         return root
     rows = []
     for name, k in progress([*product(SCENES, range(1, per_class + 1))], "drawing scenes"):
-        random = np.random.default_rng([seed, zlib.crc32(name.encode()), k])
+        random = np.random.default_rng([seed, SCENES.index(name), k])
         pil, metadata = draw_scene(name, random, size)
         path = f"{name}/{name}_{k:03d}.jpg"
         save_picture(pil, new / path, quality=90)
-        rows.append((path, *map(float, metadata)))
+        rows.append((path, *metadata))
     save_csv(new / "metadata.csv", ("picture", "scale", "light", "haze"), rows)
     return new.replace(root)
 
 
 # {disaster: (its type, its land, per cent of each class of DAMAGE and of UNKNOWN)}
 EVENTS = {"drawn-hurricane": ("wind", LAND[:2], (52, 29, 9, 7, 3)),
-          "drawn-flood": ("flooding", LAND[3::2], (73, 5, 16, 3, 3)),
-          "drawn-wildfire": ("fire", LAND[1::3], (76, 1, 2, 18, 3)),
-          "drawn-earthquake": ("earthquake", LAND[2::2], (94, 1, 1, 1, 3))}
+          "drawn-flood": ("flooding", LAND[3:], (73, 5, 16, 3, 3)),
+          "drawn-wildfire": ("fire", LAND[1:5:3], (76, 1, 2, 18, 3)),
+          "drawn-earthquake": ("earthquake", LAND[2:5:2], (94, 1, 1, 1, 3))}
 LOT = 48                                                 # pixels from house to house
 
 
-def draw_damage(c, random, damage, kind):
-    """Paint over a house, the square of -1..1, what a disaster of this kind has done to it."""
-    def scatter(count, reach, half, family):
-        for spot in random.uniform(-reach, reach, (count, 2)):
-            c.paint(spot + random.uniform(0.5, 1, 2) * half * SQUARE, family)
-
-    scatter(random.integers(5), 1.7, 0.12, RUBBLE)       # blown here from elsewhere
+def draw_damage(c, random, damage):
+    """Paint over a house, the square of -1..1, what a disaster has done to it."""
+    count, reach, half = random.integers(5), 1.7, 0.12   # blown here from elsewhere
     if damage == "minor-damage":                         # tiles are off
-        scatter(random.integers(2, 6), 0.7, 0.25, HOLE)
-    elif damage == "major-damage" and kind == "flooding":
-        c.strip(random.uniform(1.4, 1.7) * CIRCLE, 0.4, FLOOD)
+        count, reach, half = random.integers(2, 6), 0.7, 0.25
     elif damage == "major-damage":                       # a part of the roof is gone
         part = SQUARE.clip((random.uniform(-0.3, 0.3), -1))
-        c.paint(part @ rotation(np.pi / 2 * random.integers(4)), HOLE)
-        scatter(8, 1.2, 0.15, RUBBLE)
+        c.paint(part @ rotation(np.pi / 2 * random.integers(4)), RUBBLE[:1])
+        count, reach, half = 8, 1.2, 0.15
     elif damage == "destroyed":
-        c.paint(random.uniform(1.3, 1.6) * CIRCLE, ASH if kind == "fire" else SOIL)
-        scatter(random.integers(15, 40), 1, 0.2, RUBBLE)
-    elif damage == UNKNOWN:
-        c.paint(1.5 * CIRCLE, CLOUD)
+        c.paint(random.uniform(1.3, 1.6) * CIRCLE, RUBBLE)
+        count, reach, half = random.integers(15, 40), 1, 0.2
+    for spot in random.uniform(-reach, reach, (count, 2)):
+        c.paint(spot + half * random.uniform(0.5, 1, 2) * SQUARE, RUBBLE)
 
 
 def draw_tile(event, random, side):
     """Draw a tile before and after an event: two PIL RGB of side x side pixels, and its label."""
     kind, land, mix = EVENTS[event]
     c = Canvas(random, side, land)
-    for spot in random.uniform(-1.5, 1.5, (side // 12, 2)):
+    for spot in random.uniform(-1.5, 1.5, (side // 8, 2)):
         c.paint(spot + random.uniform(0.05, 0.4, 2) * SQUARE, land)
-    for spot in random.uniform(-1.5, 1.5, (side // 6, 2)):
-        c.solid(spot, random.uniform(0.02, 0.05) * CIRCLE[::3], CROWNS)
+        c.solid(-spot + random.uniform(0.02, 0.05) * CIRCLE, TREES)
 
     n = side // LOT + 1
     lots = LOT * np.array([*np.ndindex(n, n)]) + random.uniform(0, LOT, 2)
@@ -814,11 +751,11 @@ def draw_tile(event, random, side):
         polygons.append(dict(properties=properties, wkt=f"POLYGON (({ring}))"))
         houses.append((2 * axes, 2 * spot, damage))
         c.axes, c.origin = 2 * axes, 2 * spot            # -1..1 is now this house
-        c.solid(0, SQUARE, ROOFS, 0.3)
+        c.solid(SQUARE, ROOFS, 0.3)
     before = c.render()
     for axes, origin, damage in houses:
         c.axes, c.origin = axes, origin
-        draw_damage(c, random, damage, kind)
+        draw_damage(c, random, damage)
     about = dict(disaster=event, disaster_type=kind, width=side, height=side,
                  sun_elevation=math.degrees(math.atan2(1, np.hypot(*c.shadow))))
     return before, c.render(), dict(features=dict(xy=polygons), metadata=about)
