@@ -1140,6 +1140,23 @@ def preview(items):
     return ", ".join(texts[:3]) + " ..." * (len(texts) > 3)
 
 
+class Lasting:
+    """A stream like stdout. If its reader goes away, as in `| head`, a run goes on in silence."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")    # None: it was closed from the start
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def launch(main, config, argv=None):
     """Run main(config of the flags). A mistake of the user is one line and exit code 2."""
     title = sys.modules[main.__module__].__doc__.split("\n\n")[0]
@@ -1161,6 +1178,7 @@ def launch(main, config, argv=None):
     except ValueError as error:
         refuse(error)
 
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)            # ends like Ctrl-C
     try:
         tree = getattr(cfg, "data", "")
