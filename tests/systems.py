@@ -32,7 +32,6 @@ class Lab:
         small, self.out, self.steps = SCALES["scenes"]["small"], Path("runs/systems"), steps
         self.out /= f"{count}-{steps}"
         self.gen, self.cls = replace(small.gen, steps=steps), replace(small.cls, steps=steps // 2)
-
         real = data.read(data.draw_tree(self.out / "scenes", count), 24, cache=self.out / "cache")
         light = real.metadata[:, real.metadata_names.index("light")]
         pairs = zip(real.labels, light > light.median(), strict=True)
