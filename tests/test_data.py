@@ -1,490 +1,639 @@
-"""data.py: every picture read right, splits that do not leak, files whole or not at all, mistakes told."""
+"""data.py: pixels are exact, splits do not leak, every layout is read as its authors meant it."""
+import hashlib
+import importlib
+import json
+import math
 import os
 import runpy
+import shutil
 import sys
-from dataclasses import dataclass, fields, replace
+import threading
+from collections import Counter
+from dataclasses import fields, replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 
 import data
-import experiment
-import train_cls
 import train_gen
-from data import Problem, Scenes, flag
+from data import Scenes, UserError
+
+NAN = float("nan")
+REAL = [p / "shared/data/xbd" for p in Path(__file__).parents if (p / "shared/data/xbd").is_dir()]
+RED, GREEN, BLUE, GREY = (200, 40, 40), (40, 160, 60), (30, 60, 190), (128, 128, 128)
 
 
-def tree(root, classes=("forest", "river"), count=6, size=20):
-    """Random pictures in class folders."""
-    g = np.random.default_rng(0)
-    for name in classes:
-        (root / name).mkdir(parents=True)
-        for k in range(count):
-            pixels = g.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{name}_{k}.png")
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def pictures(root, *names):
+    """Save a picture of noise under each name; no two are alike."""
+    for name, pixels in zip(names, noise(len(names), 20, 20, 3), strict=True):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / name)
     return root
 
 
-def scenes(groups, labels):
+def tree(root, classes=("forest", "river"), count=6):
+    return pictures(root, *[f"{name}/{name}_{k}.png" for name in classes for k in range(count)])
+
+
+def scenes(groups, labels, official=None, **more):
+    """Black images of the classes a and b, with these groups and parts."""
     n = len(labels)
+    official = torch.tensor(official or [-1] * n)
     return Scenes(torch.zeros(n, 3, 2, 2, dtype=torch.uint8), torch.tensor(labels), ["a", "b"],
-                  [f"x/{i}.jpg" for i in range(n)], torch.tensor(groups))
+                  [str(k) for k in range(n)], torch.tensor(groups), official, **more)
 
 
-# ---- numbers
+@pytest.fixture
+def read(tmp_path):
+    return lambda root, size=8, **flags: data.read(root, size, cache=tmp_path / "cache", **flags)
 
-def test_all_256_values_survive_the_way_to_float_and_back():
+
+# ---- numbers and pictures
+
+def test_to_float_is_affine_and_to_uint8_its_rounded_inverse():
     values = torch.arange(256, dtype=torch.uint8)
     x = data.to_float(values)
-    assert x[0] == -1 and x[255] == 1
-    assert_close(data.to_uint8(x), values)
-    assert_close(data.to_uint8(x + 0.9 / 255), values)                   # less than half a level is nothing
-    assert_close(data.to_uint8(x - 0.9 / 255), values)
-
-
-def test_values_out_of_range_are_cut_off_not_wrapped():
-    assert data.to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+    assert_close(x, 2 * values.float() / 255 - 1, rtol=0, atol=1e-6)
+    for shift in (0, 0.9 / 255, -0.9 / 255):                     # less than half a level
+        assert (data.to_uint8(x + shift) == values).all()
+    assert data.to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]      # cut off, not wrapped
 
 
 def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
-    lr = [data.lr_at(step, 110, 2.0, 10) for step in range(110)]
-    assert lr[:10] == pytest.approx([0.2 * k for k in range(1, 11)])
-    assert lr[60] == pytest.approx(1.0) and lr[109] < 1e-3
-    assert lr == sorted(lr[:10]) + sorted(lr[10:], reverse=True)
+    cfg = SimpleNamespace(lr=2.0, warmup=10, steps=110)
+    for step in range(110):
+        rise = 2.0 * (step + 1) / 10
+        fall = 2.0 * (1 + math.cos(math.pi * (step - 10) / 100)) / 2
+        assert data.lr_at(step, cfg) == pytest.approx(rise if step < 10 else fall)
 
 
-def test_randomness_by_name_is_repeatable_and_every_part_of_the_name_counts():
-    names = (0, 1), (0, 1), (1, 0), (0, 2), (0, 1, 0), (2**32, 1)
-    draws = [torch.rand(1, generator=data.rng(*name)).item() for name in names]
+def test_random_numbers_follow_from_the_whole_key():
+    keys = (0, 1), (0, 1), (1, 0), (0, 2), (0, 1, 0), (2**32, 1)
+    draws = [torch.rand(1, generator=data.rng(*key)).item() for key in keys]
     assert draws[0] == draws[1] and len(set(draws)) == 5
+    assert data.rng(1, 2).initial_seed() == 2946223120           # all results hang on it
+    assert data.step_rng(1, 2, "cpu").initial_seed() == 2946223120
 
 
-# ---- reading
-
-def test_every_kind_of_picture_becomes_rgb(tmp_path):
-    ramp = np.linspace(0, 255, 16, dtype=np.uint8).repeat(16).reshape(16, 16)
-    grey, deep = Image.fromarray(ramp), Image.fromarray(ramp.astype(np.uint16) * 257)
-    pictures = {"grey.png": grey, "palette.png": grey.convert("P"), "alpha.png": grey.convert("LA"),
-                "rgb.tif": grey.convert("RGB"), "deep.png": deep, "deep.tif": deep}
-    expected = torch.tensor(ramp).expand(3, 16, 16)
-    for name, picture in pictures.items():
-        picture.save(tmp_path / name)
-        assert_close(torch.tensor(data.decode(tmp_path / name, 16)), expected, rtol=0, atol=1)
-
-
-def test_16_bits_are_rounded_to_8(tmp_path):
-    deep = np.arange(0, 65536, dtype=np.uint16).reshape(256, 256)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    off = data.decode(tmp_path / "deep.png", 256).astype(float) - deep / 257
-    assert abs(off).max() <= 0.5 and abs(off.mean()) < 0.001             # grey levels
-
-
-def test_the_central_square_is_kept_and_reduced_without_aliasing(tmp_path):
-    wide = np.zeros((32, 64, 3), dtype=np.uint8)
-    wide[:, 16:48] = (np.indices((32, 32)).sum(0) % 2 * 255)[..., None]  # a checkerboard with black margins
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert abs(data.decode(tmp_path / "wide.png", 8).astype(int)[:, 2:-2, 2:-2] - 127).max() < 6
+def test_decode_takes_the_upright_central_square_and_reduces_it_with_antialiasing(tmp_path):
+    pixels, exif = noise(32, 64, 3), Image.Exif()
+    pixels[:, 16:48] = np.indices((32, 32)).sum(0)[..., None] % 2 * 255       # a fine checkerboard
+    wide = Image.fromarray(pixels)
+    wide.save(tmp_path / "wide.png")
+    exif[0x112] = 6                                              # the camera was held sideways
+    wide.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    found = data.decode(tmp_path / "wide.png", 8)
+    square = wide.resize((8, 8), Image.Resampling.BICUBIC, (16, 0, 48, 32))
+    assert (found == np.asarray(square).transpose(2, 0, 1)).all() and found.dtype == np.uint8
+    assert abs(found.astype(int) - 127)[:, 2:-2, 2:-2].max() < 6              # grey, no pattern
+    assert (data.decode(tmp_path / "turned.png", 8) == found).all()
+    path = data.draw_tree(tmp_path / "t", 1, size=256) / "forest/forest_001.jpg"
+    with Image.open(path) as whole:
+        slow = np.asarray(whole.resize((100, 100), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    error = data.decode(path, 100).astype(float) - slow          # a JPEG decoder reduces it first
+    assert np.sqrt((error**2).mean()) < 2.5                      # grey levels
 
 
-@pytest.mark.parametrize("size", [32, 64, 100])              # of 256
-def test_decoding_a_jpeg_at_reduced_scale_loses_nothing_to_speak_of(tmp_path, size):
-    scene = data.draw_scene("dense_residential", np.random.default_rng(0), 256)[0]
-    data.save_picture(scene, tmp_path / "x.jpg", quality=95)
-    with Image.open(tmp_path / "x.jpg") as whole:
-        slow = np.asarray(whole.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)).astype(float)
-    fast = data.decode(tmp_path / "x.jpg", size).transpose(1, 2, 0)
-    assert np.sqrt(((fast - slow) ** 2).mean()) < 2.5                    # grey levels
+def test_every_kind_of_picture_becomes_rgb_and_more_than_8_bits_are_refused(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    grey = Image.fromarray(ramp)
+    for name, mode in (("grey.png", "L"), ("palette.png", "P"), ("alpha.png", "LA"),
+                       ("colour.tif", "RGB"), ("web.webp", "RGB"), ("a.bmp", "L")):
+        grey.convert(mode).save(tmp_path / name, lossless=True)
+        assert (data.decode(tmp_path / name, 16) == ramp).all()
+    for kind in (np.uint16, np.int32, np.float32):
+        Image.fromarray(ramp.astype(kind)).save(tmp_path / "deep.tif")
+        with pytest.raises(ValueError, match="8 bits"):
+            data.decode(tmp_path / "deep.tif", 16)
 
 
-def test_read_folder_gives_sorted_classes_names_and_right_labels(tmp_path):
-    s = data.read_folder(tree(tmp_path / "t", ("river", "beach", "forest")), 20, cache=tmp_path / "cache")
-    assert s.classes == ["beach", "forest", "river"] and len(s) == 18
-    assert all(s.classes[label] == name.split("/")[0] for label, name in zip(s.labels, s.names, strict=True))
-    assert_close(data.picture(s.images[7]).tobytes(), Image.open(tmp_path / "t" / s.names[7]).tobytes())
-
-
-def test_a_mask_is_saved_as_opacity_and_leaves_the_picture_as_it_is(tmp_path):
-    image = torch.randint(256, (4, 8, 8), dtype=torch.uint8, generator=data.rng(0))
-    data.save_picture(data.picture(image), tmp_path / "a.png")
-    assert (torch.from_numpy(data.decode(tmp_path / "a.png", 8)) == image[:3]).all()
+def test_a_mask_is_saved_as_opacity_and_a_grid_has_white_lines(tmp_path):
+    image = noise(4, 8, 8)
+    data.save_picture(data.to_pil(torch.from_numpy(image)), tmp_path / "a.png")
+    assert (data.decode(tmp_path / "a.png", 8) == image[:3]).all()            # colours as they were
     with Image.open(tmp_path / "a.png") as pil:
-        assert (torch.from_numpy(np.array(pil.getchannel("A"))) == image[3]).all()
+        assert (np.array(pil.getchannel("A")) == image[3]).all()
+    images, expected = noise(3, 3, 4, 4), np.full((3, 12, 12), 255, np.uint8)
+    expected[:, 1:5, 1:5], expected[:, 1:5, 7:11], expected[:, 7:11, 1:5] = images
+    large = np.asarray(data.grid(torch.from_numpy(images), 2, zoom=3))
+    assert (large == expected.transpose(1, 2, 0).repeat(3, 0).repeat(3, 1)).all()
 
 
-def test_the_cache_is_used_and_a_stale_one_noticed(tmp_path, monkeypatch, capsys):
-    root, cache = tree(tmp_path / "t"), tmp_path / "cache"
-    first = data.read_folder(root, 8, cache=cache)
-    monkeypatch.setattr(data, "decode", lambda *_: pytest.fail("decoded again"))
-    again = data.read_folder(root, 8, cache=cache)
-    assert_close(again.images, first.images)
-    assert again.names == first.names and capsys.readouterr().err == ""
-    monkeypatch.undo()
-    Image.new("RGB", (20, 20), "white").save(root / "river" / "river_3.png")
-    assert "changed" not in capsys.readouterr().err
-    third = data.read_folder(root, 8, cache=cache)
-    assert (third.images[third.names.index("river/river_3.png")] == 255).all()
-    assert "changed" in capsys.readouterr().err
+# ---- the split
+
+def groups_of(found, parts):
+    """Return the groups of train, val and test, after a check that these share none."""
+    train, val, test = (set(found.groups[index].tolist()) for index in parts.values())
+    assert not (train & val or train & test or val & test)
+    return train, val, test
 
 
-def test_a_broken_picture_is_counted_and_named_and_skipped_only_if_asked(tmp_path, capsys):
-    root = tree(tmp_path / "t")
-    (root / "river" / "river_2.png").write_bytes(b"no picture")
-    with pytest.raises(Problem, match=r"1 of 12 .*river_2\.png.*--skip-broken"):
-        data.read_folder(root, 8, cache=tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*"))
-    s = data.read_folder(root, 8, skip_broken=True, cache=tmp_path / "cache")
-    assert len(s) == 11 and "river/river_2.png" not in s.names and "river_2" in capsys.readouterr().err
-    for path in (root / "river").iterdir():
-        path.write_bytes(b"no picture")
-    with pytest.raises(Problem, match="fewer than 2 classes"):
-        data.read_folder(root, 8, skip_broken=True, cache=tmp_path / "cache")
-
-
-@pytest.mark.parametrize("make, message", [
-    (lambda p: p / "none", "no folder"),
-    (lambda p: tree(p / "t", ("river",)), "only one class"),
-    (lambda p: tree(p / "t", ()) if (p / "t" / "empty").mkdir(parents=True) else p / "t", "no pictures"),
-    (lambda p: tree(p / "t" / "Images").parent, "did you mean .*Images"),
-])
-def test_a_tree_that_will_not_do_is_told_why(tmp_path, make, message):
-    with pytest.raises(Problem, match=message):
-        data.read_folder(make(tmp_path), 8, cache=tmp_path / "cache")
-
-
-# ---- splits
-
-def test_numbers_belong_to_their_pictures_and_a_missing_one_is_not_known(tmp_path):
-    root, nan = tree(tmp_path / "t", count=2), float("nan")
-    for read in (lambda: data.read_folder(root, 8, cache=tmp_path / "cache"),
-                 lambda: data.read_pictures(root, 8)):
-        (root / "numbers.csv").unlink(missing_ok=True)
-        assert read().measures == () and read().numbers.shape == (4, 0)
-        (root / "numbers.csv").write_text("picture,gsd,month\nriver/river_1.png,.5,\n\nelsewhere.png,7,7\n"
-                                          "forest/forest_1.png,-2e1,12\nforest/forest_0.png,,nan\n")
-        s = read()                                                       # also from the cache of the pictures
-        assert s.measures == ("gsd", "month")
-        assert_close(dict(zip(s.names, s.numbers.tolist(), strict=True)), {
-            "forest/forest_0.png": [nan, nan], "forest/forest_1.png": [-20.0, 12.0],
-            "river/river_0.png": [nan, nan], "river/river_1.png": [0.5, nan]}, equal_nan=True)
-        assert_close(s[torch.tensor([3, 1])].numbers, torch.tensor([[0.5, nan], [-20, 12]]), equal_nan=True)
-
-
-@pytest.mark.parametrize("text, said", [
-    ("", "not enough values"), ("picture,a\nforest/forest_0.png,high\n", "high"),
-    ("picture,a,b\nforest/forest_0.png,1\n", "several lengths"),
-    ("picture,a\nforest/forest_0.png\n", "several lengths"),
-    ("forest/forest_0.png,1\nriver/river_0.png,1\n", "no header"),
-    ("picture,a\nforest/forest_0.png,1e300\n", "infinite"), ("picture,a\nx,1\nx,2\n", "two rows of one"),
-    ("picture,a\nforest_0.png,1\n", "names no picture of .* like forest/forest_0.png"),
-    (b"picture,a\n\xff\xfe,1\n", "give a header")])
-def test_a_broken_table_of_numbers_is_named(tmp_path, text, said):
-    root = tree(tmp_path / "t", count=1)
-    (root / "numbers.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(Problem, match=f"numbers.csv.*{said}") as problem:
-        data.read_pictures(root, 8)
-    assert "\n" not in str(problem.value)
-
-
-def test_pictures_are_read_one_alone_or_all_below_a_folder(tmp_path, capsys):
-    root = tree(tmp_path / "t", count=2)
-    (root / "river/deep").mkdir()
-    (root / ".trash").mkdir()
-    for name in ("river/deep/x.PNG", "top.png", ".hidden.png", ".trash/old.png"):
-        Image.new("RGB", (20, 20), "white").save(root / name)
-    s = data.read_pictures(root, 8)
-    assert s.names == ["forest/forest_0.png", "forest/forest_1.png", "river/deep/x.PNG", "river/river_0.png",
-                       "river/river_1.png", "top.png"]
-    assert s.images.shape == (6, 3, 8, 8) and (s.labels == -1).all()
-    assert_close(s.images[3], torch.from_numpy(data.decode(root / "river/river_0.png", 8)))
-    one = data.read_pictures(root / "river/river_0.png", 8)
-    assert one.names == ["river_0.png"] and (one.images[0] == s.images[3]).all()
-    (root / "top.png").write_text("no picture")
-    with pytest.raises(Problem, match="1 of 6 .*top.png"):
-        data.read_pictures(root, 8)
-    assert len(data.read_pictures(root, 8, skip_broken=True)) == 5 and "top.png" in capsys.readouterr().err
-    with pytest.raises(Problem, match="no picture decodes"):
-        data.read_pictures(root / "top.png", 8, skip_broken=True)
-
-
-def test_a_drawn_scene_is_as_light_and_hazy_as_its_numbers_say(tmp_path):
-    root = data.draw_tree(tmp_path / "t", 16, size=32)
-    s = data.read_folder(root, 16, cache=tmp_path / "cache")
-    assert s.measures == ("scale", "light", "haze") and s.numbers.isfinite().all()
-    light = s.images.float().mean((1, 2, 3))
-    saturation = (s.images.amax(1) - s.images.amin(1)).float().mean((1, 2))
-    for seen, name, sign in ((light, "light", 1), (saturation, "haze", -1)):
-        told = s.numbers[:, s.measures.index(name)]
-        a, b = (torch.cat([z[s.labels == c] - z[s.labels == c].mean() for c in range(8)])
-                for z in (seen, told))
-        assert sign * torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.4
-    before = (root / "numbers.csv").read_text()
-    data.draw_tree(root, 16, size=32)                                    # nothing to draw: the same table
-    assert (root / "numbers.csv").read_text() == before
-
-
-def test_nothing_is_drawn_into_a_folder_of_other_pictures(tmp_path):
-    (tmp_path / "river").mkdir()
-    (tmp_path / "river/river_001.jpg").write_bytes(b"mine")
-    for draw in (data.draw_tree, data.draw_xbd):
-        with pytest.raises(Problem, match="holds what was not drawn"):
-            draw(tmp_path, 1)
-    assert [p.name for p in tmp_path.rglob("*")] == ["river", "river_001.jpg"]
-
-
-def test_a_lost_picture_and_a_lost_table_are_drawn_again(tmp_path):
-    root = data.draw_tree(tmp_path / "t", 1, size=16)
-    whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    for file in ("river/river_001.jpg", "numbers.csv"):
-        (root / file).unlink()
-        data.draw_tree(root, 1, size=16)
-        assert whole == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-def test_links_to_folders_are_left_out_and_said(tmp_path, capsys):
-    root = tree(tmp_path / "t", count=2)
-    (root / "moor").symlink_to(root / "river")
-    assert data.read_folder(root, 8, cache=tmp_path / "cache").classes == ["forest", "river"]
-    assert "links to folders are not followed: " in capsys.readouterr().err
-
-
-def test_a_folder_without_a_picture_is_no_class_and_said(tmp_path, capsys):
-    root = tree(tmp_path / "t", count=2)
-    (root / "desert").mkdir()
-    assert data.read_folder(root, 8, cache=tmp_path / "cache").classes == ["forest", "river"]
-    assert capsys.readouterr().err == f"{root}: folders without a picture are no classes: desert\n"
-
-
-def test_a_wrong_level_of_a_tree_is_told_where_to_go(tmp_path):
-    for part in data.PARTS:
-        tree(tmp_path / "t" / part, count=1)
-    with pytest.raises(Problem, match="these are parts of a set: put all pictures of a class in a folder"):
-        data.read_folder(tmp_path / "t", 8)
-    xbd = data.draw_xbd(tmp_path / "x", 1, side=96)
-    (tmp_path / "c/images").mkdir(parents=True)
-    (tmp_path / "c/dataset_rsicd.json").write_text("{}")
-    for wrong, right in ((xbd / "train/images", xbd), (tmp_path / "c/images", tmp_path / "c")):
-        with pytest.raises(Problem, match=f"did you mean {right}\\?"):
-            data.read_folder(wrong, 8)
-
-
-def test_pictures_that_change_places_are_read_again(tmp_path):
-    root, a, b = tree(tmp_path / "t", count=1), "forest/forest_0.png", "river/river_0.png"
-    for name, colour in ((a, "red"), (b, "blue")):
-        Image.new("RGB", (8, 8), colour).save(root / name.replace("png", "bmp"))
-        (root / name).unlink()
-        os.utime(root / name.replace("png", "bmp"), (1, 1))
-    before = data.read_folder(root, 8, cache=tmp_path / "cache")
-    a, b = (root / name.replace("png", "bmp") for name in (a, b))
-    a.rename(root / "c")
-    b.rename(a)
-    (root / "c").rename(b)
-    assert (data.read_folder(root, 8, cache=tmp_path / "cache").images == before.images.flip(0)).all()
-
-
-@pytest.mark.parametrize("file", ("river/river_003.jpg", "numbers.csv", ".crc32.csv"))
-def test_a_drawn_tree_of_which_a_file_is_bad_is_made_whole_again(tmp_path, file):
-    root = data.draw_tree(tmp_path / "t", 3, size=16)
-    whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    for bad in (b"", whole[root / file][::-1], whole[root / file].replace(b"5", b"6")):
-        (root / file).write_bytes(bad)
-        data.draw_tree(root, 3, size=16)
-        assert whole == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-def test_classes_are_shuffled_apart():
-    parts = data.split(scenes(list(range(100)), [0] * 50 + [1] * 50))
-    a, b = parts["test"].view(2, -1).tolist()
-    assert a != [k - 50 for k in b]
-
-
-def test_a_split_is_stratified_disjoint_complete_and_by_seed():
-    s = scenes(list(range(200)), [0] * 150 + [1] * 50)
-    parts = data.split(s, seed=3)
+def test_a_split_is_3_to_1_to_1_in_each_class_and_follows_from_its_seed():
+    ours = scenes(list(range(200)), [0] * 150 + [1] * 50)
+    parts = data.split(ours, seed=3)
     assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(200))
-    assert {k: [(s.labels[v] == c).sum().item() for c in (0, 1)] for k, v in parts.items()} == dict(
-        train=[90, 30], val=[30, 10], test=[30, 10])
-    again, other = (data.split(s, seed=seed)["test"].tolist() for seed in (3, 4))
+    shares = {part: ours.labels[index].bincount().tolist() for part, index in parts.items()}
+    assert shares == dict(train=[90, 30], val=[30, 10], test=[30, 10])
+    again, other = (data.split(ours, seed=seed)["test"].tolist() for seed in (3, 4))
     assert parts["test"].tolist() == again != other
+    given = scenes(list(range(100)), [0, 1] * 50, [2] * 20 + [-1] * 80)       # 3 : 1 beside a test
+    assert [len(index) for index in data.split(given).values()] == [60, 20, 20]
 
 
-def test_exact_doubles_never_straddle(tmp_path):
-    root = tree(tmp_path / "t", count=20)
-    for k in range(10):                                                  # across classes too, as in RESISC45
-        (root / "river" / f"copy_{k}.png").write_bytes((root / "forest" / f"forest_{k}.png").read_bytes())
-    s = data.read_folder(root, 20, cache=tmp_path / "cache")
-    assert len(s.groups.unique()) == len(s) - 10
-    for seed in range(5):
-        parts = data.split(s, seed=seed)
-        sets = [set(s.groups[index].tolist()) for index in parts.values()]
-        assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+def test_the_split_and_the_digest_are_those_of_the_published_results():
+    images = torch.arange(240).reshape(20, 3, 2, 2).to(torch.uint8)
+    ours = replace(scenes(list(range(20)), [0] * 10 + [1] * 10), images=images)
+    parts = {part: index.tolist() for part, index in data.split(ours, seed=3).items()}
+    assert parts == dict(train=[1, 2, 3, 5, 6, 8, 12, 13, 15, 16, 17, 19], val=[0, 7, 10, 11],
+                         test=[4, 9, 14, 18])                    # the classes are shuffled apart
+    assert data.choose(ours, torch.tensor(parts["train"]), 2, 1).tolist() == [2, 6, 12, 16]
+    assert ours.digest == "c0a8f5c62976"
 
 
-def test_the_official_lists_are_used_and_training_gives_up_what_test_holds(tmp_path):
-    root = tree(tmp_path / "t", count=10)
-    (root / "forest" / "forest_0.png").write_bytes((root / "forest" / "forest_9.png").read_bytes())
-    for part, ks in (("train", range(6)), ("val", (6, 7)), ("test", (8, 9))):
-        lines = [f"{name}_{k}.png" for name in ("forest", "river") for k in ks]
-        (root / f"resisc45-{part}.txt").write_text("\n".join(lines))
-    s = data.read_folder(root, 20, cache=tmp_path / "cache")
-    names = {part: sorted(s.names[i] for i in index) for part, index in data.split(s).items()}
-    assert names["test"] == [f"{name}/{name}_{k}.png" for name in ("forest", "river") for k in (8, 9)]
-    assert len(names["val"]) == 4 and len(names["train"]) == 11
-    assert "forest/forest_0.png" not in names["train"]
-    with pytest.raises(Problem, match="--hold-out flood: no such event; only an xBD tree has events"):
-        data.split(s, hold_out="flood")
-    (root / "resisc45-val.txt").write_text("beach_1.png")
-    with pytest.raises(Problem, match="resisc45-val.txt .*names no picture"):
-        data.read_folder(root, 20, cache=tmp_path / "cache")
+@pytest.mark.parametrize("known", [(-1,), (-1, 2), (-1, 1, 2), (-1, 0, 1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_group_is_ever_cut_and_official_parts_are_kept(known, seed):
+    g = np.random.default_rng(seed)
+    groups, labels, official = g.integers(0, 70, 200), g.integers(0, 2, 200), g.choice(known, 200)
+    ours = scenes(groups.tolist(), labels.tolist(), official.tolist())
+    parts, place = data.split(ours, seed), np.full(200, -1)
+    groups_of(ours, parts)
+    for k, index in enumerate(parts.values()):
+        place[index.numpy()] = k
+    assert (place[official == 2] == 2).all()                     # test keeps all that it has
+    named, lost = official != -1, place == -1
+    assert (lost | (place == official))[named].all()
+    for k in np.flatnonzero(lost & named):                       # a double is in test, or in val
+        assert official[k] < official[groups == groups[k]].max()
+    assert (lost[~named] == (0 in known)).all()                  # lists leave the others out
 
 
-def test_what_the_lists_do_not_name_is_in_no_part():
-    s = replace(scenes([0, 1, 2, 3, 4, 4], [0] * 6), official=torch.tensor([0, 1, 2, -1, 2, -1]))
-    parts = {part: index.tolist() for part, index in data.split(s).items()}
-    assert parts == dict(train=[0], val=[1], test=[2, 4])
+def test_smaller_choices_are_part_of_larger_ones():
+    ours, index = scenes(list(range(100)), [0, 1] * 50), torch.arange(20, 100)
+    small, large, every, other = (set(data.choose(ours, index, n, seed).tolist())
+                                  for n, seed in ((5, 1), (20, 1), (0, 1), (5, 2)))
+    assert small < large < every == set(index.tolist()) and small != other
+    assert ours.labels[[*large]].bincount().tolist() == [20, 20]
 
 
-def test_joined_scenes_keep_their_groups_and_parts():
-    s = scenes([5, 5, 7], [0, 1, 1])
-    both = s[torch.tensor([0, 2])] + s[torch.tensor([1])]
-    assert both.names == ["x/0.jpg", "x/2.jpg", "x/1.jpg"] and both.groups.tolist() == [5, 7, 5]
-    assert both.labels.tolist() == [0, 1, 1] and both.official.tolist() == [-1] * 3 and len(both.images) == 3
-    with pytest.raises(ValueError, match="different trees"):
-        s + replace(s, classes=["b", "a"])
+def test_scenes_keep_what_belongs_to_each_image_and_their_digest_sees_it():
+    ours = scenes([5, 5, 7], [0, 1, 1], [0, 2, -1], captions=[("one", "two"), ("three",), ()],
+                  metadata=torch.tensor([[1.0], [2.0], [3.0]]))
+    both = ours[torch.tensor([0, 2])] + ours[torch.tensor([False, True, False])]
+    assert both.names == ["0", "2", "1"] and len(both) == len(both.images) == 3
+    assert (both.groups.tolist(), both.labels.tolist()) == ([5, 7, 5], [0, 1, 1])
+    assert (both.official.tolist(), both.metadata.tolist()) == ([0, -1, 2], [[1], [3], [2]])
+    assert both.captions == [("one", "two"), (), ("three",)]
+    ours, pixels = scenes([0, 1], [0, 1]), torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
+    pixels[1, 2, 1, 1] = 1
+    changes = [dict(labels=torch.tensor([1, 0])), dict(classes=["a", "c"]), dict(names=["0", "y"]),
+               dict(images=pixels), dict(images=ours.images.view(2, 3, 1, 4)),
+               dict(captions=[("one", "two"), ()]), dict(captions=[("one",), ("two",)])]
+    assert len({ours.digest, *(replace(ours, **change).digest for change in changes)}) == 8
 
 
-def test_the_digest_changes_with_each_name_label_class_and_pixel():
-    scenes = Scenes(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), ["a", "b"],
-                    ["a/1.png", "b/1.png"], torch.arange(2))
-    images = scenes.images.clone()
-    images[1, 2, 3, 3] = 1
-    others = [replace(scenes, **change) for change in (
-        dict(labels=torch.tensor([1, 0])), dict(classes=["a", "c"]), dict(names=["a/1.png", "b/2.png"]),
-        dict(images=images), dict(images=scenes.images.view(2, 3, 2, 8)))]
-    assert len({each.digest for each in (scenes, *others)}) == 6
-    assert replace(scenes).digest == scenes.digest                       # it is of them alone
+# ---- xBD
+
+SQUARE = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+CIRCLE = np.array([(math.cos(k / 16 * math.pi), math.sin(k / 16 * math.pi)) for k in range(32)])
+ELL = np.array([(-1, -1), (1, -1), (1, 0.1), (0.1, 0.1), (0.1, 1), (-1, 1)])
 
 
-def test_a_tree_too_small_to_split_is_told():
-    with pytest.raises(Problem, match="too few images for a val split"):
-        data.split(scenes(list(range(6)), [0, 1] * 3))
+def rectangle(left, top, right, bottom):
+    return np.array([(left, top), (right, top), (right, bottom), (left, bottom), (left, top)])
 
 
-def test_smaller_subsets_are_part_of_larger_ones_and_too_large_ones_are_refused():
-    s = scenes(list(range(100)), [0, 1] * 50)
-    index = torch.arange(20, 100)
-    small, large = (set(data.choose(s, index, n, seed=1).tolist()) for n in (5, 20))
-    assert small < large and min(large) >= 20 and len(large) == 40
-    assert small != set(data.choose(s, index, 5, seed=2).tolist())
-    assert set(data.choose(s, index, 0, seed=1).tolist()) == set(index.tolist())
-    with pytest.raises(Problem, match="41 asked for, but there are 40 images of a, 40 images of b"):
-        data.choose(s, index, 41, seed=1)
+def test_a_polygon_is_its_outline_less_its_holes_and_so_are_its_area_and_its_mask():
+    text = "POLYGON ((0 0, 9.5 0, 9.5 8e0, -1e-07 8, 0 0), (2 2, 4 2, 4 4, 2 2))"
+    outline, hole = data.wkt_polygon(text)
+    assert outline.tolist() == [[0, 0], [9.5, 0], [9.5, 8], [-1e-7, 8], [0, 0]]
+    assert hole.tolist() == [[2, 2], [4, 2], [4, 4], [2, 2]]
+    outline, hole = rectangle(0, 0, 20, 10), rectangle(2, 2, 5, 4)
+    for rings in ([outline, hole], [outline[::-1], hole], [outline[:-1] + 1000, hole[::-1]]):
+        assert data.area(rings) == pytest.approx(200 - 6)        # whichever way they turn
+    rings = [rectangle(2, 2, 14, 10), rectangle(4, 4, 8, 6)[::-1]]
+    expected = np.zeros((16, 16, 1))
+    expected[2:10, 2:14], expected[4:6, 4:8] = 255, 0
+    assert (data.draw_mask(rings, np.array([0, 0, 16, 16]), 16) == expected).all()
+    assert (expected > 0).sum() == data.area(rings)
+    enlarged = data.draw_mask(rings, np.array([2, 2, 10, 10]), 16)            # 2 : 1
+    assert (enlarged > 0).sum() == 2**2 * (8 * 8 - 4 * 2)
 
 
-# ---- drawing
-
-def test_scene_k_follows_from_seed_class_and_k_alone(tmp_path):
-    three, five = data.draw_tree(tmp_path / "3", 3, size=32), data.draw_tree(tmp_path / "5", 5, size=32)
-    files = sorted(p.relative_to(three) for p in three.rglob("*.jpg"))
-    assert len(files) == 3 * len(data.SCENES) >= 24
-    assert all((three / f).read_bytes() == (five / f).read_bytes() for f in files)
-    assert len({(three / f).read_bytes() for f in files}) == len(files)
-
-
-# ---- files
-
-def test_nothing_half_written_is_left_behind(tmp_path):
-    (tmp_path / "x.txt").write_text("old")
-    with pytest.raises(RuntimeError), data.replacing(tmp_path / "x.txt") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert (tmp_path / "x.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+@pytest.mark.parametrize("shape", [CIRCLE, SQUARE, ELL])
+def test_masks_have_the_area_and_the_place_of_their_polygons(shape):
+    """Houses of 8 to 16 pixels a side, turned at random; a third have a courtyard."""
+    g, counted, true, shifts = np.random.default_rng(0), 0, 0, []
+    for k in range(300):
+        angle, half, middle = g.uniform(0, np.pi), g.uniform(4, 8, 2), g.uniform(11, 13, 2)
+        turn = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
+        outlines = [shape, 0.3 * SQUARE - 0.35][:1 + (k % 3 == 0)]
+        rings = [middle + half * points @ turn for points in outlines]
+        mask = data.draw_mask(rings, np.array([0, 0, 24, 24]), 24)[..., 0] > 0
+        counted, true = counted + mask.sum(), true + data.area(rings)
+        if len(rings) == 1 and shape is not ELL:
+            shifts.append(np.argwhere(mask)[:, ::-1].mean(0) + 0.5 - middle)
+    assert counted / true == pytest.approx(1, abs=0.004)
+    assert abs(np.mean(shifts or [0], 0)).max() < 0.03           # pixels
 
 
-@pytest.mark.parametrize("content", [b"", b"junk" * 99, {"kind": "classifier"}, [1, 2]])
-def test_a_checkpoint_of_something_else_is_told(tmp_path, content):
-    path = tmp_path / "x.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(Problem, match="a generator is needed"):
-        data.load_checkpoint(path, "generator")
-    with pytest.raises(Problem, match="no checkpoint at"):
-        data.load_checkpoint(tmp_path / "none.pt", "generator")
+def test_the_square_around_a_building_is_its_longer_side_and_half_of_it_on_each_side():
+    square = data.crop_square(rectangle(100, 40, 140, 60))
+    assert square.tolist() == [120 - 40, 50 - 40, 120 + 40, 50 + 40]
+    square = data.crop_square(rectangle(-2, 3, 8, 13))           # 32 pixels at least
+    assert square.tolist() == [3 - 16, 8 - 16, 3 + 16, 8 + 16]
 
 
-# ---- flags
-
-@dataclass
-class Flags:
-    """For the tests of launch."""
-    steps: int = flag(5, "a number")
-    lr: float = flag(1e-3, "a rate")
-    fast: bool = flag(False, "a switch")
-    counts: tuple = flag((1, 2), "several numbers")
-    w: float | None = flag(None, "a number, or none at all")
-
-    def __post_init__(self):
-        if self.steps < 0:
-            raise ValueError("--steps below 0")
-
-
-def test_fields_become_flags_with_their_types():
-    cfg = data.launch(lambda cfg: cfg, Flags, ["--steps", "7", "--lr", "2e-4", "--fast", "--counts", "3,4,5"])
-    assert cfg == Flags(7, 2e-4, True, (3, 4, 5))
-    assert data.launch(lambda cfg: cfg, Flags, ["--no-fast"]) == Flags() and Flags().w is None
-    assert data.launch(lambda cfg: cfg, Flags, ["--w", "0"]).w == 0.0
+def tile(root, name, buildings, folder="train", size=128, colours=(GREY, GREY), places=(), **more):
+    """Write a tile; its buildings are (subtype, rings, colour), rectangles in the picture after."""
+    before, pixels = (np.full((size, size, 3), colour, np.uint8) for colour in colours)
+    polygons = []
+    for k, (subtype, rings, colour) in enumerate(buildings):
+        left, top, right, bottom = rings[0][[0, 2]].ravel().clip(0).astype(int)
+        pixels[top:bottom, left:right] = colour
+        texts = [", ".join(f"{x} {y}" for x, y in ring) for ring in rings]
+        polygons.append(dict(properties=dict(subtype=subtype, uid=f"{name}-{k}"),
+                             wkt=f"POLYGON (({'), ('.join(texts)}))"))
+    for part in ("images", "labels"):
+        (root / folder / part).mkdir(parents=True, exist_ok=True)
+    for time, picture in (("pre", before), ("post", pixels)):
+        Image.fromarray(picture).save(root / f"{folder}/images/{name}_{time}_disaster.png")
+    label = dict(features=dict(lng_lat=places, xy=polygons),
+                 metadata=dict(gsd=2.4, width=size, height=size) | more)
+    (root / f"{folder}/labels/{name}_post_disaster.json").write_text(json.dumps(label))
+    return root
 
 
-def problem(_):
-    raise Problem("no such thing: do that")
+def house(subtype="no-damage", box=(40, 40, 60, 60), colour=RED):
+    return subtype, [rectangle(*box)], colour
 
 
-@pytest.mark.parametrize("script", [(data.main, data.Script), (train_gen.main, train_gen.Script),
-                                    (train_cls.main, train_cls.Script), (experiment.main, experiment.Config)])
-def test_every_script_explains_its_arguments(script, capsys):
-    with pytest.raises(SystemExit) as done:
-        data.launch(*script, ["--help"])
-    said = capsys.readouterr().out
-    assert done.value.code == 0 and all(f.metadata["help"].split()[0] in said for f in fields(script[1]))
+def test_buildings_of_a_class_and_64_pixels_are_read_the_others_counted(tmp_path, read, capsys):
+    yard = "destroyed", [rectangle(60, 60, 70, 70), rectangle(61, 61, 69, 69)], RED    # 36 left
+    subtypes = "destroyed", "un-classified", "no-damage", "major-damage", "minor-damage"
+    boxes = [(10 * k, 10 * k, 10 * k + 8, 10 * k + 8) for k in range(5)]
+    large = [house(*pair) for pair in zip(subtypes, boxes, strict=True)]
+    boxes = (30, 30, 37.9, 38), (-40, 50, -10, 80), (100, 135, 150, 180)
+    small = [house(box=box) for box in boxes]
+    half_off = house(box=(120, -30, 160, 8))                     # 8 x 8 are left
+    root = tile(tmp_path / "x", "storm_00000001", [*large, *small, yard, half_off])
+    for _ in range(2):                                           # then from the cache
+        found = read(root, 32)
+        assert found.classes == ["no-damage", "minor-damage", "major-damage", "destroyed"]
+        assert found.labels.tolist() == [3, 0, 2, 1, 0] and found.tiles
+        assert found.names == [f"train/storm_00000001/storm_00000001-{k}" for k in (0, 2, 3, 4, 9)]
+        printed = capsys.readouterr().out
+        assert all(text in printed for text in ("5 buildings", "1 un-classified", "4 too small"))
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--bogus"], "--bogus"), (["--ste", "5"], "--ste"), (["--steps", "1e3"], "1e3"),
-    (["--steps", "-1"], "--steps below 0"), (["--counts", "3,x"], "3,x"), (["--w", "None"], "None"),
-    ([], "no such thing: do that")])
-def test_a_mistake_is_one_line_and_exit_code_2(argv, message, capsys):
-    with pytest.raises(SystemExit) as error:
-        data.launch(problem, Flags, argv)
-    err = capsys.readouterr().err
-    assert error.value.code == 2 and message in err and err.count("\n") == 1
+@pytest.mark.parametrize("box", [(40, 50, 60, 70), (0, 0, 20, 20), (108, 108, 128, 128),
+                                 (-9, 60, 21, 78), (1, 5, 13, 35)])
+def test_a_building_is_in_the_middle_of_its_crop_also_at_the_edge_of_its_tile(tmp_path, box):
+    root = tile(tmp_path / "x", "a_00000001", [house(box=box)])
+    image = data.read_xbd(root, 32, mask=True, cache=tmp_path).images[0].long()
+    inside = image[3] > 0
+    for places in inside.nonzero().T:
+        assert abs(places.min() + places.max() - 31) <= 1
+    assert (image[:3, 16, 16] - torch.tensor(RED)).abs().max() < 8
+    assert image[0][inside].float().mean() > 185                 # the mask lies on the building
 
 
-# ---- the script
+def test_a_crop_is_mirrored_beyond_the_edge_and_antialiased(tmp_path, read):
+    stripe = house("un-classified", (0, 50, 4, 60), BLUE)
+    root = tile(tmp_path / "x", "a_00000001", [house(box=(0, 40, 20, 60)), stripe])
+    image = read(root, 40).images[0].long()                      # 1 : 1, the tile begins at 10
+    for column, colour in ((11, BLUE), (8, BLUE), (2, RED)):
+        assert (image[:, 25, column] - torch.tensor(colour)).abs().max() < 3
+    root = tile(tmp_path / "y", "a_00000001", [house(box=(0, 0, 128, 128))])
+    board = np.indices((128, 128)).sum(0).astype(np.uint8) % 2 * 255
+    Image.fromarray(board).save(root / "train/images/a_00000001_post_disaster.png")
+    assert (read(root, 16).images.float() - 127.5).abs().max() < 8
 
-@pytest.mark.parametrize("script", ["augment", "data", "train_gen", "train_cls", "experiment"])
-def test_a_script_runs_on_its_own(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+
+def test_after_comes_first_then_before_then_the_mask_of_this_building_alone(tmp_path):
+    yard = "no-damage", [rectangle(30, 30, 60, 60), rectangle(40, 40, 50, 50)], RED
+    buildings = yard, house(box=(62, 30, 80, 60))
+    root = tile(tmp_path / "x", "a_00000001", buildings, colours=(BLUE, GREEN))
+    mask = torch.zeros(60, 60, dtype=torch.uint8)
+    mask[15:45, 15:45], mask[25:35, 25:35] = 255, 0
+    for pre, masked in product((False, True), (False, True)):
+        image = data.read_xbd(root, 60, pre, masked, tmp_path).images[0]      # 1 : 1
+        assert image.shape == (3 + 3 * pre + masked, 60, 60) and image.dtype == torch.uint8
+        assert tuple(image[:3, 1, 1].tolist()) == GREEN and tuple(image[:3, 30, 30].tolist()) == RED
+        assert not pre or tuple(image[3:6, 30, 30].tolist()) == BLUE
+        assert not masked or (image[-1] == mask).all()
+
+
+def test_a_group_is_a_tile_in_whichever_folder_and_has_its_metadata(tmp_path, read, capsys):
+    two = [house(), house("destroyed", (80, 80, 99, 99))]
+    for name, folder in (("a_00000001", "tier3"), ("a_00000001", "hold"), ("a_00000002", "train"),
+                         ("b_00000001", "test"), ("b_00000002", "train"), ("b_00000003", "train")):
+        root = tile(tmp_path / "x", name, two, folder)
+    tile(root, "c_00000001", [])
+    (root / "train/images/b_00000002_post_disaster.png").unlink()
+    (root / "train/labels/b_00000003_post_disaster.json").unlink()
+    (root / "train/images/._a_00000009_post_disaster.png").touch()            # macOS leaves such
+    found, pairs = read(root, 32), set()
+    for name, group in zip(found.names, found.groups.tolist(), strict=True):
+        pairs.add((name.split("/")[1], group))
+    assert len(found) == 8 and len(pairs) == 3 == len({group for _, group in pairs})
+    in_test = [name.startswith("test/") for name in found.names]
+    assert (found.official == 2).tolist() == in_test and sum(in_test) == 2
+    assert "2 tiles" in capsys.readouterr().out
+
+    place = dict(wkt="POLYGON ((-78 34, -78 36, -80 36, -80 34))")
+    about = dict(places=[place], sun_elevation=61.5, capture_date="2018-09-20T16:04")
+    found = read(tile(tile(tmp_path / "y", "a_00000001", two), "b_00000002", two[:1], **about))
+    names = " ".join(found.metadata_names)
+    assert names == "longitude latitude gsd off_nadir_angle sun_elevation month"
+    first, second = [NAN, NAN, 2.4, NAN, NAN, NAN], [-79, 35, 2.4, NAN, 61.5, 9]
+    assert_close(found.metadata, torch.tensor([first, first, second]), equal_nan=True)
+
+
+@pytest.mark.skipif(not REAL, reason="needs shared/data/xbd")
+def test_a_real_label_gives_its_classes_metadata_and_the_masks_beside_it(tmp_path, read):
+    """Joplin, Missouri, under a grey picture, as the real one is not there."""
+    name = "joplin-tornado_00000050_post_disaster"
+    root = tile(tmp_path / "x", name[:-14], [], size=1024)
+    content = (REAL[0] / f"train/labels/{name}.json").read_bytes()
+    (root / f"train/labels/{name}.json").write_bytes(content)
+    found = read(root)
+    assert found.labels.bincount(minlength=4).tolist() == [0, 0, 3, 11]
+    expected = torch.tensor([-94.47, 37.07, 2.35256, 28.43028, 71.85318, 5])
+    assert_close(found.metadata[0], expected, rtol=0, atol=0.01)
+    drawn, values = np.zeros((1024, 1024)), {"major-damage": 3, "destroyed": 4, "un-classified": 5}
+    for polygon in json.loads(content)["features"]["xy"]:
+        mask = data.draw_mask(data.wkt_polygon(polygon["wkt"]), np.array([0, 0, 1024, 1024]), 1024)
+        drawn[mask[..., 0] > 0] = values[polygon["properties"]["subtype"]]
+    with Image.open(REAL[0] / f"{name}_b1.png") as pil:
+        theirs = np.asarray(pil)
+    both, either = (drawn > 0) & (theirs > 0), (drawn > 0) | (theirs > 0)
+    assert both.sum() / either.sum() >= 0.93 and (drawn == theirs)[both].mean() > 0.99
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Draw 64 tiles, 16 of which are in test: the tree, and its buildings."""
+    root = data.draw_xbd(tmp_path_factory.mktemp("drawn") / "xbd", 64, side=192)
+    return root, data.read_xbd(root, 16, pre=True, mask=True, cache=root.parent / "cache")
+
+
+@pytest.mark.parametrize("hold_out", ["", "drawn-flood"])
+def test_no_tile_is_cut_and_an_event_held_out_is_in_test_alone(drawn, hold_out):
+    _, found = drawn
+    parts = data.split(found, hold_out=hold_out)
+    assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(len(found)))
+    train, val, _ = groups_of(found, parts)
+    assert len(train) / (len(train) + len(val)) == pytest.approx(0.75, abs=0.02)
+    test, place = hold_out or "test", 1 if hold_out else 0       # test/drawn-flood_00000001/7
+    folders = {part: {found.names[i].split("/")[place].split("_")[0] for i in index}
+               for part, index in parts.items()}
+    assert folders["test"] == {test} and test not in folders["train"] | folders["val"]
+
+
+def test_a_choice_of_tiles_is_whole_and_nested_and_takes_only_what_is_offered(drawn):
+    _, found = drawn
+    train = data.split(found)["train"]
+    few, more, every = (set(data.choose(found, train, n, 0).tolist()) for n in (12, 24, 0))
+    assert few < more < every == set(train.tolist())
+    tiles = found.groups[sorted(few)].unique()
+    assert len(tiles) == 12 and torch.isin(found.groups[train], tiles).sum() == len(few)
+    offered = set(range(0, len(found), 2))
+    assert set(data.choose(found, torch.tensor(sorted(offered)), 30, 0).tolist()) < offered
+    with pytest.raises(UserError, match="no image to train on is"):
+        data.choose(found, train, 1, 0)
+
+
+def test_a_drawing_follows_from_its_seed_its_class_and_its_number_alone(tmp_path, read):
+    for draw, count, files in ((data.draw_tree, 2, "*/*.jpg"), (data.draw_xbd, 5, "*/*/*")):
+        folder = tmp_path / draw.__name__
+        roots = [draw(folder / str(how), *how) for how in ((count,), (count + 3,), (count, 1))]
+        names = [path.relative_to(roots[0]) for path in roots[0].glob(files)]
+        first, more, other = ([(root / name).read_bytes() for name in names] for root in roots)
+        assert first == more and len(set(first)) in (16, 15) and not set(first) & set(other)
+    if PIL.__version__ == "13.0.0":                              # another one may round differently
+        assert read(data.draw_tree(tmp_path / "t", 2, size=32), 16).digest == "44e5825cc223"
+        assert read(data.draw_xbd(tmp_path / "x", 4, side=128), 16).digest == "2e595d20dbf8"
+
+
+def test_a_drawn_scene_is_as_light_and_hazy_as_its_metadata_say(tmp_path, read):
+    found = read(data.draw_tree(tmp_path / "t", 16, size=32), 16)
+    assert found.metadata_names == ("scale", "light", "haze")
+    assert found.labels.bincount().tolist() == [16] * 8
+    light = found.images.float().mean((1, 2, 3))
+    saturation = (found.images.amax(1) - found.images.amin(1)).float().mean((1, 2))
+    for seen, column, sign in ((light, 1, 1), (saturation, 2, -1)):
+        pairs = torch.stack([seen, found.metadata[:, column]]).view(2, 8, 16)
+        within = (pairs - pairs.mean(2, keepdim=True)).flatten(1)             # of classes
+        assert sign * torch.corrcoef(within)[0, 1] > 0.4
+
+
+def test_drawn_damage_is_as_frequent_as_stated_and_shows_after_the_disaster(drawn):
+    (root, found), counts = drawn, {}
+    for path in root.glob("*/labels/*.json"):
+        content = json.loads(path.read_bytes())
+        count = counts.setdefault(content["metadata"]["disaster"], Counter())
+        count.update(polygon["properties"]["subtype"] for polygon in content["features"]["xy"])
+    stated = {"drawn-hurricane": (52, 29, 9, 7, 3), "drawn-flood": (73, 5, 16, 3, 3),
+              "drawn-wildfire": (76, 1, 2, 18, 3), "drawn-earthquake": (94, 1, 1, 1, 3)}
+    for event, percents in stated.items():
+        seen = [100 * counts[event][name] / counts[event].total()
+                for name in (*found.classes, "un-classified")]
+        assert seen == pytest.approx(percents, abs=7)
+    x, inside = found.images.float(), found.images[:, 6:] > 0
+    x = x - x.mean((2, 3), keepdim=True)
+    change = ((x[:, :3] - x[:, 3:6]).abs() * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3))
+    none, minor, _, destroyed = (change[found.labels == c].median() for c in range(4))
+    assert minor > 1.3 * none and destroyed > 2 * none
+
+
+# ---- folders and captions
+
+def test_a_class_is_a_folder_and_exact_doubles_are_a_group(tmp_path, read, capsys):
+    root = tree(tmp_path / "t", ("river", "beach", "forest"))
+    (root / "river/copy.png").write_bytes((root / "beach/beach_1.png").read_bytes())
+    pictures(root, "river/.hidden.png", ".trash/x.png", "river/deep/y.png", "top.png")
+    found = read(root, 20)
+    assert found.classes == ["beach", "forest", "river"] and len(found) == 19
+    for image, label, name in zip(found.images, found.labels, found.names, strict=True):
+        assert found.classes[label] == name.split("/")[0]
+        assert (data.decode(root / name, 20) == image.numpy()).all()
+    assert found.names[12] == "river/copy.png" and found.groups[12] == found.groups[1]
+    assert len(found.groups.unique()) == 18
+    (root / "river/river_2.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"1 of 19 .*river_2\.png.*--skip-broken"):
+        read(root)
+    assert "river/river_2.png" not in read(root, skip_broken=True).names
+    assert "river_2.png" in capsys.readouterr().err
+
+
+def test_pictures_may_have_no_class_and_metadata_are_nan_where_unknown(tmp_path, read):
+    names = "a/1.png", "b/2.PNG", "b/deep/3.jpg"
+    root = pictures(tmp_path / "t", *names, ".hidden.png", ".bin/4.png")
+    assert read(root).metadata.shape == (2, 0)
+    (root / "metadata.csv").write_text("picture,gsd,month\nb/2.PNG,.5,\n\nelsewhere.png,7,7\n"
+                                       "b/deep/3.jpg,-2e1,12\n")
+    expected = torch.tensor([[NAN, NAN], [0.5, NAN], [-20, 12]])
+    every = data.read_pictures(root, 8, cache=tmp_path)
+    assert every.names == [*names]
+    for found in (every, read(root)):
+        assert found.metadata_names == ("gsd", "month")
+        assert_close(found.metadata, expected[:len(found)], equal_nan=True)
+    one = data.read_pictures(root / "b/2.PNG", 8, cache=tmp_path)
+    assert one.names == ["2.PNG"] and (one.images[0] == every.images[1]).all()
+
+
+def test_resisc45_is_downloaded_once_and_a_wrong_md5_is_refused(tmp_path, launch, monkeypatch):
+    tree(tmp_path / "NWPU-RESISC45", count=4)
+    shutil.make_archive(tmp_path / "NWPU-RESISC45", "zip", tmp_path, "NWPU-RESISC45")
+    for k, part in enumerate(("test", "train", "val")):          # the fourth is in no list
+        (tmp_path / f"resisc45-{part}.txt").write_text(f"forest_{k}.png\nriver_{k}.png\n")
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest()
+            for path in [*tmp_path.glob("*.zip"), *tmp_path.glob("*.txt")]}
+    monkeypatch.setattr(data, "RESISC45", sums)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    command = data, "--download", "d", "--data", "d/NWPU-RESISC45", "--size", 8
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setattr(data, "ADDRESS", f"http://127.0.0.1:{server.server_port}/")
+        assert launch(*command).returncode == 0
+        parts = data.split(data.read("d/NWPU-RESISC45", 8))
+        assert [index.tolist() for index in parts.values()] == [[1, 5], [2, 6], [0, 4]]
+        (tmp_path / "resisc45-val.txt").write_text("forest_0.png")
+        assert launch(*command).returncode == 0                           # all is there: no matter
+        Path("d/NWPU-RESISC45/resisc45-val.txt").unlink()
+        refused = launch(*command)
+        assert refused.returncode == 2 and "resisc45-val.txt" in refused.stderr
+        server.shutdown()
+
+
+def karpathy(*images):
+    """Describe images (file, part, sentences) in Karpathy's layout, but for what nobody reads."""
+    return dict(images=[
+        dict(filename=name, split=part, sentences=[dict(raw=text) for text in texts])
+        for name, part, texts in images])
+
+
+KARPATHY = karpathy(("a_1.png", "train", ["a river .", "water"]), ("7.png", "val", ["trees ."]),
+                    ("8.png", "test", [" a beach . "]))
+RSICAP = dict(annotations=[dict(filename=name, text_output=text) for name, text in (
+    ("a_1.png", "a river ."), ("a_1.png", "water"), ("7.png", "trees ."), ("8.png", "a beach ."))])
+
+
+@pytest.mark.parametrize("content, file, folder, classes, official", [
+    (KARPATHY, "dataset_rsicd.json", "RSICD_images", ["river", "forest", "scene"], [0, 1, 2]),
+    (KARPATHY, "dataset.json", "deep/imgs", ["scene"] * 3, [0, 1, 2]),
+    (RSICAP, "captions.json", "images", ["scene"] * 3, [-1] * 3)])
+def test_a_caption_set_gives_sentences_parts_and_classes(tmp_path, read, content, file, folder,
+                                                         classes, official):
+    names = [f"{folder}/{name}" for name in ("a_1.png", "7.png", "8.png")]
+    root = pictures(tmp_path / "t", *names, "imgs/without_a_sentence.png")
+    (root / file).write_text(json.dumps(content))
+    if "rsicd" in file:
+        pictures(root, "txtclasses_rsicd/no.png")
+        (root / "txtclasses_rsicd/river.txt").write_text("a_1.png\nelse.png\n")
+        (root / "txtclasses_rsicd/forest.txt").write_text("7.png")
+    for _ in range(2):                                           # then from the cache
+        found = read(root)
+        assert found.names == names and found.official.tolist() == official
+        assert [found.classes[c] for c in found.labels] == classes
+        assert found.captions == [("a river .", "water"), ("trees .",), ("a beach .",)]
+        assert (data.decode(root / names[2], 8) == found.images[2].numpy()).all()
+
+
+def test_ucm_captions_are_numbered_in_the_order_of_the_classes_of_uc_merced(tmp_path, read):
+    kinds = {1: "agricultural", 100: "agricultural", 101: "airplane", 2000: "storagetanks",
+             2001: "tenniscourt", 2100: "tenniscourt"}
+    root = pictures(tmp_path / "t", *[f"imgs/{n}.tif" for n in kinds])
+    images = [(f"{n}.tif", "train", ["x"]) for n in range(2100, 0, -1)]
+    for listed, expected in ((images, kinds), (images[:-2], dict.fromkeys(kinds, "scene"))):
+        (root / "dataset.json").write_text(json.dumps(karpathy(*listed)))
+        found = read(root, skip_broken=True)                     # most are not there
+        for name, label in zip(found.names, found.labels, strict=True):
+            assert found.classes[label] == expected[int(name[5:-4])]
+    for name in ("storagetanks", "storage_tanks", "StorageTanks"):
+        assert data.in_words(name) == "storage tanks"
+
+
+# ---- what all scripts share
+
+def test_a_cache_is_used_until_a_file_or_the_size_changes(tmp_path, read, monkeypatch):
+    root = tree(tmp_path / "t")
+    first = read(root).images
+    with monkeypatch.context() as m:
+        m.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded again"))
+        assert (read(root).images == first).all()
+    paths = [root / f"river/river_{k}.png" for k in (4, 5)]
+    contents = [path.read_bytes() for path in paths]
+    for path, other in zip(paths, reversed(contents), strict=True):           # they change places
+        path.write_bytes(other)
+        os.utime(path, ns=(1, path.stat().st_mtime_ns + 10**9))
+    assert (read(root).images[[10, 11]] == first[[11, 10]]).all()
+    paths[1].unlink()
+    assert (read(root).images == first[[*range(10), 11]]).all()
+    assert read(root, 4).images.shape == (11, 3, 4, 4)
+
+    root = tile(tmp_path / "x", "a_00000001", [house()])
+    assert read(root).labels.tolist() == [0]
+    tile(root, "a_00000001", [house("destroyed")])               # as long as before
+    path = root / "train/labels/a_00000001_post_disaster.json"
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 10**9))
+    assert read(root).labels.tolist() == [3]
+
+
+def test_a_run_resumes_from_its_checkpoint_if_it_is_the_same_run(tmp_path):
+    path, fresh = tmp_path / "x.pt", dict(step=0)
+    identity = dict(config=dict(lr=1, model="vit"), classes=["a"])
+    model, twin, larger = (torch.nn.Linear(2, n) for n in (3, 3, 4))
+    assert data.resume(path, "mae", identity, dict(model=twin), fresh) == fresh
+    data.save_checkpoint(path, "mae", identity, 7, dict(model=model), log=[1.5])
+    saved = data.resume(path, "mae", identity, dict(model=twin), fresh)
+    assert (saved["step"], saved["log"]) == (7, [1.5]) and (twin.weight == model.weight).all()
+    assert data.load_checkpoint(path, "clip", "mae")["classes"] == ["a"]
+    changes = dict(lr=dict(config=dict(lr=2, model="vit")), images=dict(images="other"),
+                   model=dict(config=dict(lr=1, model="mae")), classes=dict(classes=["b"]))
+    for name, change in changes.items():
+        with pytest.raises(UserError, match=f"{path} .*{name}"):
+            data.resume(path, "mae", identity | change, dict(model=twin), fresh)
+    for kind, parts in (("clip", dict(model=twin)), ("mae", dict(model=larger)),
+                        ("mae", dict(ema=twin))):
+        with pytest.raises(UserError, match=str(path)):
+            data.resume(path, kind, identity, parts, fresh)
+
+
+@pytest.mark.parametrize("name", ["augment", "data", "train_gen", "train_cls", "experiment"])
+def test_a_script_explains_the_flags_that_its_fields_become(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(f"{script}.py", run_name="__main__")
-    assert capsys.readouterr().out.startswith(f"usage: {script}.py")
+        runpy.run_path(f"{name}.py", run_name="__main__")
+    shown = capsys.readouterr().out
+    module = importlib.import_module(name)
+    for f in fields(getattr(module, "Script", None) or module.Config):
+        assert f"--{f.name.replace('_', '-')} " in shown and f.metadata["help"].split()[0] in shown
+    argv = "--steps 7 --lr 2e-4 --skip-broken --mults 3,4".split()
+    cfg = data.launch(lambda cfg: cfg, train_gen.Script, argv)
+    assert cfg == train_gen.Script(steps=7, lr=2e-4, skip_broken=True, mults=(3, 4))
 
 
-@pytest.mark.parametrize("script, first, last", [
-    ("unet", "stem (2, 3, 64, 64) -> (2, 64, 64, 64)", "UNet (2, 3, 64, 64) -> (2, 3, 64, 64)"),
-    ("vit", "stem.layers.0 (2, 3, 64, 64) -> (2, 96, 32, 32)", "ViT (2, 3, 64, 64) -> (2, 45)")])
-def test_a_network_shows_its_shapes_when_run_on_its_own(script, first, last, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
-    runpy.run_path(f"{script}.py", run_name="__main__")
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert (lines[0], lines[-1]) == (first, last)
-
-
-def test_data_py_draws_a_tree_and_says_what_is_in_it(tmp_path, launch):
-    command = data, tmp_path / "t", "--size", 16, "--out", tmp_path / "x.png"
-    absent = launch(*command)
-    assert absent.returncode == 2 and absent.stderr.count("\n") == 1
-    assert "75206b2e16446591afa88e2628744886" in absent.stdout
-    drawn = launch(*command, "--draw", 5)
-    assert "40 pictures of 8 classes, 40 of them without exact doubles; 24 train, 8 val" in drawn.stdout
-    assert Image.open(tmp_path / "x.png").width == 10 * 18
+def test_data_py_draws_a_tree_and_shows_what_is_in_it(tmp_path, launch, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = launch(data, "--data", "t", "--size", 16, "--out", "x.png", "--draw", 5).stdout
+    assert "40 images of 8 classes" in shown and "24 train, 8 val, 8 test" in shown
+    with Image.open("x.png") as sheet:
+        assert sheet.size == (10 * 18, 4 * 18)                   # ten in a row
+    assert "8 tiles" in launch(data, "--data", "x", "--size", 16, "--draw", 8, "--xbd").stdout
