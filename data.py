@@ -204,14 +204,13 @@ def same_pictures(a, b):
     """
     a, b = a.float(), b.float()
     order = b.mean(1).argsort()
-    brightness = b.mean(1)[order].contiguous()
+    mean = b.mean(1)[order].contiguous()
     pairs = [torch.zeros(2, 0, dtype=torch.int64)]
     for rows in a.mean(1).argsort().split(256):
-        # The mean colours of two pictures differ by no more than the pictures do.
+        # Compare only pictures of about the same mean, which differs no more than they do.
         low, high = a[rows].mean(1).aminmax()
-        first = torch.searchsorted(brightness, low - SAME_PICTURE)
-        last = torch.searchsorted(brightness, high + SAME_PICTURE)
-        near = order[first:last]
+        limits = torch.stack([low - SAME_PICTURE, high + SAME_PICTURE])
+        near = order[slice(*torch.searchsorted(mean, limits).tolist())]
         distance = torch.cdist(a[rows], b[near]) / a.shape[1] ** 0.5
         i, j = (distance <= SAME_PICTURE).nonzero(as_tuple=True)
         pairs.append(torch.stack([rows[i], near[j]]))
@@ -227,6 +226,13 @@ def group_doubles(prints):
         if torch.equal(joined, groups):
             return groups
         groups = joined
+
+
+def leaks(prints, scenes, parts):
+    """Find fingerprints of val or test pictures: their indices (P,), and the names in scenes."""
+    held_out = torch.cat([parts["val"], parts["test"]])
+    i, j = same_pictures(prints, fingerprint(scenes.images[held_out]))
+    return i.unique(), [scenes.names[k] for k in held_out[j.unique()].tolist()]
 
 
 # ---- sources: pictures in files
@@ -553,7 +559,7 @@ def crop_tile(tile, files, size, pre, mask):
     margin = 1 + math.ceil(beyond)
     times = ("post", "pre") if pre else ("post",)
     pictures = [tile_picture(files[f"{time}.png"], extent, margin) for time in times]
-    small = np.asarray(pictures[0].resize((64, 64), Image.BOX))
+    small = np.array(pictures[0].resize((64, 64), Image.BOX))
     tile_print = fingerprint(rearrange(torch.from_numpy(small), "h w c -> 1 c h w"))
     crops = []
     for uid, subtype, rings, square in usable:
@@ -1150,6 +1156,7 @@ class Lasting:
         return getattr(self.stream, name)
 
     def write(self, text):
+        """Write text at once, or to nowhere."""
         try:
             self.stream.write(text)
             self.stream.flush()

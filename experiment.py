@@ -300,6 +300,9 @@ def load_comparisons(cfg):
         parts, arms = data.split(scenes, hold_out=cfg.hold_out), cfg.selected_arms(task, scale.arms)
         if not arms:
             raise UserError(f"--arms {cfg.arms}: none is of {name}; give {', '.join(task.arms)}")
+        if len(scenes.labels[parts["test"]].unique()) < 2:
+            raise UserError(f"{title}: all test images are of one class: nothing can be compared")
+        train_cls.check_init(cfg.init, scenes, parts)
         COMPARISONS[name] = Comparison(name, task, arms, scale, cfg, title, scenes, parts)
     return list(COMPARISONS.values())
 
@@ -412,7 +415,7 @@ def synthesize(subset, arm):
     y = real.labels.unique().repeat_interleave(generated)
 
     def make():
-        generator = train_gen.train(real, cfg, subset.out / "generator.pt", every=250,
+        generator = train_gen.train(real, cfg, subset.out / "generator.pt",
                                     title=f"generator, {subset.out}")
         reference = train_gen.examples(real, y) if arm.strength else None
         images = train_gen.generate(generator, y, cfg.seed, steps, guidance, reference,
@@ -871,7 +874,9 @@ CLAIMS = ("A claim compares two arms, which are ways to train the classifier. p 
           "of claims (on synthetic images, and others). There is no verdict if both arms are below "
           "the linear baseline: a linear classifier on colours and edges, or the commonest class. "
           "This holds for {} at {} px, {} test images in {} groups, {} seeds with {}; generators "
-          "of {} steps, {} synthetic images per class, classifiers of {} steps. {}")
+          "of {} steps, {} synthetic images per class, classifiers of {} steps. Doubles ({} images "
+          "are the same picture as another one) and tiles stay in one part, so that no test image "
+          "has its double in training. {}")
 
 
 def answers(comparison, found):
@@ -963,9 +968,12 @@ def task_html(comparison):
         body += synthetic_html(comparison, count, near)
     draws = "training images and a generator each" if scale.redraw else "the same training images"
     drawn = "Drawn pictures test the method; they say nothing about the world."
+    scenes = comparison.scenes
+    doubles = 0 if scenes.tiles else len(scenes) - len(scenes.groups.unique())
     conditions = CLAIMS.format(
         comparison.title, scale.cls.size, len(test), len(test.groups.unique()), scale.seeds, draws,
-        scale.gen.steps, scale.generated, scale.cls.steps, "" if comparison.cfg.data else drawn)
+        scale.gen.steps, scale.generated, scale.cls.steps, doubles,
+        "" if comparison.cfg.data else drawn)
     return [*body, tag("h3", "Claims"), table(*claim_table(comparison, found)),
             tag("p", conditions), tag("h3", "All arms"), table(*arms_table(comparison)),
             tag("p", "±: standard deviation over the seeds. These gains are not corrected.")]

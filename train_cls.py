@@ -11,6 +11,7 @@ On a CPU add: --size 32 --patch 4 --dim 64 --depth 1 --heads 2 --steps 1500 --ba
 Training is counted in steps, not in epochs: with epochs, more images would mean more training.
 """
 import math
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -208,8 +209,12 @@ def identity_of(cfg, real, synthetic=None, soft=None):
     """Return all that decides the weights of a run: its settings, images and soft labels."""
     images = [scenes.digest for scenes in (real, synthetic) if scenes]
     soft = soft is not None and soft.tolist()
-    return dict(config=data.settings_of(cfg, Config), classes=real.classes,
-                channels=real.images.shape[1], images=images, soft=soft)
+    seen = [data.fingerprint(scenes.images).numpy().tobytes() for scenes in (real, synthetic)
+            if scenes and scenes.images.ndim == 4]                 # not of features, (N, D)
+    if Path(cfg.init).is_file():
+        seen.append(data.load(cfg.init)["seen"])
+    return dict(config=data.settings_of(cfg, Config), classes=real.classes, images=images,
+                soft=soft, channels=real.images.shape[1], tiles=real.tiles, seen=b"".join(seen))
 
 
 def as_float(x):
@@ -498,6 +503,18 @@ def load_weights(path):
     return model.vit if saved["kind"] == "mae" else model, None, cfg.size
 
 
+def check_init(path, scenes, parts):
+    """Raise UserError if the weights at path were trained on val or test pictures of scenes."""
+    if not Path(path).is_file():                                   # published weights do not say
+        return
+    seen = load(path, "clip", "classifier", "mae")[2]["seen"]
+    prints = torch.frombuffer(bytearray(seen), dtype=torch.uint8).view(-1, 192)
+    _, names = data.leaks(prints, scenes, parts)
+    if names:
+        raise UserError(f"--init {path} was trained on {len(names)} of the val and test pictures "
+                        f"({data.preview(names)}): give weights that have not seen them")
+
+
 class Tuned(nn.Module):
     """A pretrained encoder with a new head: images (B, 3, H, W) in [-1, 1] to class logits (B, K).
 
@@ -573,6 +590,10 @@ def predict_folder(cfg):
     path, table = Path(cfg.out) / "classifier.pt", Path(cfg.out) / "predictions.csv"
     model, trained, saved = load(path, "classifier")
     scenes = data.read_pictures(cfg.predict, trained.size, cfg.skip_broken)
+    if scenes.tiles != saved["tiles"]:
+        kinds = "whole pictures", "crops of buildings, from an xBD tree with its labels"
+        raise UserError(f"{path} classifies {kinds[saved['tiles']]}, and {cfg.predict} "
+                        f"has {kinds[scenes.tiles]}")
     probability, predicted = outputs(model, scenes.images).softmax(1).max(1)
     rows = [[name, saved["classes"][k], f"{p:.4f}"] for name, k, p in zip(
         scenes.names, predicted.tolist(), probability.tolist(), strict=True)]
@@ -580,17 +601,26 @@ def predict_folder(cfg):
     print(f"{len(rows)} pictures of {cfg.predict}, classified by {path}: {table}")
 
 
-def read_synthetic(cfg, classes):
-    """Return the Scenes of cfg.synthetic, with labels as in `classes`, or None if it is empty."""
+def read_synthetic(cfg, scenes, parts):
+    """Return the Scenes of cfg.synthetic with the classes of scenes; None if it is empty.
+
+    Pictures that are also in val or test are left out, with a message.
+    """
     if not cfg.synthetic:
         return None
+    classes = scenes.classes
     if Path(cfg.synthetic).resolve() == Path(cfg.data).resolve():
         raise UserError(f"--synthetic {cfg.synthetic} is --data itself, test images and all")
     synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken)
     if unknown := sorted(set(synthetic.classes) - set(classes)):
         raise UserError(f"{cfg.synthetic} has classes that {cfg.data} lacks: {', '.join(unknown)}")
     number = torch.tensor([classes.index(name) for name in synthetic.classes])
-    return replace(synthetic, labels=number[synthetic.labels], classes=classes)
+    leaked, names = data.leaks(data.fingerprint(synthetic.images), scenes, parts)
+    if len(leaked):
+        print(f"left out {len(leaked)} of {len(synthetic)} pictures of {cfg.synthetic}, which are "
+              f"val or test pictures of {cfg.data}: {data.preview(names)}", file=sys.stderr)
+    synthetic = replace(synthetic, labels=number[synthetic.labels], classes=classes)
+    return synthetic[~torch.isin(torch.arange(len(synthetic)), leaked)]
 
 
 def score(model, scenes, parts, test):
@@ -628,7 +658,8 @@ def main(cfg):
         model = Tuned(model, tokens, cfg.size, scenes.classes).to(data.pick_device())
         return score(model, scenes, parts, cfg.test)
 
-    synthetic = read_synthetic(cfg, scenes.classes)
+    check_init(cfg.init, scenes, parts)
+    synthetic = read_synthetic(cfg, scenes, parts)
     print(f"{len(real)} real, {len(synthetic or [])} synthetic images "
           f"of {len(scenes.classes)} classes")
     make = fit if cfg.tune == "all" else tune

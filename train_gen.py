@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import data
@@ -369,6 +370,17 @@ def read_reference(cfg, generator):
     return reference
 
 
+def read_mask(path, size):
+    """Return where a picture is white, (size, size) bool."""
+    white = data.read_pictures(path, size).images[0].float().mean(0) > 127
+    with Image.open(path) as pil:
+        if pil.has_transparency_data:
+            raise UserError(f"--inpaint {path} is transparent: make it white where to paint")
+    if not white.any():
+        raise UserError(f"--inpaint {path} is black all over: make it white where to paint")
+    return white
+
+
 def sample(cfg):
     """Write images of a checkpoint as a tree with a folder per class or sentence, and a grid."""
     generator, out = load_generator(cfg.sample), Path(cfg.out)
@@ -391,8 +403,7 @@ def sample(cfg):
         index = torch.arange(len(reference)).repeat_interleave(cfg.count)
         reference = reference[index.repeat(len(rows))]
     if cfg.inpaint:
-        picture = data.read_pictures(cfg.inpaint, size).images[0]
-        inpaint = (picture.float().mean(0) > 127).expand(len(names), 1, -1, -1)
+        inpaint = read_mask(cfg.inpaint, size).expand(len(names), 1, -1, -1)
     images = generate(generator, torch.tensor(classes), cfg.seed, cfg.sampling_steps, cfg.guidance,
                       reference, cfg.strength, inpaint, texts)
     for k, (name, image) in enumerate(zip(names, images, strict=True), 1):
