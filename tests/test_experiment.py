@@ -158,7 +158,7 @@ def trees(tmp_path_factory):
     """Draw the scenes and the buildings of the smoke scale, but smaller."""
     out = tmp_path_factory.mktemp("trees")
     data.draw_tree(out / "scenes", 30, size=32)
-    data.draw_xbd(out / "buildings", 48, side=160)
+    data.draw_xbd(out / "buildings", 48, seed=3, side=160)
     return out
 
 
@@ -480,7 +480,11 @@ def test_weights_are_a_part_of_the_settings_and_must_be_those_of_a_clip(clip, tm
     with pytest.raises(data.UserError, match="has another weights"):
         experiment.main(replace(cfg, init=str(tmp_path / "other.pt")))
     vit = train_cls.Config(size=16, patch=4, dim=16, depth=1, heads=1, steps=1, batch=2)
-    train_cls.fit(clip.comparison.test, None, vit, tmp_path / "vit.pt")
+    train_cls.fit(clip.comparison.test, None, vit, tmp_path / "test.pt")
+    with pytest.raises(data.UserError, match="trained on .* of the val and test pictures"):
+        experiment.main(replace(cfg, init=str(tmp_path / "test.pt"), out=str(tmp_path / "new")))
+    train = clip.comparison.scenes[clip.comparison.parts["train"]]
+    train_cls.fit(train, None, vit, tmp_path / "vit.pt")
     with pytest.raises(data.UserError, match="has no text encoder"):
         experiment.main(replace(cfg, init=str(tmp_path / "vit.pt"), out=str(tmp_path / "new")))
     with pytest.raises(data.UserError, match="--init is not for buildings"):

@@ -468,13 +468,14 @@ def test_from_a_mixture_to_scores_and_predictions(tmp_path, launch, model):
 
 def test_a_synthetic_tree_has_the_class_numbers_of_the_real_one(tmp_path):
     (data.draw_tree(tmp_path / "s", 1) / "beach" / "beach_001.jpg").unlink()
-    cfg, kinds = Script(data="t", synthetic="s", share=0.5), sorted(data.SCENES)
-    scenes = train_cls.read_synthetic(cfg, kinds)
-    assert scenes.classes == kinds and scenes.labels.tolist() == [1, 2, 3, 4, 5, 6, 7]
-    with pytest.raises(UserError, match=f"t lacks: {kinds[-1]}"):
-        train_cls.read_synthetic(cfg, kinds[:-1])
+    real = data.read(data.draw_tree(tmp_path / "t", 5, seed=1), 8)
+    cfg, parts = Script(data="t", synthetic="s", share=0.5, size=8, patch=4), data.split(real)
+    scenes = train_cls.read_synthetic(cfg, real, parts)
+    assert scenes.classes == real.classes and scenes.labels.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    with pytest.raises(UserError, match=f"t lacks: {real.classes[-1]}"):
+        train_cls.read_synthetic(cfg, replace(real, classes=real.classes[:-1]), parts)
     with pytest.raises(UserError, match="--synthetic t is --data itself"):
-        train_cls.read_synthetic(replace(cfg, synthetic="t"), kinds)
+        train_cls.read_synthetic(replace(cfg, synthetic="t"), real, parts)
 
 
 def test_from_captions_to_a_tuned_classifier(tmp_path, launch):
