@@ -37,7 +37,6 @@ def noise(*shape):
 
 
 def pictures(root, *names):
-    """Save a picture of noise under each name; no two are alike."""
     for name, pixels in zip(names, noise(len(names), 20, 20, 3), strict=True):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(root / name)
@@ -221,6 +220,9 @@ def test_a_polygon_is_its_outline_less_its_holes_and_so_are_its_area_and_its_mas
     outline, hole = data.wkt_polygon(text)
     assert outline.tolist() == [[0, 0], [9.5, 0], [9.5, 8], [-1e-7, 8], [0, 0]]
     assert hole.tolist() == [[2, 2], [4, 2], [4, 4], [2, 2]]
+    for text in ("CIRCLE ((0 0, 1 1))", "POLYGON EMPTY", "POLYGON ((0 nan, 1 1))", "POLYGON ((1))"):
+        with pytest.raises(ValueError):
+            data.wkt_polygon(text)
     outline, hole = rectangle(0, 0, 20, 10), rectangle(2, 2, 5, 4)
     for rings in ([outline, hole], [outline[::-1], hole], [outline[:-1] + 1000, hole[::-1]]):
         assert data.area(rings) == pytest.approx(200 - 6)        # whichever way they turn
@@ -365,8 +367,7 @@ def test_a_group_is_a_tile_in_whichever_folder_and_has_its_metadata(tmp_path, re
 
 @pytest.mark.skipif(not REAL, reason="needs shared/data/xbd")
 def test_a_real_label_gives_its_classes_metadata_and_the_masks_beside_it(tmp_path, read):
-    """Joplin, Missouri, under a grey picture, as the real one is not there."""
-    name = "joplin-tornado_00000050_post_disaster"
+    name = "joplin-tornado_00000050_post_disaster"               # its picture lies elsewhere
     root = tile(tmp_path / "x", name[:-14], [], size=1024)
     content = (REAL[0] / f"train/labels/{name}.json").read_bytes()
     (root / f"train/labels/{name}.json").write_bytes(content)
