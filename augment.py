@@ -1,21 +1,20 @@
 """The traditional augmentations of the lecture, from first principles.
 
-Augmentation changes a picture in ways that keep its meaning: so a classifier learns what does not matter.
-It is the yardstick for synthetic data, as a generator must help more than a flip and a crop, which are free.
+An augmentation changes a picture but not its meaning, so that a classifier learns what does not
+matter. It is the yardstick for synthetic data: a flip and a crop are free, a generator is not.
 
-Everything works on whole batches, on their device, with parameters drawn per image, in two layers:
+Everything works on whole batches, on their device, in two layers:
 
-    rotate(x, degrees)                 the mathematics: nothing random, each parameter is a tensor (B,)
-    draw(x, y, generator) -> (x, y)    the dice: AUGMENTATIONS["rotate"]; compose("hflip,rotate") chains them
+    rotate(x, degrees)                        the formula: each parameter is a tensor (B,)
+    AUGMENTATIONS["rotate"](x, y, generator)  draws a parameter for each image; returns new x, y
 
-    x   images, float (B, C, H, W) in [-1, 1]. Channels are RGB triples (one picture; or two, after and before
-        a disaster: C = 6), then perhaps one mask, > 0 on the object (C = 4 or 7).
-    y   labels, float (B, K), a distribution over the classes per image, because two augmentations mix them.
+    x   images, float (B, C, H, W) in [-1, 1]. Channels are RGB triples: one picture, or two, after
+        and before a disaster (C = 6). A mask, > 0 on the object, may follow (C = 4 or 7).
+    y   labels, float (B, K): for each image a distribution over the classes, as CutMix mixes two.
 
-Geometry moves all channels together. Colour and Cutout change both pictures examples, noise each by itself; they
-leave the mask.
+Geometry moves all channels together. Colour and Cutout change two pictures in the same way, noise
+differs between them, and all three leave the mask as it is.
 """
-
 import functools
 import math
 from dataclasses import dataclass
@@ -25,332 +24,329 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-from data import Settings, flag, launch, save_picture
+from data import Settings, flag, grid, launch, save_picture, to_uint8
 
 
-def per_image(values, like):
-    """(B,) -> (B, 1, 1, ...), to broadcast over a tensor with the axes of `like`, in its precision."""
-    values = values.to(like.dtype) if values.is_floating_point() else values
-    return values.view(-1, *[1] * (like.dim() - 1))
+def per_image(values, x):
+    """Return values (B,) as (B, 1, 1, ...), to broadcast over x (B, ...), in the precision of x."""
+    values = values.to(x.dtype) if values.is_floating_point() else values
+    return values.view(-1, *[1] * (x.dim() - 1))
 
 
-# ---- geometry: one inverse map; flips and quarter turns are exact without it ----
+# ---- geometry: one map for all, but flips and quarter turns are exact without it
 
 def warp(x, column, row):
-    """Give each output pixel what lies at another place of its image (bilinear).
+    """Return images whose pixels are looked up at other places of x, bilinearly: (B, C, H, W).
 
-    u, v are the output pixel's centre, in pixels to the right of and below the image's centre. The place is
-    a u + b v + c to the right and d u + e v + f below; column = (a, b, c), row = (d, e, f), numbers or (B,).
-    Outside, the image goes on as its own reflection: black corners would tell which images were augmented.
+    Let (u, v) be a pixel's place, in pixels to the right of the image's centre and below it. Its
+    value is looked up at (a u + b v + c, d u + e v + f). column = (a, b, c) and row = (d, e, f)
+    hold numbers or tensors (B,). Beyond its border the image goes on as its own reflection: black
+    corners would tell which images were augmented.
     """
     H, W = x.shape[-2:]
-    u = torch.arange(W, device=x.device, dtype=x.dtype)[:, None] - (W - 1) / 2         # (W, 1)
-    v = torch.arange(H, device=x.device, dtype=x.dtype)[:, None, None] - (H - 1) / 2   # (H, 1, 1)
-
-    # grid_sample counts from edge to edge as -1 .. 1 (align_corners=False). We convert to that only after
-    # the map in pixels, so angles are right on images that are not square.
+    u = torch.arange(W, device=x.device, dtype=x.dtype) - (W - 1) / 2
+    v = torch.arange(H, device=x.device, dtype=x.dtype) - (H - 1) / 2
     zero = x.new_zeros(len(x))
-    by_u, by_v, shift = (torch.stack((p * (2 / W) + zero, q * (2 / H) + zero), dim=-1).to(x)[:, None, None]
-                         for p, q in zip(column, row, strict=True))                    # each (B, 1, 1, 2)
-    grid = (by_u * u + shift) + by_v * v                                               # (B, H, W, 2)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+    def grid_units(right, down):
+        # grid_sample counts from -1 at one edge to 1 at the other (align_corners=False). We convert
+        # only after the map in pixels, so that angles are right on images that are not square.
+        pair = torch.stack((right * (2 / W) + zero, down * (2 / H) + zero), dim=-1)
+        return pair.to(x)[:, None, None]                                           # (B, 1, 1, 2)
+
+    by_u, by_v, shift = map(grid_units, column, row)
+    place = (by_u * u[:, None] + shift) + by_v * v[:, None, None]                  # (B, H, W, 2)
+    return F.grid_sample(x, place, "bilinear", padding_mode="reflection", align_corners=False)
 
 
 def rotate(x, degrees):
-    """Turn about the centre, counter-clockwise as seen on the picture (in which rows count downwards)."""
-    cos, sin = degrees.deg2rad().cos(), degrees.deg2rad().sin()
+    """Return images turned about their centre, counter-clockwise as one looks at the picture."""
+    cos = degrees.deg2rad().cos()
+    sin = degrees.deg2rad().sin()
     return warp(x, (cos, -sin, 0), (sin, cos, 0))
 
 
 def scale(x, factor):
-    """Zoom about the centre; factor > 1 magnifies. Far below 1 it would alias: nothing is smoothed before."""
+    """Return images magnified by a factor about their centre; far below 1 there is aliasing."""
     return warp(x, (1 / factor, 0, 0), (0, 1 / factor, 0))
 
 
 def translate(x, dx, dy):
-    """Move dx pixels to the right and dy pixels down; fractions are allowed."""
+    """Return images moved dx pixels to the right and dy pixels down; fractions are allowed."""
     return warp(x, (1, 0, -dx), (0, 1, -dy))
 
 
 def crop(x, top, left, height, width):
-    """Stretch the window [top, top + height) x [left, left + width), in (parts of) pixels, to H x W."""
+    """Return the window [top, top + height) x [left, left + width), in pixels, resized to H x W."""
     H, W = x.shape[-2:]
     return warp(x, (width / W, 0, left + (width - W) / 2), (0, height / H, top + (height - H) / 2))
 
 
-def hflip(x):
-    """Flip left and right."""
-    return x.flip(-1)
-
-
-def vflip(x):
-    """Flip top and bottom."""
-    return x.flip(-2)
-
-
 def rot90(x, turns):
-    """Turn by quarters counter-clockwise, integers (B,). Raises ValueError unless the images are square."""
-    if x.shape[-2] != x.shape[-1]:
-        raise ValueError(f"rot90 needs square images, not {x.shape[-2]} x {x.shape[-1]}")
-    pixel = torch.arange(x.shape[-1] ** 2, device=x.device).view(x.shape[-2:])
-    views = torch.stack([pixel.rot90(k).flatten() for k in range(4)])                  # (4, H W): source
-    index = views[turns % 4][:, None].expand(-1, x.shape[1], -1)                       # (B, C, H W)
+    """Return images turned by quarters counter-clockwise, integers (B,). They must be square."""
+    H, W = x.shape[-2:]
+    if H != W:
+        raise ValueError(f"rot90 needs square images, not {H} x {W}")
+    place = torch.arange(H * W, device=x.device).view(H, W)                        # of each pixel
+    source = torch.stack([place.rot90(k).flatten() for k in range(4)])             # (4, H W)
+    index = source[turns % 4][:, None].expand(-1, x.shape[1], -1)                  # (B, C, H W)
     return x.flatten(-2).gather(-1, index).view(x.shape)
 
 
-# ---- colour: a 3 x 3 matrix on each pixel's red, green and blue ----
-# Seen from black each change is linear, so several are one matrix, the product, and one pass over the pixels.
-# Only contrast looks at the rest of the picture too: take a pixel as its picture's mean colour and a detail
-# on top of it. Contrast f is brightness f on the detail and saturation f on the mean, whose grey it keeps.
-
+# ---- colour: a 3 x 3 matrix on each pixel's red, green and blue
+# Measured from black, each change of colour is a matrix M. Several in a row are the product of
+# their matrices, so all of them cost one pass over the pixels.
+#
+# Contrast f looks at the rest of the picture too. Take a pixel as m + d: the mean colour m of its
+# picture, and a detail d on top. Contrast makes it (f m + (1 - f) grey(m)) + f d, which is
+# saturation f for the mean and brightness f for the detail: one matrix for each of them.
 BLACK = -1
-GREY = 0.299, 0.587, 0.114      # red, green and blue in the brightness that the eye sees (ITU-R BT.601)
+GREY = 0.299, 0.587, 0.114      # weights of R, G, B in the brightness that we see (ITU-R BT.601)
 
 
-def take_apart(x):
-    """Take (B, C, H, W) apart: its P pictures, (B, P, 3, H, W), and its mask, (B, 0 or 1, H, W).
-
-    Raises ValueError if the channels are not as the top of this file says.
-    """
+def split_mask(x):
+    """Return the P pictures in x (B, C, H, W), (B, P, 3, H, W), and its mask, (B, 0 or 1, H, W)."""
     C = x.shape[1]
     if C < 3 or C % 3 == 2:
         raise ValueError(f"channels must be RGB triples and at most one mask, not {C} in all")
-    return rearrange(x[:, :C - C % 3], "b (p c) h w -> b p c h w", c=3), x[:, C - C % 3:]
+    rgb = rearrange(x[:, :C - C % 3], "b (p c) h w -> b p c h w", c=3)
+    return rgb, x[:, C - C % 3:]
 
 
-def put_together(rgb, mask):
-    """Undo `take_apart`."""
+def join_mask(rgb, mask):
+    """Return the x (B, C, H, W) that `split_mask` took apart."""
     x = rearrange(rgb, "b p c h w -> b (p c) h w")
     return torch.cat((x, mask), dim=1) if mask.shape[1] else x
 
 
 def brightness_matrix(factor):
-    """f I, (B, 3, 3)."""
+    """Return f I, (B, 3, 3), for factors f (B,): 0 gives black, 1 changes nothing."""
     return factor.view(-1, 1, 1) * torch.eye(3, dtype=factor.dtype, device=factor.device)
 
 
 def saturation_matrix(factor):
-    """f I + (1 - f) times the matrix whose three rows are GREY, (B, 3, 3)."""
-    row = torch.stack([(1 - factor) * weight for weight in GREY], dim=-1)              # (B, 3)
+    """Return f I + (1 - f) G, (B, 3, 3); each row of G is GREY, so 0 gives the grey picture."""
+    row = torch.stack([(1 - factor) * weight for weight in GREY], dim=-1)          # (B, 3)
     return brightness_matrix(factor) + row[:, None]
 
 
-def contrast_matrices(factor):
-    """One for the detail, one for the mean colour, (2, B, 3, 3)."""
+def contrast_matrix(factor):
+    """Return two, for the detail and for the mean, (2, B, 3, 3); 0 leaves the grey of the mean."""
     return torch.stack((brightness_matrix(factor), saturation_matrix(factor)))
 
 
 def hue_matrix(shift):
-    """The rotation about the grey axis (1, 1, 1), from red towards green, by `shift` turns, (B, 3, 3)."""
+    """Return the rotation by `shift` turns about the grey axis, (B, 3, 3): 1/3 makes red green.
+
+    A pixel keeps the mean of its R, G and B. (In torchvision it keeps the largest and smallest.)
+    """
     k = torch.arange(3, dtype=shift.dtype, device=shift.device)
-    return (1 + 2 * torch.cos(2 * math.pi * (shift.view(-1, 1, 1) - (k[:, None] - k) / 3))) / 3
+    thirds = (k[:, None] - k) / 3
+    return (1 + 2 * torch.cos(2 * math.pi * (shift.view(-1, 1, 1) - thirds))) / 3
 
 
 def recolour(x, *matrices):
-    """Multiply each pixel by the product of the matrices, the last one first; cut off at black and at full.
+    """Return x with each pixel multiplied by the product of the matrices, clipped to [-1, 1].
 
-    Each is (B, 3, 3), or (2, B, 3, 3) with one for the detail and one for the mean colour of the picture.
+    The last matrix acts first. Each is (B, 3, 3), or (2, B, 3, 3) as that of contrast.
     """
-    rgb, mask = take_apart(x)
-    with torch.autocast(x.device.type, enabled=False):    # bfloat16 is coarser than 8-bit colour
+    rgb, mask = split_mask(x)
+    with torch.autocast(x.device.type, enabled=False):      # bfloat16 is coarser than 8-bit colour
         product = functools.reduce(torch.matmul, matrices).to(x.dtype)
-        on_detail, on_mean = product.expand(2, -1, -1, -1)[:, :, None]                 # each (B, 1, 3, 3)
-        mean = rgb.mean((-2, -1))[..., None]                                           # (B, P, 3, 1)
+        on_detail, on_mean = product.expand(2, -1, -1, -1)[:, :, None]             # (B, 1, 3, 3)
+
+        # on_detail (pixel - mean) + on_mean (mean - BLACK) + BLACK, as one product and one sum
+        mean = rgb.mean((-2, -1))[..., None]                                       # (B, P, 3, 1)
         offset = on_mean @ (mean - BLACK) + BLACK - on_detail @ mean
         out = (on_detail @ rgb.flatten(-2)).add_(offset).clamp_(BLACK, 1)
-    return put_together(out.view(rgb.shape), mask)
+    return join_mask(out.view(rgb.shape), mask)
 
 
-def adjust_brightness(x, factor):
-    """0 gives black, 1 the image itself."""
-    return recolour(x, brightness_matrix(factor))
-
-
-def adjust_contrast(x, factor):
-    """0 gives the picture's mean grey all over, 1 the image itself."""
-    return recolour(x, contrast_matrices(factor))
-
-
-def adjust_saturation(x, factor):
-    """0 gives the grey picture, 1 the image itself."""
-    return recolour(x, saturation_matrix(factor))
-
-
-def adjust_hue(x, shift):
-    """Turn every hue by `shift` turns: 1/3 makes red green, green blue, and blue red.
-
-    A pixel keeps the mean of its R, G and B; with torchvision it keeps the largest and the smallest (HSV).
-    """
-    return recolour(x, hue_matrix(shift))
-
-
-def adjust_color(x, brightness, contrast, saturation, shift):
-    """All four at once. The first three commute, and a small turn of the hue nearly does.
-
-    So there is no order to draw. torchvision shuffles the four, and cuts off after each.
-    """
-    return recolour(x, brightness_matrix(brightness), contrast_matrices(contrast),
-                    saturation_matrix(saturation), hue_matrix(shift))
-
-
-# ---- noise, holes, and mixing two images ----
+# ---- noise, holes, and mixing two images
 
 def add_noise(x, noise, sigma):
-    """Noise injection: `noise` ~ N(0, 1) has the shape of x, sigma (B,) takes black to white as 1."""
-    rgb, _ = take_apart(x + 2 * per_image(sigma, x) * noise)
-    return put_together(rgb.clamp(BLACK, 1), take_apart(x)[1])
+    """Return x plus sigma (B,) times noise N(0, 1), in units of the way from black to white."""
+    rgb, _ = split_mask(x + 2 * per_image(sigma, x) * noise)
+    _, mask = split_mask(x)
+    return join_mask(rgb.clamp(BLACK, 1), mask)
 
 
 def box(x, cy, cx, height, width):
-    """True (B, 1, H, W) in a height x width box about pixel (cy, cx), cut by the border; integers (B,)."""
-    rows = torch.arange(x.shape[-2], device=x.device)[:, None]
-    columns = torch.arange(x.shape[-1], device=x.device)
-    top, left, height, width = (per_image(p, x) for p in (cy - height // 2, cx - width // 2, height, width))
-    return (top <= rows) & (rows < top + height) & (left <= columns) & (columns < left + width)
+    """Return True in a box about pixel (cy, cx), cut by the border, (B, 1, H, W); integers (B,)."""
+    row = torch.arange(x.shape[-2], device=x.device)[:, None]                      # (H, 1)
+    column = torch.arange(x.shape[-1], device=x.device)                            # (W,)
+    top = per_image(cy - height // 2, x)
+    left = per_image(cx - width // 2, x)
+    in_rows = (top <= row) & (row < top + per_image(height, x))
+    return in_rows & (left <= column) & (column < left + per_image(width, x))
 
 
 def cutout(x, cy, cx, side):
-    """Make a square mid-grey, which is 0 (DeVries and Taylor 2017, arXiv 1708.04552).
-
-    It may stick out of the image, as in the paper; squares that were always inside would hide more.
-    """
-    rgb, mask = take_apart(x)
-    return put_together(rgb.masked_fill(box(x, cy, cx, side, side)[:, None], 0), mask)
+    """Return x with a mid-grey square, perhaps cut by the border (DeVries & Taylor, 1708.04552)."""
+    rgb, mask = split_mask(x)
+    inside = box(x, cy, cx, side, side)[:, None]
+    return join_mask(rgb.masked_fill(inside, 0), mask)
 
 
 def cutmix(x, y, partner, cy, cx, height, width):
-    """Fill a box of image i, mask and all, from image partner[i] (Yun et al. 2019, arXiv 1905.04899).
+    """Return x, y with a box of image i filled from image partner[i], the mask included.
 
-    The labels mix by the pixels that are really there from each, counted after the border has cut the box.
+    Labels are mixed by the number of pixels from each, counted after the border has cut the box:
+    lambda y_i + (1 - lambda) y_partner (Yun et al. 2019, 1905.04899).
     """
     inside = box(x, cy, cx, height, width)
-    kept = 1 - inside.to(y.dtype).mean((-2, -1))                                       # lambda, (B, 1)
-    return torch.where(inside, x[partner], x), kept * y + (1 - kept) * y[partner]
+    mixed = torch.where(inside, x[partner], x)
+    lam = 1 - inside.to(y.dtype).mean((-2, -1))                                    # (B, 1)
+    return mixed, lam * y + (1 - lam) * y[partner]
 
 
 def copy_paste(x, y, partner):
-    """Put the object of image partner[i] onto image i (Ghiasi et al. 2021, arXiv 2012.07177).
+    """Return x, y with the object of image partner[i] on image i (Ghiasi et al. 2021, 2012.07177).
 
-    A label speaks of one object, so label and mask are the pasted object's, and the one that was there is now
-    background. If the partner's mask is empty nothing happens. Raises ValueError if there is no mask channel.
+    A label describes one object, so label and mask are those of the pasted object, and the old
+    object becomes background. If the partner's mask is empty, nothing changes.
     """
     if x.shape[1] % 3 != 1:
-        raise ValueError(f"copypaste needs a mask channel after the pictures: C = 4 or 7, not {x.shape[1]}")
-    pasted = x[partner]
-    on_object = pasted[:, -1:] > 0                                                     # (B, 1, H, W)
-    found = on_object.flatten(1).any(1)                                                # (B,)
-    rgb, _ = take_apart(torch.where(on_object, pasted, x))
-    _, mask = take_apart(torch.where(per_image(found, x), pasted, x))
-    return put_together(rgb, mask), torch.where(per_image(found, y), y[partner], y)
+        raise ValueError(f"copypaste needs a mask in x: C = 4 or 7 channels, not {x.shape[1]}")
+    other = x[partner]
+    on_object = other[:, -1:] > 0                                                  # (B, 1, H, W)
+    pasted = on_object.flatten(1).any(1)                                           # (B,)
+    rgb, _ = split_mask(torch.where(on_object, other, x))
+    _, mask = split_mask(torch.where(per_image(pasted, x), other, x))
+    return join_mask(rgb, mask), torch.where(per_image(pasted, y), y[partner], y)
 
 
-# ---- the dice: nothing here waits for the device ----
+# ---- random parameters: nothing here waits for the device
 
 def uniform(x, low, high, generator):
-    """Draw one number per image, (B,)."""
+    """Return a random number between low and high for each image of x, (B,)."""
     return low + (high - low) * torch.rand(len(x), generator=generator, device=x.device)
 
 
-def anywhere(x, generator):
-    """Draw the row and the column of a pixel per image, each (B,)."""
-    return (torch.randint(n, (len(x),), generator=generator, device=x.device) for n in x.shape[-2:])
+def integer(x, n, generator):
+    """Return a random integer in 0 .. n - 1 for each image of x, (B,)."""
+    return torch.randint(n, (len(x),), generator=generator, device=x.device)
 
 
 def partners(x, generator):
-    """Draw another image for each, (B,): its neighbour in a random circle. One alone is its own."""
+    """Return another image's index for each, (B,): its neighbour in a random circle."""
     circle = uniform(x, 0, 1, generator).argsort()
     return circle.roll(1)[circle.argsort()]
 
 
-def sometimes(flip):
-    """Make the draw that flips half of the images."""
-    def draw(x, y, generator):
-        flipped = flip(x)           # the result goes there too: on a CPU new memory costs more than the work
-        return torch.where(per_image(uniform(x, 0, 1, generator) < 0.5, x), flipped, x, out=flipped), y
-    return draw
-
-
-def strength(change, low, high):
-    """Make the draw that gives `change` a parameter between low and high."""
-    def draw(x, y, generator):
-        return change(x, uniform(x, low, high, generator)), y
-    return draw
+def random_flip(axis):
+    """Return the augmentation that flips each image along an axis with probability 1/2."""
+    def augment(x, y, generator):
+        flipped = x.flip(axis)
+        chosen = per_image(uniform(x, 0, 1, generator) < 0.5, x)
+        return torch.where(chosen, flipped, x, out=flipped), y      # new memory would cost more
+    return augment
 
 
 def random_rot90(x, y, generator):
-    """An overhead image has no privileged direction, so this is the domain's own augmentation."""
-    return rot90(x, torch.randint(4, (len(x),), generator=generator, device=x.device)), y
+    """Turn by 0 to 3 quarters. This suits overhead images, in which no direction is special."""
+    return rot90(x, integer(x, 4, generator)), y
+
+
+def random_rotate(x, y, generator):
+    """Turn by any angle."""
+    return rotate(x, uniform(x, -180, 180, generator)), y
 
 
 def random_scale(x, y, generator):
-    """Little, as a pixel is so many metres; log-uniform: as often 1.25 times larger as 1.25 times smaller."""
+    """Scale by 0.8 to 1.25, log-uniformly: more would belie the size of a pixel on the ground."""
     return scale(x, uniform(x, -math.log(1.25), math.log(1.25), generator).exp()), y
 
 
 def random_translate(x, y, generator):
-    """Up to a tenth of the image each way."""
+    """Move by up to a tenth of the image in each direction."""
     H, W = x.shape[-2:]
-    return translate(x, uniform(x, -0.1, 0.1, generator) * W, uniform(x, -0.1, 0.1, generator) * H), y
+    dx = uniform(x, -0.1, 0.1, generator) * W
+    dy = uniform(x, -0.1, 0.1, generator) * H
+    return translate(x, dx, dy), y
 
 
 def random_crop(x, y, generator):
-    """Random resized crop: 40 to 100 % of the area, width to height 3 : 4 to 4 : 3 (log-uniform), inside.
+    """Crop 40 to 100 % of the area, width to height 3 : 4 to 4 : 3 (log-uniform), and resize it.
 
-    Szegedy et al. (2015, arXiv 1409.4842) go down to 8 %, which loses what a scene is about. A side longer
-    than the image's is shortened to it. Pixels at the edge mix with their neighbours outside.
+    Szegedy et al. (2015, 1409.4842) go down to 8 % of the area, which loses what a scene is about.
     """
     H, W = x.shape[-2:]
     area = uniform(x, 0.4, 1, generator) * H * W
     ratio = uniform(x, math.log(3 / 4), math.log(4 / 3), generator).exp()
-    height, width = (area / ratio).sqrt().clamp(max=H), (area * ratio).sqrt().clamp(max=W)
-    top, left = uniform(x, 0, 1, generator) * (H - height), uniform(x, 0, 1, generator) * (W - width)
+    height = (area / ratio).sqrt().clamp(max=H)
+    width = (area * ratio).sqrt().clamp(max=W)
+
+    top = uniform(x, 0, 1, generator) * (H - height)
+    left = uniform(x, 0, 1, generator) * (W - width)
     return crop(x, top, left, height, width), y
 
 
+def jitter(matrix, low, high):
+    """Return the augmentation that recolours by a matrix, its parameter between low and high."""
+    def augment(x, y, generator):
+        return recolour(x, matrix(uniform(x, low, high, generator))), y
+    return augment
+
+
 def random_color(x, y, generator):
-    """Colour jitter, as strong as its four parts below."""
-    factors = (uniform(x, 0.7, 1.3, generator) for _ in range(3))
-    return adjust_color(x, *factors, uniform(x, -0.05, 0.05, generator)), y
+    """Change brightness, contrast, saturation and hue at once, as strongly as each one alone.
+
+    The first three commute, and a small turn of the hue nearly does, so no order is drawn.
+    (torchvision shuffles the four, and clips after each.)
+    """
+    return recolour(x, brightness_matrix(uniform(x, 0.7, 1.3, generator)),
+                    contrast_matrix(uniform(x, 0.7, 1.3, generator)),
+                    saturation_matrix(uniform(x, 0.7, 1.3, generator)),
+                    hue_matrix(uniform(x, -0.05, 0.05, generator))), y
 
 
 def random_noise(x, y, generator):
-    """A strength between none and a tenth of the way from black to white."""
+    """Add noise of a deviation between 0 and a tenth of the way from black to white."""
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return add_noise(x, noise, uniform(x, 0, 0.1, generator)), y
 
 
 def random_cutout(x, y, generator):
-    """A third of the image's side: the paper has half of it for CIFAR-10, a quarter for CIFAR-100."""
-    side = torch.full((len(x),), min(x.shape[-2:]) // 3, device=x.device)
-    return cutout(x, *anywhere(x, generator), side), y
+    """Cut out a square of a third of the side. (The paper: 1/2 for CIFAR-10, 1/4 for CIFAR-100.)"""
+    H, W = x.shape[-2:]
+    side = torch.full((len(x),), min(H, W) // 3, device=x.device)
+    return cutout(x, integer(x, H, generator), integer(x, W, generator), side), y
 
 
 def random_cutmix(x, y, generator):
-    """On half of the images, a box for each (the authors: one per batch), its area uniform: Beta(1, 1)."""
-    on = uniform(x, 0, 1, generator) < 0.5
-    side = (uniform(x, 0, 1, generator) * on).sqrt()
-    height, width = ((side * n).long() for n in x.shape[-2:])
-    return cutmix(x, y, partners(x, generator), *anywhere(x, generator), height, width)
+    """Mix half of the images, each by a box of its own (the authors: one box for a batch).
+
+    The box has the shape of the image, and its area is uniform, which is Beta(1, 1).
+    """
+    H, W = x.shape[-2:]
+    mixed = uniform(x, 0, 1, generator) < 0.5
+    side = (uniform(x, 0, 1, generator) * mixed).sqrt()                            # 0 mixes nothing
+    partner = partners(x, generator)
+    cy = integer(x, H, generator)
+    cx = integer(x, W, generator)
+    return cutmix(x, y, partner, cy, cx, (side * H).long(), (side * W).long())
 
 
 def random_copypaste(x, y, generator):
-    """On half of the images. The paper flips and rescales both images before: "hflip,scale,copypaste"."""
+    """Paste onto half of the images. The paper flips and scales before: "hflip,scale,copypaste"."""
     itself = torch.arange(len(x), device=x.device)
-    return copy_paste(x, y, torch.where(uniform(x, 0, 1, generator) < 0.5, partners(x, generator), itself))
+    pasted = uniform(x, 0, 1, generator) < 0.5
+    return copy_paste(x, y, torch.where(pasted, partners(x, generator), itself))
 
 
 AUGMENTATIONS = {
-    "hflip": sometimes(hflip),
-    "vflip": sometimes(vflip),
+    "hflip": random_flip(-1),
+    "vflip": random_flip(-2),
     "rot90": random_rot90,
-    "rotate": strength(rotate, -180, 180),
+    "rotate": random_rotate,
     "scale": random_scale,
     "translate": random_translate,
     "crop": random_crop,
-    "brightness": strength(adjust_brightness, 0.7, 1.3),
-    "contrast": strength(adjust_contrast, 0.7, 1.3),
-    "saturation": strength(adjust_saturation, 0.7, 1.3),
-    "hue": strength(adjust_hue, -0.05, 0.05),    # little: another roof may be as red, but no meadow is
+    "brightness": jitter(brightness_matrix, 0.7, 1.3),
+    "contrast": jitter(contrast_matrix, 0.7, 1.3),
+    "saturation": jitter(saturation_matrix, 0.7, 1.3),
+    "hue": jitter(hue_matrix, -0.05, 0.05),     # little: meadows must stay green
     "color": random_color,
     "noise": random_noise,
     "cutout": random_cutout,
@@ -363,15 +359,15 @@ OVERHEAD = "hflip,rot90,crop,color"
 
 
 def compose(names):
-    """A function (x, y, generator) -> (x, y) from names: "hflip,rot90,crop"; "" and "none" change nothing.
+    """Return a function (x, y, generator) -> (x, y) for names such as "hflip,rot90,crop".
 
-    generator: a torch.Generator on x's device, or None for torch's own. Raises ValueError for unknown names.
+    "" and "none" change nothing. generator: a torch.Generator on x's device, or None for the
+    global one of torch. Raises ValueError for unknown names.
     """
     wanted = [] if names.strip() in ("", "none") else [name.strip() for name in names.split(",")]
-    unknown = [name for name in wanted if name not in AUGMENTATIONS]
-    if unknown:
-        known = ", ".join(AUGMENTATIONS)
-        raise ValueError(f"unknown augmentation {', '.join(map(repr, unknown))}; known: {known}")
+    for name in wanted:
+        if name not in AUGMENTATIONS:
+            raise ValueError(f"unknown augmentation {name!r}; known: {', '.join(AUGMENTATIONS)}")
 
     def augment(x, y, generator):
         for name in wanted:
@@ -380,25 +376,28 @@ def compose(names):
     return augment
 
 
-# ---- python augment.py: a contact sheet ----
+# ---- python augment.py: a contact sheet
 
 def settlement(size):
-    """A red roof and, as the mask's object, a round white tank, seen from above: (1, 4, size, size)."""
+    """Return a red roof and, as the object of the mask, a round tank: (1, 4, size, size)."""
     v, u = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
-    roof, tank = torch.maximum((u + 0.6).abs(), (v + 0.5).abs()) < 0.25, u**2 + v**2 < 0.1
-    ground = torch.stack((0.3 + 0.5 * roof, 0.5 + 0.1 * u - 0.3 * roof, 0.25 + 0.1 * v))
+    roof = torch.maximum((u + 0.6).abs(), (v + 0.5).abs()) < 0.25
+    tank = u**2 + v**2 < 0.1
+    ground = torch.stack((0.3 + 0.5 * roof, 0.5 - 0.3 * roof, 0.25 + 0.1 * v))
     return torch.cat((torch.where(tank, 0.95, ground), tank[None]))[None] * 2 - 1
 
 
 def contact_sheet(x):
-    """A row of the batch x per augmentation, and its name: a PIL image."""
-    size, generator = x.shape[-1], torch.Generator().manual_seed(0)
-    rows = {"original": compose("none"), **AUGMENTATIONS}
-    sheet = Image.new("RGB", (80 + len(x) * size, len(rows) * size), "white")
-    for k, (name, draw) in enumerate(rows.items()):
-        strip = rearrange(draw(x, torch.eye(len(x)), generator)[0][:, :3], "b c h w -> h (b w) c")
-        sheet.paste(Image.fromarray(((strip + 1) * 127.5).round().byte().numpy()), (80, k * size))
-        ImageDraw.Draw(sheet).text((8, k * size + size // 2), name, fill="black")
+    """Return a PIL image with a row for each augmentation: its name, and the batch x after it."""
+    generator = torch.Generator().manual_seed(0)
+    names = ["none", *AUGMENTATIONS]
+    rows = [compose(name)(x, torch.eye(len(x)), generator)[0] for name in names]
+    pictures = grid(to_uint8(torch.cat(rows)), len(x))
+    sheet = Image.new("RGB", (96 + pictures.width, pictures.height), "white")
+    sheet.paste(pictures, (96, 0))
+    for k, name in enumerate(names):
+        middle = (k + 0.5) * pictures.height / len(names)
+        ImageDraw.Draw(sheet).text((8, middle), name, "black", anchor="lm", font_size=14)
     return sheet
 
 
@@ -409,10 +408,11 @@ class Script(Settings):
 
 
 def main(cfg):
-    """Draw a contact sheet of all augmentations."""
+    """Draw a contact sheet of all augmentations, on two pictures, four times each."""
     one = settlement(96)
-    other = adjust_hue(one.flip(-1).roll(24, -1), torch.tensor([0.5]))       # so that mixing two shows
-    save_picture(contact_sheet(torch.cat((other, one)).repeat(4, 1, 1, 1)), cfg.out)
+    other = crop(one, *torch.tensor([[0], [0], [70], [70]]))
+    other = recolour(other, brightness_matrix(torch.tensor([0.8])), hue_matrix(torch.tensor([0.9])))
+    save_picture(contact_sheet(torch.cat((one, other)).repeat_interleave(4, 0)), cfg.out)
     print(f"{cfg.out}: a row each for {', '.join(AUGMENTATIONS)}")
 
 

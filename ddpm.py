@@ -1,27 +1,30 @@
-"""Denoising diffusion (DDPM). A network learns to guess the clean image in a noisy one. To sample,
-start from pure noise, then repeat: guess, move a little towards the guess, add a little noise.
+"""Denoising diffusion (DDPM): a network learns to guess the clean image in a noisy one. To make a
+new image, start from pure noise and repeat: guess, move a little towards the guess, add some noise.
 
-    one step of q     x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps     (new eps at every step)
-    t steps at once   x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps          (written a x0 + s eps)
-    where             abar_t = product of (1 - beta_i) over all i <= t      (so that a^2 + s^2 = 1)
+The process q adds noise, step by step or all at once:
 
-Why many steps: trained by squared error, the best guess is the mean of all images that may have
-become x_t, at high noise a blur. A step towards it makes x_t more definite, the next guess sharper.
+    one step          x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps    (new eps at every step)
+    all steps to t    x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps         (written a x0 + s eps)
+    where             abar_t = product of (1 - beta_i) over all i <= t     (so a^2 + s^2 = 1)
+
+Both are the same. A step multiplies a^2 by 1 - beta. It turns s^2, the variance of the noise, into
+(1 - beta) s^2 + beta, so a^2 + s^2 stays 1. And a sum of independent normal noises is normal.
+
+The process p removes the noise. It needs many steps, because a network trained by squared error
+answers with the mean of all images that may have become x_t. At high noise this mean is a blur. A
+small step towards it leaves fewer images possible, and the next guess is sharper.
 
     x0   an image in [-1, 1], (B, C, H, W), or the network's guess of it
-    x    the noisy image x_t                eps  standard normal noise
-    t    0 (least noise) .. T - 1 (noise)   v    a eps - s x0
-    eta  1: new noise at every step, 0: none    w    guidance scale, 1: no guidance
+    x    the noisy image x_t                   eps  normal noise N(0, I)
+    t    0 (least noise) .. T - 1 (noise)      v    a eps - s x0, see `target`
+    w    scale of guidance, 1 is none          eta  1: new noise at every step, 0: none
 
-The network is an argument; a tiny one is trained at the end. DDPM: Ho et al. 2020 (2006.11239), who
-count t from 1. DDIM: Song et al. 2021 (2010.02502). Cosine schedule: Nichol & Dhariwal 2021
-(2102.09672). v: Salimans & Ho 2022 (2202.00512). Guidance: Ho & Salimans 2022 (2207.12598).
-Rectified flow: Liu et al. 2023 (2209.03003). Order 2: DPM-Solver++(2M), Lu et al. 2022
-(2211.01095), with the corrector of UniPC-1, Zhao et al. 2023 (2302.04867).
+DDPM: Ho et al. 2020 (2006.11239), who count t from 1. DDIM: Song et al. 2021 (2010.02502).
 """
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image, ImageDraw
@@ -29,9 +32,8 @@ from torch import nn
 
 # ---- noise schedules: abar for every t, (T,) float64
 
-
 def linear_abar(T):
-    """Schedule of Ho et al., section 4: beta rises from 1e-4 to 0.02 (for T = 1000)."""
+    """Return the schedule of Ho et al., section 4: beta rises from 1e-4 to 0.02 (for T = 1000)."""
     if T <= 20:
         raise ValueError(f"the linear schedule needs T > 20, not {T}: beta would reach 1")
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -39,25 +41,11 @@ def linear_abar(T):
 
 
 def cosine_abar(T):
-    """Schedule of Nichol & Dhariwal, Eq. 17: the image fades evenly; beta is at most .999."""
+    """Return the schedule of Nichol & Dhariwal 2021 (2102.09672), Eq. 17: a squared cosine."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
-    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # .008: the first beta is not tiny
+    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)                 # f ends at 0: beta would be 1
     return (1 - beta).cumprod(0)
-
-
-def flow_abar(T):
-    """Schedule of rectified flow: x = (1 - u) x0 + u eps with u = (t + 1) / (T + 1), over its norm.
-
-    Flow models predict eps - x0, a weighted sum of v and x: a network for one serves the other. The
-    Euler step of a flow is the step of DDIM.
-    """
-    u = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
-    return (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
-
-
-SCHEDULES = {"cosine": cosine_abar, "linear": linear_abar, "flow": flow_abar}
-PREDICTS = ("v", "eps", "x0")           # with x_t given, each of them determines the other two
 
 
 class Diffusion(nn.Module):
@@ -68,40 +56,38 @@ class Diffusion(nn.Module):
         if predict not in PREDICTS:
             raise ValueError(f"predict is {predict}, must be one of {', '.join(PREDICTS)}")
         self.T, self.predict, self.gamma = T, predict, gamma
-        self.abar = SCHEDULES[schedule](T)                # float64, stays on the CPU
-        self.register_buffer("sqrt_abar", self.abar.sqrt().float(), persistent=False)
-        self.register_buffer("sqrt_1m_abar", (1 - self.abar).sqrt().float(), persistent=False)
+        self.abar = SCHEDULES[schedule](T)                # (T,) float64, stays on the CPU
+        abar = self.abar.view(-1, 1, 1, 1)
+        self.register_buffer("sqrt_abar", abar.sqrt().float(), persistent=False)
+        self.register_buffer("sqrt_1m_abar", (1 - abar).sqrt().float(), persistent=False)
 
     # ---- training: Algorithm 1
 
     def q_sample(self, x0, t, eps):
-        """Sample q(x_t | x0), Ho et al. Eq. 4: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps.
-
-        x0, eps: (B, C, H, W); t: (B,) int64.
-        """
-        a, s = self.sqrt_abar[t].view(-1, 1, 1, 1), self.sqrt_1m_abar[t].view(-1, 1, 1, 1)
-        return a * x0 + s * eps
+        """Return a sample x_t of q(x_t | x0), Ho et al. Eq. 4, for t (B,) int64 and eps like x0."""
+        return self.sqrt_abar[t] * x0 + self.sqrt_1m_abar[t] * eps
 
     def target(self, x0, t, eps):
         """Return what the network should predict, (B, C, H, W).
 
-        To get x0 from eps one divides by a: at high noise errors explode. To get eps from x0, by s:
-        so at low noise. v is about -x0 at high noise and eps at low noise: what x does not show.
+        x0 = (x - s eps) / a, so at high noise, where a is small, an error in eps is a huge one in
+        x0. eps = (x - a x0) / s, so at low noise it is the other way round. v, Salimans & Ho 2022
+        (2202.00512), is about -x0 at high noise and eps at low noise, always what x hides.
         """
-        a, s = self.sqrt_abar[t].view(-1, 1, 1, 1), self.sqrt_1m_abar[t].view(-1, 1, 1, 1)
-        return {"v": a * eps - s * x0, "eps": eps, "x0": x0}[self.predict]
+        v = self.sqrt_abar[t] * eps - self.sqrt_1m_abar[t] * x0
+        return {"v": v, "eps": eps, "x0": x0}[self.predict]
 
     def x0_from(self, x, out, a, s):
-        """Solve x = a x0 + s eps for x0; the network's output `out` is v, eps or x0 itself."""
+        """Return x0: solve x = a x0 + s eps, where the network's output is v, eps or x0."""
         if self.predict == "v":
             return a * x - s * out                        # = (a^2 + s^2) x0
         return (x - s * out) / a if self.predict == "eps" else out
 
     def loss(self, model, x0, cond, drop=0.1, generator=None):
-        """Algorithm 1: add noise to images x0 (B, C, H, W), predict, return the mean squared error.
+        """Return the loss of Algorithm 1 on images x0 (B, C, H, W): the weighted squared error.
 
-        A share `drop` of the images is trained without its condition, as guidance needs:
-        cond.drop(mask) is the condition without that of the images where mask, (B,) bool, is true.
+        Guidance needs a network that can do without the condition. So a share `drop` of the images
+        is trained without it: cond.drop(mask) drops it where mask, (B,) bool, is true.
         """
         t = torch.randint(self.T, (len(x0),), device=x0.device, generator=generator)
         eps = torch.randn(x0.shape, device=x0.device, generator=generator)
@@ -114,34 +100,32 @@ class Diffusion(nn.Module):
     def weight(self, t):
         """Return the weight of the error at t, (B,): one loss, whatever the network predicts.
 
-        It is min(SNR, gamma) times the squared error of x0, where SNR = (a / s)^2. As x = a x0 + s
-        eps, the same error is a / s as large in eps, and 1 / s in v: `scale` divides by the square.
-        With gamma = inf it is the plain error of eps, L_simple (Ho et al. Eq. 14); a finite gamma
-        caps the weight of low noise: min-SNR, Hang et al. 2023 (2303.09556).
+        It is min(SNR, gamma) times the squared error of x0, where SNR = (a / s)^2. As x = a x0 +
+        s eps, the same error is a / s as large in eps, and 1 / s in v: `scale` divides by the
+        square. With gamma = inf it is the plain error of eps, L_simple (Ho et al. Eq. 14). A finite
+        gamma limits the weight of low noise: min-SNR, Hang et al. 2023 (2303.09556).
         """
-        snr = (self.sqrt_abar[t] / self.sqrt_1m_abar[t]) ** 2
+        snr = (self.sqrt_abar[t] / self.sqrt_1m_abar[t]).flatten() ** 2
         scale = {"x0": 1, "eps": snr, "v": snr + 1}[self.predict]
         return snr.clamp(max=self.gamma) / scale
 
-    # ---- sampling: Algorithm 2 as the paper has it, then the same in few steps
+    # ---- sampling: Algorithm 2 as in the paper, to be read; then the same in few steps
 
     @torch.no_grad()
     def sample_ddpm(self, model, cond, randn):
-        """Algorithm 2, all T steps, to be read. Returns images (B, C, H, W).
-
-        Each call of randn() draws new noise N(0, I) of this shape. `sample` returns the same with
-        order=1, eta=1, steps=T, clip=False, and is the one to use.
-        """
+        """Return images (B, C, H, W) by Algorithm 2 in T steps; randn() draws noise like x0."""
         x = randn()
         for t in reversed(range(self.T)):
-            abar, abar_prev = self.abar[t].item(), self.abar[t - 1].item() if t > 0 else 1.0
+            abar = self.abar[t].item()
+            abar_prev = self.abar[t - 1].item() if t > 0 else 1.0
             beta = 1 - abar / abar_prev                          # as abar = abar_prev (1 - beta)
             out = model(x, torch.full((len(x),), t, device=x.device), cond)
             x0 = self.x0_from(x, out, math.sqrt(abar), math.sqrt(1 - abar))      # the guess
 
-            # Ho et al. Eq. 7. Two things are known of x_{t-1}: it is sqrt(abar_prev) x0 but for the
-            # variance 1 - abar_prev, and x / sqrt(1 - beta) but for the variance beta / (1 - beta).
-            # Each is weighed by the inverse of its variance; sigma^2 is the variance that is left.
+            # Two things are known of x_{t-1}. It is sqrt(abar_prev) x0 plus noise of variance
+            # 1 - abar_prev. As q led from it to x, it is x / sqrt(1 - beta) plus noise of variance
+            # beta / (1 - beta). Weigh each by the inverse of its variance: this is the mean, Ho et
+            # al. Eq. 7 (in Algorithm 2 with eps for x0). sigma^2 is the variance that is left.
             mean = math.sqrt(abar_prev) * beta / (1 - abar) * x0
             mean += math.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar) * x
             sigma = math.sqrt((1 - abar_prev) / (1 - abar) * beta)
@@ -151,15 +135,16 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def sample(self, model, cond, randn, steps=12, w=1.0, eta=0.0, order=2, clip=True,
                start=None, known=None):
-        """Return images (B, C, H, W) in [-1, 1]; each call of randn() draws new noise N(0, I).
+        """Return images (B, C, H, W) in [-1, 1]; each call of randn() draws N(0, I) like them.
 
-            order=2                   8 to 20 steps do as well as hundreds of DDIM
+            order=2                   12 steps come as near to the limit as hundreds of DDIM
             order=1, eta=0            DDIM: no new noise, the first x decides the image
-            order=1, eta=1, steps=T   DDPM
+            order=1, eta=1, steps=T   DDPM: with clip=False the same as sample_ddpm
 
-        w: guidance scale. start=(x0, t) begins at given images with the noise of t: SDEdit, Meng et
-        al. 2022 (2108.01073). known=(x0, mask) keeps x0 where mask (B, 1, H, W) is 1 and paints the
-        rest; it needs order 1: RePaint, Lugmayr et al. 2022 (2201.09865).
+        w: see `guided`. start=(x0, t): begin at these images, noised to t (SDEdit, Meng et al.
+        2022, 2108.01073). known=(x0, mask): keep x0 where mask (B, 1, H, W) is 1, paint the rest
+        (RePaint, Lugmayr et al. 2022, 2201.09865). Order 2 takes each step twice, which would undo
+        new noise and known pixels, so it refuses both.
         """
         if model.training:
             raise ValueError("call model.eval() first: dropout is still on")
@@ -169,32 +154,28 @@ class Diffusion(nn.Module):
         # At level k, x = a[k] x0 + s[k] eps. One more level, at the end, is the image itself.
         a = [*self.abar[ts].sqrt().tolist(), 1.0]
         s = [*(1 - self.abar[ts]).sqrt().tolist(), 0.0]
-        network = partial(guided, model, cond=cond, w=w)
-        x = randn()
-        if x.is_cuda:
-            network = Replay(network)                        # the same numbers, faster
-        if start:
-            x = a[0] * start[0] + s[0] * x
 
         def ddim(x, x0, k, sigma=0.0):
-            """Step from level k to k + 1, DDIM Eq. 12: find eps in x, add less of it to x0.
-
-            Of the variance s^2 there, sigma^2 is left to new noise.
-            """
+            """Step to level k + 1, DDIM Eq. 12; of its variance s^2, sigma^2 is for new noise."""
             eps = (x - a[k] * x0) / s[k]
             return a[k + 1] * x0 + math.sqrt(s[k + 1] ** 2 - sigma**2) * eps
 
+        network = partial(guided, model, cond=cond, w=w)
+        x = randn()
+        if x.is_cuda:
+            network = Replay(network)        # the same numbers, sooner
+        if start:
+            x = a[0] * start[0] + s[0] * x
         x_last = x0_last = None
         for k, t in enumerate(ts):           # no .item() in here: Python runs ahead of the GPU
             out = network(x, torch.full((len(x),), t, device=x.device))
             x0 = self.x0_from(x, out, a[k], s[k])
             if clip:
-                x0 = x0.clamp(-1, 1)         # as Ho's code: at high noise the guess is far off
+                x0 = x0.clamp(-1, 1)         # no pixel is outside; Ho's code does so, too
 
+            x0_ahead = x0
             if order == 2:
                 x, x0_ahead = self.second_order(x, x0, x_last, x0_last, ddim, a, s, k)
-            else:
-                x0_ahead = x0
             x_last, x0_last = x, x0
 
             beta = 1 - (a[k] / a[k + 1]) ** 2                # of the step from level k to k + 1
@@ -207,14 +188,42 @@ class Diffusion(nn.Module):
                 x = torch.where(mask > 0, a[k + 1] * x0_known + s[k + 1] * randn(), x)
         return x
 
+    def levels(self, steps, start=None):
+        """Return the t to visit, [int] falling: s / a, noise to signal, falls by equal factors.
+
+        The first is T - 1, pure noise, or `start`, a t. If s / a is above 60 there, the second is
+        at 60. The last is at .01, about a grey level. If steps = T, all t are visited.
+
+        Why equal factors: the mean of N pixels has sqrt(N) times less noise than one of them. So
+        large things, like the brightness, are settled at high noise, and details at low noise. With
+        12 even t of the cosine schedule the first step goes from pure noise to s / a = 7, and if
+        the brightness of 64 x 64 RGB images varies by 18 grey levels (std), half of this is lost.
+        """
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
+        log_ratio = ((1 - self.abar) / self.abar).log() / 2      # log(s / a), (T,) rising
+        start = self.T - 1 if start is None else start
+        steps = min(steps, start + 1)
+        top, high, low = log_ratio[start].item(), math.log(60), math.log(0.01)
+        first = [top] if top > high else []
+        wanted = [*first, *torch.linspace(min(top, high), low, steps - len(first)).tolist()]
+
+        ts, t = [], start + 1
+        for k, value in enumerate(wanted):
+            nearest = (log_ratio - value).abs().argmin().item()
+            t = max(min(nearest, t - 1), steps - 1 - k)      # below the last; the rest still fit
+            ts.append(t)
+        return ts
+
     @staticmethod
     def second_order(x, x0, x_last, x0_last, ddim, a, s, k):
-        """Return a better x at level k, and the x0 to step towards; no more calls of the network.
+        """Return a better x at level k, and the x0 to step towards, without calling the network.
 
-        DDIM is Euler's method: the guess at the start of a step serves for all of it. Two repairs:
-        behind, the last step is taken again with the mean of the guesses at its ends (UniPC-1's
-        corrector); ahead, the guess is extrapolated to the middle of the next step, along the line
-        through the last two (DPM-Solver++ 2M). Time is log(a / s), in which the steps are even.
+        A step of DDIM is exact, however long, if the guess x0 is the same all the way. But it is
+        not. So the last step is taken again, with the mean of the guesses at its ends (corrector of
+        UniPC-1, Zhao et al. 2023, 2302.04867). And the next one goes towards the guess in its
+        middle, expected from the line through the last two guesses (DPM-Solver++ 2M, Lu et al.
+        2022, 2211.01095). Time is log(a / s), in which the steps are even.
         """
         if k == 0:
             return x, x0
@@ -224,55 +233,130 @@ class Diffusion(nn.Module):
         last, now, after = (math.log(a[j] / s[j]) for j in (k - 1, k, k + 1))
         return x, x0 + (after - now) / (now - last) / 2 * (x0 - x0_last)
 
-    def levels(self, steps, start=None):
-        """Choose the t to visit, [int] falling: s / a, noise to signal, falls by equal factors.
-
-        The first is T - 1, pure noise, or `start`, a t; the others go from s / a = 60 to .01,
-        about a grey level. If steps = T, all t are visited. Why so: the mean of N pixels has
-        sqrt(N) times less noise than one of them, so the brightness of an image is settled at high
-        noise. There 12 even t take such large steps that half of its variation is lost.
-        """
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
-        log_ratio = ((1 - self.abar) / self.abar).log() / 2      # log(s / a), (T,) rising
-        start = self.T - 1 if start is None else start
-        steps = min(steps, start + 1)
-        top, high, low = log_ratio[start].item(), math.log(60), math.log(0.01)
-        if top > high:
-            wanted = [top, *torch.linspace(high, low, steps - 1).tolist()]
-        else:
-            wanted = torch.linspace(top, low, steps).tolist()
-
-        ts, t = [], start + 1
-        for k, value in enumerate(wanted):
-            nearest = (log_ratio - value).abs().argmin().item()
-            t = max(min(nearest, t - 1), steps - 1 - k)      # below the last; the rest still fit
-            ts.append(t)
-        return ts
-
 
 def guided(model, x, t, cond, w):
-    """Predict with classifier-free guidance, Ho & Salimans Eq. 6 (their w is ours less 1).
+    """Return the output with classifier-free guidance: Ho & Salimans 2022 (2207.12598), Eq. 6.
 
-    Go w times the way from the guess without the condition to the one with it, both in one batch:
-    clearer images of the class, less varied ones. cond.and_null(): cond, then itself all hidden.
+    Go w times the way from the output without the condition to the one with it (w is their w + 1).
+    As eps is -s times the gradient of log p(x), this is the eps of p(x) p(cond | x)^w: with w > 1
+    images show their condition more clearly, and vary less. And each step is twice the work, as
+    cond.and_null() is cond and then, in the same batch, as many dropped ones, (2 B).
     """
     if w == 1:
-        return model(x, t, cond).to(x.dtype)                     # a network may compute in bfloat16
+        return model(x, t, cond).to(x.dtype)                 # a network may compute in bfloat16
     both = model(torch.cat([x, x]), torch.cat([t, t]), cond.and_null()).to(x.dtype)
-    given, null = both.chunk(2)
-    return null + w * (given - null)
+    with_cond, without = both.chunk(2)
+    return without + w * (with_cond - without)
 
 
-# ---- a CUDA graph: the same numbers, sooner
+# ---- a whole program, python ddpm.py. Its images are points: one pixel, whose channels are x and y
+
+def classes(y):
+    """Return the toy's condition: the class y (B,) of every point, 0 or 1, or -1 if dropped."""
+    return SimpleNamespace(
+        y=y,
+        drop=lambda mask: classes(y.masked_fill(mask, -1)),
+        and_null=lambda: classes(torch.cat([y, torch.full_like(y, -1)])))
+
+
+class Toy(nn.Sequential):
+    """A network for points (B, 2, 1, 1)."""
+    def forward(self, x, t, cond):
+        numbers = torch.cat([x.flatten(1), t[:, None] / 1000, cond.y[:, None]], dim=1)   # (B, 4)
+        return super().forward(numbers).view_as(x)
+
+
+def spiral(y):
+    """Return a point of each class y (B,), (B, 2, 1, 1) in [-1, 1]: the classes are two arms."""
+    angle = 6 * torch.rand(len(y)).sqrt()
+    arm = (1 - 2 * y) * angle / 6 * torch.stack([angle.cos(), angle.sin()])
+    return (arm + 0.05 * torch.randn_like(arm)).T.reshape(-1, 2, 1, 1)
+
+
+def train_toy(steps, y):
+    """Return a Diffusion, and a network that was trained on points of the classes y (B,)."""
+    diffusion = Diffusion(gamma=math.inf)
+    model = Toy(nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(),
+                nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(1, steps + 1):
+        loss = diffusion.loss(model, spiral(y), classes(y))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (1, 100, steps // 2, steps):
+            print(f"step {step:4}: loss {loss.item():.2f}")
+    return diffusion, model.eval()
+
+
+def dots(points):
+    """Draw points (B, 2, 1, 1), even ones in blue, odd ones in red, as an image (3, 128, 128)."""
+    image = torch.ones(3, 130, 130)
+    column, row = (points.flatten(1) / 3 * 128 + 65).long().clamp(0, 129).T
+    image[:2, row[::2], column[::2]] = -1
+    image[1:, row[1::2], column[1::2]] = -1
+    return image[:, 1:-1, 1:-1]                     # less an edge with all that lies outside
+
+
+def main(path="runs/ddpm.png", steps=1500):
+    """Draw labelled rows: q by each schedule, then p of the toy, plain and with guidance."""
+    torch.manual_seed(0)
+    x = torch.linspace(-1, 1, 128).expand(128, 128)
+    x0 = torch.stack([x, 1.4 * (x**2 + x.T**2 < 0.3) - 0.7, x.T])[None]
+    rows = {}
+    for name in SCHEDULES:
+        row = rows[f"q, {name} schedule: t = 0 ... 999, data -> noise"] = {}
+        for t in torch.linspace(0, 999, 8).long():
+            row[f"t = {t}"] = Diffusion(1000, name).q_sample(x0, t[None], torch.randn_like(x0))[0]
+
+    y = torch.arange(1000) % 2
+    diffusion, model = train_toy(steps, y)
+    seen = {}                                       # the x that the network was given at each t
+    model.register_forward_pre_hook(lambda _, inputs: seen.update({int(inputs[1][0]): inputs[0]}))
+    for name, sampler in (("Algorithm 2, 1,000 steps", diffusion.sample_ddpm),
+                          ("the fast sampler, 12 steps", diffusion.sample),
+                          ("the same with guidance, w = 3", partial(diffusion.sample, w=3))):
+        samples = sampler(model, classes(y), partial(torch.randn, 1000, 2, 1, 1))
+        row = rows[f"p by {name}: noise -> data"] = {}
+        row |= {f"t = {t}": dots(seen[t]) for t in diffusion.levels(12)[4:10]}
+        row |= {"samples": dots(samples), "data": dots(spiral(y))}
+
+    sheet = Image.new("RGB", (1088, len(rows) * 172), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (title, row) in enumerate(rows.items()):
+        pen.text((4, 172 * k + 4), title, fill="black", font_size=13)
+        for j, (caption, image) in enumerate(row.items()):
+            pen.text((136 * j + 4, 172 * k + 22), caption, fill="black", font_size=12)
+            pixels = ((image.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0)
+            sheet.paste(Image.fromarray(pixels.numpy()), (136 * j + 4, 172 * k + 40))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    print(f"look at {path}")
+
+
+# ---- to be skipped at first: the schedule of flows, and a CUDA graph
+
+def flow_abar(T):
+    """Return the schedule of rectified flow, Liu et al. 2023 (2209.03003), for u = (t+1) / (T+1).
+
+    x = (1 - u) x0 + u eps, divided so that a^2 + s^2 = 1. Flow models predict eps - x0, which is
+    (a + s) v - (a - s) x. The Euler step of a flow is the step of DDIM.
+    """
+    u = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
+    return (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
+
+
+SCHEDULES = {"cosine": cosine_abar, "linear": linear_abar, "flow": flow_abar}
+PREDICTS = ("v", "eps", "x0")           # given x_t, each of them determines the other two
+
 
 class Replay:
     """A network whose kernels are recorded at its second call, and from then on launched at once.
 
-    Python takes longer to launch the few hundred kernels of a small network than a GPU to run them.
-    The first call is plain: it sets up cuDNN and cuBLAS, which must not be recorded. A graph reads
-    and writes fixed places: x and t are copied there, and all else (weights, conditions) must stay
-    where it is. So a Replay lives as long as one call of `sample`.
+    Python takes longer to launch the kernels of a small network than a GPU to run them. The first
+    call sets up cuDNN and cuBLAS, which must not be recorded. A graph reads and writes fixed
+    places: x and t are copied there; weights and conditions must stay where they are. So a Replay
+    lives as long as one call of `sample`.
     """
 
     def __init__(self, network):
@@ -290,84 +374,6 @@ class Replay:
         self.t.copy_(t)
         self.graph.replay()
         return self.out.clone()                              # the next call overwrites it
-
-
-# ---- a whole program: python ddpm.py. Its images are points of a plane, one pixel of two channels
-
-class Toy(nn.Sequential):
-    """A network for points (B, 2, 1, 1); it sees waves of x, y, t / 1000 at 4 frequencies."""
-
-    def forward(self, x, t, cond):
-        place = torch.cat([x.flatten(1), t[:, None] / 1000], dim=1)                      # (B, 3)
-        angle = math.pi * place[:, :, None] * torch.tensor([0.25, 0.5, 1, 2])            # (B, 3, 4)
-        waves = torch.cat([angle.sin(), angle.cos()], dim=1).flatten(1)                  # (B, 24)
-        return super().forward(waves).view_as(x)
-
-
-class NoCondition:
-    """The condition of a network that has none."""
-
-    def drop(self, mask):
-        """Return itself: there is nothing to drop."""
-        return self
-
-
-def spiral(n):
-    """Draw n points of the data, (n, 2, 1, 1) in [-1, 1]."""
-    angle = 10 * torch.rand(n).sqrt()
-    points = angle / 10 * torch.stack([angle.cos(), angle.sin()]) + 0.02 * torch.randn(2, n)
-    return points.T.reshape(n, 2, 1, 1)
-
-
-def train_toy(steps):
-    """Train on the spiral, then sample. Returns 1,000 points at each sampling step, noise first."""
-    diffusion = Diffusion(gamma=math.inf)
-    hidden = [layer for width in (24, 64, 64) for layer in (nn.Linear(width, 64), nn.SiLU())]
-    model = Toy(*hidden, nn.Linear(64, 2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for step in range(1, steps + 1):
-        loss = diffusion.loss(model, spiral(256), NoCondition())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if step in (1, 100, steps // 2, steps):
-            print(f"step {step:4}: loss {torch.tensor(losses[-100:]).mean():.2f}")
-
-    stages = []
-    model.eval().register_forward_pre_hook(lambda _, inputs: stages.append(inputs[0]))
-    samples = diffusion.sample(model, NoCondition(), lambda: torch.randn(1000, 2, 1, 1))
-    return [*stages, samples]
-
-
-def main(path="runs/ddpm.png", steps=4000):
-    """Draw q on an image for each schedule, and p on the toy: a labelled row each."""
-    torch.manual_seed(0)
-    x, y = torch.linspace(-1, 1, 128), torch.linspace(-1, 1, 128)[:, None]
-    x0 = torch.stack([(3 * y).sin() * x, (x**2 + y**2 < 0.3) * 1.4 - 0.7, y - 0.3 * x])[None]
-    eps = torch.randn_like(x0)
-    rows = {}
-    for schedule in SCHEDULES:
-        diffusion, ts = Diffusion(1000, schedule), torch.linspace(0, 999, 8).long()
-        rows[f"q, {schedule}: t = 0 to 999"] = [diffusion.q_sample(x0, t[None], eps)[0] for t in ts]
-
-    stages = train_toy(steps)
-    shown = [stages[k] for k in (0, 4, 6, 7, 8, 9, 12)] + [spiral(1000)]
-    edges = dict(bins=128, range=[-1.5, 1.5, -1.5, 1.5])
-    counts = [torch.histogramdd(points.flatten(1), **edges).hist.T for points in shown]
-    rows["p, a toy: from noise to samples; last, the data"] = [
-        1 - 2.0 * (count > 0).expand(3, -1, -1) for count in counts]
-
-    sheet = Image.new("RGB", (8 * 128, len(rows) * 148), "white")
-    for k, (title, pictures) in enumerate(rows.items()):
-        strip = torch.cat(pictures, dim=2).clamp(-1, 1)                          # (3, 128, 1024)
-        strip = ((strip + 1) * 127.5).round().byte().permute(1, 2, 0)
-        ImageDraw.Draw(sheet).text((4, 148 * k + 4), title, fill="black")
-        sheet.paste(Image.fromarray(strip.numpy()), (0, 148 * k + 20))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    print(f"look at {path}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Train a classifier on real scenes, synthetic ones or a mixture, and score it.
+"""Train a classifier on real images, synthetic ones or a mixture of both, and score it.
 
     python train_cls.py --data data/NWPU-RESISC45 --augment hflip,rot90,crop,color
-    python train_cls.py --data data/NWPU-RESISC45 --synthetic runs/made --share 0.5 --out runs/mixed
-    torchrun --nproc-per-node 4 train_cls.py ...               # same numbers, on 4 GPUs
-    python train_cls.py --predict photos --out runs/mixed      # with runs/mixed/classifier.pt: a csv
-    python train_cls.py --data data/UCM_captions --learn clip --out runs/clip    # from images and sentences
+    python train_cls.py --data data/NWPU-RESISC45 --synthetic runs/synthetic --share 0.5
+    python train_cls.py --predict photos --out runs/cls         # writes predictions.csv
+    python train_cls.py --data data/RSICD --learn clip --out runs/clip
     python train_cls.py --data data/NWPU-RESISC45 --init runs/clip/clip.pt --tune head
+    torchrun --nproc-per-node 4 train_cls.py ...                # a quarter of each batch per GPU
 
-On a CPU add: --size 32 --patch 4 --dim 64 --depth 1 --heads 2 --steps 1500 --batch 64 --lr 4e-3 --warmup 50
-Everything is counted in optimizer steps, never in epochs: more images must not mean more training.
+On a CPU add: --size 32 --patch 4 --dim 64 --depth 1 --heads 2 --steps 1500 --batch 64 --lr 4e-3
+Training is counted in steps, not in epochs: with epochs, more images would mean more training.
 """
 import math
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,87 +26,362 @@ import data
 import vit
 from augment import OVERHEAD, compose
 from data import UserError, flag
-from vit import CLIP, LENGTH, MAE, Convolutions, Patches, TextEncoder, ViT, head, mean_token, word_tokens, zero
+from vit import LENGTH, Convolutions, Patches, TextEncoder, ViT, head, mean_token, word_tokens, zero
 
-MODELS = "vit", "patches", "resnet", "linear"          # patches: a ViT without convolutions
-TUNES = "all", "head", "none"
-LEARNS = "classes", "clip", "mae"                      # of the classes, of sentences, of images alone
-ENCODER_LR_SCALE = 0.1                                             # of a encoder that is tuned: a part of its head's rate
+MODELS = "vit", "patches", "resnet", "linear"     # patches: a ViT whose stem has no convolutions
+ENCODER_LR_SCALE = 0.1                            # a pretrained encoder learns so much slower
 
 
 @dataclass
 class Config(data.Settings):
-    """Everything that makes a classifier but the images."""
+    """All that decides a classifier, except the images."""
     model: str = flag("vit", "classifier", choices=MODELS)
     size: int = flag(64, "side of the images in pixels", 1, 1024)
-    patch: int = flag(8, "pixels a side of a token", 1, 1024)
+    patch: int = flag(8, "side of a patch in pixels: each patch is a token", 1, 1024)
     dim: int = flag(192, "width of a token", 16, 8192)
     depth: int = flag(6, "transformer blocks", 0, 100)
     heads: int = flag(3, "attention heads", 1, 512)
     steps: int = flag(5000, "optimizer steps", 1)
     batch: int = flag(128, "images per step, real and synthetic together", 1, 65_536)
     lr: float = flag(1e-3, "peak learning rate", 1e-9)
-    warmup: int = flag(200, "steps to reach it", 0)
+    warmup: int = flag(200, "steps until the learning rate reaches its peak", 0)
     decay: float = flag(0.1, "weight decay, on matrices only", 0, 100)
     smoothing: float = flag(0.1, "label smoothing", 0, 0.99)
-    share: float = flag(0.0, "probability that a synthetic image stands in for a real one of its class", 0, 1)
-    pretrain: bool = flag(False, "only synthetic images for the first --share of the steps, then real ones")
-    balance: bool = flag(False, "draw all classes equally often, however rare they are")
-    augment: str = flag(OVERHEAD, "augmentations by name, in order; none is none")
-    seed: int = flag(0, "fixes the choice of images, weights and batches", 0, 2**32 - 1)
-    init: str = flag("", "weights to begin from, instead of --model of this --size, --patch, --dim ...")
-    tune: str = flag("all", "what to train of --init; a head learns without augmentation", choices=TUNES)
+    share: float = flag(0.0, "probability that a synthetic image replaces a real one", 0, 1)
+    pretrain: bool = flag(False, "synthetic images in the first --share of the steps, then real")
+    balance: bool = flag(False, "draw all classes equally often, also rare ones")
+    augment: str = flag(OVERHEAD, "names of augmentations, in this order; or none")
+    seed: int = flag(0, "fixes initial weights, batches and --per-class", 0, 2**32 - 1)
+    init: str = flag("", "start from these weights, instead of a new --model of --size, --dim ...")
+    tune: str = flag("all", "part of --init to train", choices=("all", "head", "none"))
 
     def __post_init__(self):
         super().__post_init__()
-        compose(self.augment)
+        compose(self.augment)                     # ValueError for an unknown name
         if not self.init:
-            with torch.device("meta"):
-                make_classifier(self, 2, 3)                                   # it says which sizes do not fit
+            with torch.device("meta"):            # ValueError for sizes that do not fit together
+                make_classifier(self, 2, 3)
 
 
-@dataclass
-class Script(Config):
-    """Config, and the settings that only the command line needs."""
-    data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, caption set or xBD tree")
-    synthetic: str = flag("", "tree of synthetic images, same class names, as train_gen.py --sample makes")
-    skip_broken: bool = flag(False, "leave out pictures that do not decode")
-    per_class: int = flag(0, "real training images per class, or tiles of an xBD tree (0: all)", 0)
-    out: str = flag("runs/cls", "folder for classifier.pt, or where it is")
-    predict: str = flag("", "classify the pictures of a folder instead of training: predictions.csv in --out")
-    test: bool = flag(False, "score on the test split too: once, when nothing is left to choose")
-    learn: str = flag("classes", "learn from; clip: sentences of a caption set; mae: images alone",
-                      choices=LEARNS)
+# ---- where synthetic images replace real ones
 
-    def __post_init__(self):
-        super().__post_init__()
-        mixes, alone = {*data.listed(self.augment)}, self.learn != "classes"
-        for wrong, why in (
-                (alone and (self.init or self.share), f"--learn {self.learn}: leave out --init, --share"),
-                (self.model == "linear" and alone or self.model == "resnet" and self.learn == "mae",
-                 f"--learn {self.learn} is not for --model {self.model}"),
-                ("copypaste" in mixes, "--augment copypaste needs masks, which only experiment.py gives"),
-                ("cutmix" in mixes and self.learn == "clip", "--augment cutmix makes sentences untrue"),
-                (bool(self.synthetic) != (self.share > 0), "--synthetic and --share belong together: "
-                 "give the tree, and the probability of its images")):
-            if wrong:
-                raise ValueError(why)
+class Mixture:
+    """Real and synthetic training images, from which batches are drawn.
+
+    Each place of a batch first draws a real image. With probability `share`, a random synthetic
+    image of the same class replaces it; where its class has none, the real image stays.
+
+    Equal budget: synthetic images replace real ones and are never added. Whatever the share, a run
+    takes as many steps on as many images, and each class occurs as often.
+    Paired arms: a place always draws three random numbers, whatever the share. So runs with equal
+    seeds draw the same real images, and differ only where one was replaced.
+
+    real, synthetic: Scenes with the same classes; synthetic may be None. soft (M, K): class
+    probabilities to teach for the M synthetic images, instead of their labels.
+    """
+
+    def __init__(self, real, synthetic, cfg, soft, device):
+        K, empty = len(real.classes), real[:0]
+        synthetic = synthetic or empty
+
+        # Real images are all equally likely; with cfg.balance, all classes are.
+        per_class = real.labels.bincount(minlength=K)
+        weight = 1 / per_class[real.labels] if cfg.balance else torch.ones(len(real))
+        self.p_real = (weight / weight.sum()).to(device)                            # (R,)
+        self.cdf = (weight.double().cumsum(0) / weight.sum()).float().to(device)    # (R,)
+
+        # Synthetic images follow, sorted by class: class c has count[c] of them, from first[c] on.
+        order = synthetic.labels.argsort(stable=True)
+        self.count = synthetic.labels.bincount(minlength=K).to(device)              # (K,)
+        self.first = len(real) + self.count.cumsum(0) - self.count                  # (K,)
+        self.images = torch.cat([real.images, synthetic.images[order]]).to(device)  # (N, C, H, W)
+        self.labels = torch.cat([real.labels, synthetic.labels[order]]).to(device)  # (N,)
+        self.targets = F.one_hot(self.labels, K).float()                            # (N, K)
+        if soft is not None:
+            self.targets[len(real):] = soft[order].to(device)
+
+    def draw(self, n, share, rng):
+        """Return the indices of n images to train on, (n,) int64."""
+        u_real, u_replace, u_synthetic = torch.rand(3, n, device=self.cdf.device, generator=rng)
+
+        real = torch.searchsorted(self.cdf, u_real).clamp(max=len(self.cdf) - 1)
+        c = self.labels[real]
+        synthetic = self.first[c] + (u_synthetic * self.count[c]).long()
+
+        replaced = (u_replace < share) & (self.count[c] > 0)
+        return torch.where(replaced, synthetic, real)
+
+    def probabilities(self, share):
+        """Return the probability that `draw` picks each image, (N,), for the linear baseline."""
+        c_real, c_synthetic = self.labels.tensor_split([len(self.p_real)])
+        share = share * (self.count > 0).float()      # (K,): 0 for classes without synthetic images
+        p_class = torch.zeros_like(share).index_add(0, c_real, self.p_real)
+        p_synthetic = p_class * share / self.count
+        return torch.cat([self.p_real * (1 - share)[c_real], p_synthetic[c_synthetic]])
 
 
-# ---- the classifiers beside the ViT
+# ---- training
+
+def fit(real, synthetic, cfg, path=None, soft=None, title="classifier", model=None):
+    """Train a classifier on real and synthetic images, and return it in eval mode.
+
+    real, synthetic, soft: see Mixture; features (N, D) may stand in the place of images. path: the
+    checkpoint file, or None to keep none. model: what to train, by default a new one as cfg says.
+    """
+    device = data.pick_device()
+    mixture = Mixture(real, synthetic, cfg, soft, device)
+    if model is None:
+        model = initial_model(cfg, real.classes, real.images.shape[1])
+    model.to(device, memory_format=torch.channels_last)            # a tenth faster
+    identity = identity_of(cfg, real, synthetic, soft)
+    if isinstance(model, LinearBaseline):                          # is solved, not trained in steps
+        model.solve(mixture, cfg.share)
+        return save_finished(path, model, identity)
+
+    augment = compose(cfg.augment)
+    batch = data.own_share(cfg.batch)                              # of this process
+
+    def loss(step, rng):
+        share = cfg.share
+        if cfg.pretrain:                                           # first all synthetic, then real
+            share = float(step < cfg.share * cfg.steps)
+        index = mixture.draw(batch, share, rng)
+        x, y = as_float(mixture.images[index]), mixture.targets[index]
+        x, y = augment(x, y, rng)                                  # (B, C, H, W), (B, K)
+        with data.autocast(device):
+            return F.cross_entropy(model(x), y, label_smoothing=cfg.smoothing)
+
+    return train(model, loss, cfg, path, "classifier", identity, title)
+
+
+def train(model, loss, cfg, path, kind, identity, title, every=1000):
+    """Train a model for cfg.steps steps, and return it in eval mode.
+
+    loss(step, rng) draws a batch and returns its mean loss. rng depends on seed and step alone. So
+    a run that was killed continues from its checkpoint (every `every` steps) to the same weights.
+    kind, identity: what the checkpoint is of. UserError if the file at `path` is of another run.
+    """
+    device = data.pick_device()
+    optimizer = adamw(model, cfg.decay)
+    state = dict(model=model, optimizer=optimizer)
+    done = data.resume(path, kind, identity, state, dict(step=0))["step"]
+
+    for step in data.progress(range(done, cfg.steps), title, cfg.steps, initial=done):
+        rng = data.step_rng(cfg.seed, step, device)
+        value = loss(step, rng)
+        value.backward()
+        data.average_gradients(model)                              # over the processes of torchrun
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)          # an odd batch must not move much
+
+        for group in optimizer.param_groups:
+            group["lr"] = data.lr_at(step, cfg) * group["lr_scale"]
+        optimizer.step()
+        optimizer.zero_grad()
+
+        if (step + 1) % every == 0 or step + 1 == cfg.steps:
+            data.check_finite(model, value.item(), step + 1)
+            if path and data.rank() == 0:
+                data.save_checkpoint(path, kind, identity, step + 1, state)
+    return model.eval()
+
+
+def adamw(model, decay):
+    """Return AdamW with weight decay on matrices only; a Tuned encoder is slower than its head."""
+    groups = {}
+    for name, p in model.named_parameters():
+        lr_scale = ENCODER_LR_SCALE if name.startswith("encoder.") else 1.0
+        is_matrix = p.ndim > 1
+        empty = dict(params=[], lr_scale=lr_scale, weight_decay=decay * is_matrix)
+        group = groups.setdefault((lr_scale, is_matrix), empty)
+        group["params"].append(p)
+    return torch.optim.AdamW(list(groups.values()), fused=True)
+
+
+def save_finished(path, model, identity):
+    """Save a classifier at path, if any, and return it in eval mode. UserError as in `train`."""
+    data.resume(path, "classifier", identity, {}, dict(step=0))
+    if path and data.rank() == 0:
+        data.save_checkpoint(path, "classifier", identity, 0, dict(model=model))
+    return model.eval()
+
+
+def identity_of(cfg, real, synthetic=None, soft=None):
+    """Return all that decides the weights of a run: its settings, images and soft labels."""
+    images = [scenes.digest for scenes in (real, synthetic) if scenes]
+    soft = soft is not None and soft.tolist()
+    seen = [data.fingerprint(scenes.images).numpy().tobytes() for scenes in (real, synthetic)
+            if scenes and scenes.images.ndim == 4]                 # not of features, (N, D)
+    if Path(cfg.init).is_file():
+        seen.append(data.load(cfg.init)["seen"])
+    return dict(config=data.settings_of(cfg, Config), classes=real.classes, images=images,
+                soft=soft, channels=real.images.shape[1], tiles=real.tiles, seen=b"".join(seen))
+
+
+def as_float(x):
+    """Return images (N, C, H, W) uint8 as float in [-1, 1], and features (N, D) as they are."""
+    return x if x.is_floating_point() else data.to_float(x)
+
+
+@torch.no_grad()
+def outputs(function, images, batch=512):
+    """Return function(x) of all images (N, C, H, W) uint8, such as a model: (N, D) on the CPU."""
+    device = data.pick_device()
+    with data.autocast(device):
+        parts = [function(as_float(part.to(device))).float().cpu() for part in images.split(batch)]
+    return torch.cat(parts)
+
+
+# ---- scores, from the counts (..., 3, K) of hits, actual and predicted images of each class
+
+def counts_per_group(labels, predicted, groups, K):
+    """Return the hits, actual and predicted images of each group and class, (G, 3, K) float64.
+
+    In terms of the confusion matrix: TP, TP + FN, TP + FP. labels, predicted (N,) in 0 .. K - 1.
+    groups (N,): any integers, in whose order the result is; e.g. the tile of each building.
+    """
+    labels, predicted = np.asarray(labels), np.asarray(predicted)
+    _, group = np.unique(groups, return_inverse=True)              # numbered 0 .. G - 1
+    hit = labels == predicted
+    counts = np.zeros((group.max() + 1, 3, K))
+    np.add.at(counts, (group[hit], 0, labels[hit]), 1)
+    np.add.at(counts, (group, 1, labels), 1)
+    np.add.at(counts, (group, 2, predicted), 1)
+    return counts
+
+
+def class_counts(labels, predicted, K):
+    """Return the hits, actual and predicted images of each class, (3, K) float64."""
+    return counts_per_group(labels, predicted, np.zeros(len(labels)), K)[0]
+
+
+def accuracy(counts):
+    """Return the fraction of images that are classified correctly, (..., 3, K) -> (...)."""
+    return counts[..., 0, :].sum(-1) / counts[..., 1, :].sum(-1)
+
+
+def f1(counts):
+    """Return F1 = 2 TP / (2 TP + FP + FN) of each class, (..., 3, K) -> (..., K), 0 for 0 / 0."""
+    hits, actual, predicted = np.moveaxis(counts, -2, 0)
+    return 2 * hits / np.maximum(actual + predicted, 1)
+
+
+def occurring(counts):
+    """Return the counts of those classes that occur in any of them: means leave out the others."""
+    has_images = counts[..., 1, :].reshape(-1, counts.shape[-1]).any(0)
+    return counts[..., has_images]
+
+
+def macro_f1(counts):
+    """Return the mean F1 of the classes that occur, (..., 3, K) -> (...)."""
+    return f1(occurring(counts)).mean(-1)
+
+
+def harmonic_f1(counts):
+    """Return the harmonic mean F1 of the classes that occur: the damage score of xView2."""
+    per_class = f1(occurring(counts))
+    with np.errstate(divide="ignore"):                             # 1 / 0 = inf, and K / inf = 0
+        return per_class.shape[-1] / (1 / per_class).sum(-1)
+
+
+def adjust_logits(logits, labels, counts):
+    """Return what to add to the logits of a classifier trained with --balance, (K,).
+
+    It takes all classes for equally frequent. To exact logits, Bayes' rule adds log p(class) (Menon
+    et al. 2021, 2007.07314). A network that knows its few images by heart needs a part of it, tau
+    log p(class): the tau of 0, 1/4 ... 1 with the best macro-F1 on held-out logits (N, K) and
+    labels (N,). counts (K,): the training images of each class.
+    """
+    log_p = (counts.clamp(min=1) / counts.sum()).log()
+    shifts = [tau * log_p for tau in (0, 0.25, 0.5, 0.75, 1)]
+    answers = [(logits + shift).argmax(1) for shift in shifts]
+    scores = [macro_f1(class_counts(labels, answer, len(counts))) for answer in answers]
+    return shifts[np.argmax(scores)]
+
+
+# ---- the linear baseline: what colours and edges alone can tell
+
+def colours_and_edges(x):
+    """Return features of images (B, C, H, W) in [-1, 1] that are not learned, (B, 160).
+
+    Square roots of histograms, whose distance is Hellinger's: of each of R, G, B in 8 levels (24
+    bins); of all three together in 4 x 4 x 4 levels (64); and of the directions of edges, weighted
+    by strength, in 8 directions and 3 x 3 cells of the image (72; Dalal & Triggs 2005).
+    If C = 4 the last channel is a mask, and the same follows for its pixels alone: (B, 320).
+    """
+    B, _, H, W = x.shape
+    rgb = data.to_uint8(x[:, :3]).long().flatten(2)                                  # (B, 3, H W)
+    level = (rgb // 32 + 8 * torch.arange(3, device=x.device)[:, None]).flatten(1)   # (B, 3 H W)
+    red, green, blue = (rgb // 64).unbind(1)
+    colour = 16 * red + 4 * green + blue                                             # (B, H W)
+
+    grey = F.pad(x[:, :3].mean(1), (1, 1, 1, 1), "replicate")
+    dx = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
+    dy = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
+    strength = torch.hypot(dx, dy).flatten(1)                                        # (B, H W)
+    direction = (torch.atan2(dy, dx) / math.pi * 4).floor().long() % 8               # (B, H, W)
+    row = torch.arange(H, device=x.device) * 3 // H
+    column = torch.arange(W, device=x.device) * 3 // W
+    edge = (8 * (3 * row[:, None] + column) + direction).flatten(1)                  # (B, H W)
+
+    histograms = []
+    for region in [torch.ones_like(x[:, 0]), *(x[:, 3:] > 0).float().unbind(1)]:
+        area = region.sum((1, 2), keepdim=True).clamp(min=1)
+        weight = (region / area).flatten(1)                                          # (B, H W)
+        for index, weights, bins in ((level, weight.repeat(1, 3), 24),
+                                     (colour, weight, 64),
+                                     (edge, weight * strength, 72)):
+            sums = x.new_zeros(B, bins).scatter_add_(1, index, weights)              # in each bin
+            histograms.append(sums)
+    return torch.cat(histograms, 1).sqrt()
+
+
+class LinearBaseline(nn.Module):
+    """Logistic regression on colours and edges: images (B, C, H, W) to class logits (B, K).
+
+    It learns no features: a network that scores lower has not learned the task.
+    """
+
+    def __init__(self, classes, channels=3):
+        super().__init__()
+        dim = 160 * (channels - 2)                                 # 320 with a mask
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+        self.head = zero(nn.Linear(dim, classes))
+
+    def solve(self, mixture, share, penalty=0.01):
+        """Minimise the mean of CE(W f + b, y) over all draws, plus penalty / 2 |W|^2, by L-BFGS."""
+        f = [colours_and_edges(data.to_float(part)) for part in mixture.images.split(512)]
+        f, p = torch.cat(f), mixture.probabilities(share)
+        self.mean = p @ f
+        self.std = (p @ (f - self.mean) ** 2).sqrt().clamp(min=1e-3)     # some features never vary
+        f = (f - self.mean) / self.std
+        optimizer = torch.optim.LBFGS(self.head.parameters(), max_iter=200,
+                                      line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            errors = F.cross_entropy(self.head(f), mixture.targets, reduction="none")
+            loss = p @ errors + penalty / 2 * self.head.weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    def forward(self, x):
+        return self.head((colours_and_edges(x) - self.mean) / self.std)
+
+
+# ---- a ResNet, and the choice of a classifier
 
 class Residual(nn.Module):
-    """Two convolutions beside a skip: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride).
-
-    He et al. 2016, Eq. 2. The second norm starts at 0, the block as its skip (Goyal et al. 2017).
-    """
+    """Two convolutions beside a skip (He et al. 2016, Eq. 2): (B, C, H, W) -> (B, C', H', W')."""
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
         self.norm1 = nn.GroupNorm(8, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.norm2 = zero(nn.GroupNorm(8, c_out))
+        self.norm2 = zero(nn.GroupNorm(8, c_out))    # starts at 0 (Goyal et al. 2017)
         self.skip = nn.Conv2d(c_in, c_out, 1, stride)
 
     def forward(self, x):
@@ -114,100 +390,27 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A small residual network: images (B, C, H, W) in [-1, 1] to class logits (B, K). No attention."""
+    """A small network without attention: images (B, C, H, W) in [-1, 1] to class logits (B, K)."""
 
     def __init__(self, classes, width=32, channels=3):
         super().__init__()
         self.blocks = nn.Sequential(
             nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
-            nn.GroupNorm(8, width),
-            nn.ReLU(),
+            nn.GroupNorm(8, width), nn.ReLU(),
             Residual(width, width, stride=1),
             Residual(width, 2 * width, stride=2),
             Residual(2 * width, 4 * width, stride=2))
         self.head = head(4 * width, classes)
 
-    def features(self, x):
-        """Return the mean over all places, (B, 4 width)."""
-        return mean_token(rearrange(self.blocks(x), "b c h w -> b (h w) c"), x)
-
     def forward(self, x):
-        return self.head(self.features(x))
-
-
-def histogram(index, weights, bins):
-    """Sum the weights (B, P) that fall into each bin, index (B, P) int64: (B, bins)."""
-    return weights.new_zeros(len(index), bins).scatter_add_(1, index, weights)
-
-
-def colours_and_edges(x):
-    """Describe images (B, C, H, W) in [-1, 1] without learning: (B, 160), or with a mask in C (B, 320).
-
-    Histograms of each of R, G, B in 8 bins, of all three together in 4 x 4 x 4, and of the directions of
-    edges (8 bins, weighted by strength) in each of 3 x 3 cells (Dalal & Triggs 2005); of all of them square
-    roots, whose distance is Hellinger's. With a mask all of it once more, of the building alone.
-    """
-    B, _, H, W = x.shape
-    rgb = data.to_uint8(x[:, :3]).long().flatten(2)                                         # (B, 3, H W)
-    level = rgb // 32 + 8 * torch.arange(3, device=x.device)[:, None]
-    colour = (rgb // 64 * torch.tensor([[16], [4], [1]], device=x.device)).sum(1)           # (B, H W)
-
-    grey = F.pad(x[:, :3].mean(1), (1, 1, 1, 1), "replicate")
-    dx = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
-    dy = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
-    strength = torch.hypot(dx, dy).flatten(1)                                               # (B, H W)
-    direction = (torch.atan2(dy, dx) / math.pi * 4).floor().long() % 8
-    row, column = torch.arange(H, device=x.device) * 3 // H, torch.arange(W, device=x.device) * 3 // W
-    cell = (8 * (3 * row[:, None] + column) + direction).flatten(1)
-
-    found = []
-    for region in [torch.ones_like(x[:, 0]), *(x[:, 3:] > 0).float().unbind(1)]:
-        w = (region / region.sum((1, 2), keepdim=True).clamp(min=1)).flatten(1)             # (B, H W)
-        found += [histogram(level.flatten(1), w.repeat(1, 3), 24), histogram(colour, w, 64),
-                  histogram(cell, w * strength, 72)]
-    return torch.cat(found, 1).sqrt()
-
-
-class Linear(nn.Module):
-    """Multinomial logistic regression on colours and edges: the floor, which learns no features."""
-
-    def __init__(self, classes, channels=3):
-        super().__init__()
-        dim = 160 * (channels - 2)
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
-        self.head = zero(nn.Linear(dim, classes))
-
-    def solve(self, mixture, share, penalty=0.01):
-        """Minimise the average loss over all batches of a mixture, plus penalty / 2 |W|^2, by L-BFGS."""
-        f = torch.cat([colours_and_edges(data.to_float(images)) for images in mixture.images.split(512)])
-        p = mixture.probabilities(share)                                      # of each image to be drawn
-        self.mean = p @ f
-        self.std = (p @ (f - self.mean) ** 2).sqrt().clamp(min=1e-3)     # some never vary
-        f = (f - self.mean) / self.std
-        optimizer = torch.optim.LBFGS(self.head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-        def closure():
-            optimizer.zero_grad()
-            each = F.cross_entropy(self.head(f), mixture.targets, reduction="none")
-            loss = p @ each + penalty / 2 * self.head.weight.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-
-    def features(self, x):
-        """Return the standardised histograms, (B, 160) or (B, 320)."""
-        return (colours_and_edges(x) - self.mean) / self.std
-
-    def forward(self, x):
-        return self.head(self.features(x))
+        places = rearrange(self.blocks(x), "b c h w -> b (h w) c")
+        return self.head(mean_token(places, x))
 
 
 def make_classifier(cfg, K, channels):
-    """Make the classifier that cfg names, for K classes."""
+    """Return a new classifier of the kind cfg.model for K classes."""
     if cfg.model == "linear":
-        return Linear(K, channels)
+        return LinearBaseline(K, channels)
     if cfg.model == "resnet":
         return ResNet(K, cfg.dim // 2, channels)
     stem = Patches if cfg.model == "patches" else Convolutions
@@ -215,235 +418,124 @@ def make_classifier(cfg, K, channels):
 
 
 def initial_model(cfg, classes, channels):
-    """Make a classifier of these classes: fresh, its weights fixed by the seed, or begun from cfg.init."""
-    start = load_weights(cfg.init) if cfg.init else None                 # which has a seed of its own
+    """Return the classifier that training starts from. Its new weights depend on cfg.seed alone."""
+    weights = load_weights(cfg.init) if cfg.init else None         # first, as it may set a seed
     torch.manual_seed(cfg.seed)
-    return Tuned(*start, classes) if start else make_classifier(cfg, len(classes), channels)
+    return Tuned(*weights, classes) if weights else make_classifier(cfg, len(classes), channels)
 
 
-# ---- training
+# ---- CLIP (from images and sentences), MAE (from images alone), and tuning of their weights
 
-def adamw(model, decay):
-    """AdamW with decay on matrices only; a encoder that was trained before goes slower than its new head."""
-    kinds = {}
-    for name, p in model.named_parameters():
-        lr_scale, is_matrix = ENCODER_LR_SCALE if name.startswith("encoder.") else 1.0, p.ndim > 1
-        kinds.setdefault((lr_scale, is_matrix), []).append(p)
-    return torch.optim.AdamW([dict(params=params, weight_decay=decay * is_matrix, lr_scale=lr_scale)
-                              for (lr_scale, is_matrix), params in kinds.items()], fused=True)
-
-
-class Mixture:
-    """Real and synthetic images on a device, to draw batches from.
-
-    First a real image is drawn, each as often, or if balanced each class. Then with probability `share` a
-    synthetic image of its class takes its place, if there is one: whatever the share, the same real images
-    are drawn, and the others are what they would have been.
-    """
-
-    def __init__(self, real, synthetic, cfg, soft, device):
-        K, made = len(real.classes), synthetic or real[:0]
-        p = 1 / real.labels.bincount(minlength=K)[real.labels] if cfg.balance else torch.ones(len(real))
-        order = made.labels.argsort(stable=True)                         # class by class
-        count = made.labels.bincount(minlength=K)
-        soft = F.one_hot(made.labels, K).float() if soft is None else soft
-        self.images = torch.cat([real.images, made.images[order]]).to(device)            # (N, C, H, W) uint8
-        self.labels = torch.cat([real.labels, made.labels[order]]).to(device)            # (N,)
-        self.targets = torch.cat([F.one_hot(real.labels, K).float(), soft[order]]).to(device)    # (N, K)
-        self.p = (p / p.sum()).to(device)                                # (R,), of each real image
-        self.cdf = p.double().cumsum(0).div(p.sum()).float().to(device)
-        self.count = count.to(device)                                    # (K,), of synthetic images; these
-        self.first = (len(real) + count.cumsum(0) - count).to(device)    # of a class begin at first[c]
-
-    def draw(self, n, share, generator):
-        """Draw the indices of n images, (n,). The random numbers do not depend on the share."""
-        u_real, u_replace, u_synthetic = torch.rand(3, n, device=self.cdf.device, generator=generator)
-        index = torch.searchsorted(self.cdf, u_real).clamp(max=len(self.cdf) - 1)
-        c = self.labels[index]
-        replaced = (u_replace < share) & (self.count[c] > 0)
-        return torch.where(replaced, self.first[c] + (u_synthetic * self.count[c]).long(), index)
-
-    def probabilities(self, share):
-        """Return the probability of each image to be the next one drawn, (N,)."""
-        real, made = self.labels.split([len(self.p), len(self.labels) - len(self.p)])
-        share = share * (self.count > 0).float()                                        # (K,)
-        of_class = torch.zeros_like(share).index_add(0, real, self.p)
-        return torch.cat([self.p * (1 - share)[real], (of_class * share / self.count)[made]])
+def new_model(kind, cfg, identity):
+    """Return a "classifier", "clip" or "mae" with new weights, for a run of this identity."""
+    if kind == "classifier":
+        return initial_model(cfg, identity["classes"], identity["channels"])
+    if kind == "mae":
+        return vit.MAE(initial_model(cfg, [""], 3), cfg.dim, cfg.heads, cfg.patch)
+    image = initial_model(cfg, range(cfg.dim), 3)                  # axes in the place of classes
+    text = TextEncoder(len(identity["words"]) + 3, LENGTH, cfg.dim, cfg.depth, cfg.heads)
+    return vit.CLIP(image, text)
 
 
-def fit(real, synthetic, cfg, path=None, soft=None, title="classifier", model=None):
-    """Train model, or else a fresh classifier, on real and synthetic (Scenes, or None). -> it, in eval mode
+def fit_clip(scenes, cfg, path=None):
+    """Train a CLIP on Scenes with sentences. Return it, in eval mode, and its tokenizer."""
+    if not all(scenes.captions):
+        raise UserError("--learn clip needs a sentence for every image: give --data a caption set")
+    device, augment = data.pick_device(), compose(cfg.augment)
+    images = scenes.images.to(device)
+    texts = [text for sentences in scenes.captions for text in sentences]
+    words = vit.vocabulary(texts)
+    ids = word_tokens(texts, words).to(device)                     # (all sentences, L)
+    count = torch.tensor([len(sentences) for sentences in scenes.captions], device=device)
+    first = count.cumsum(0) - count                                # of the sentences of each image
+    identity = identity_of(cfg, scenes) | dict(words=words)
+    model = new_model("clip", cfg, identity).to(device, memory_format=torch.channels_last)
 
-    soft (N, K): what to teach of synthetic images, not their class; path: a checkpoint.
-    """
-    device = data.pick_device()
-    mixture, channels = Mixture(real, synthetic, cfg, soft, device), real.images.shape[1]
-    model = initial_model(cfg, real.classes, channels) if model is None else model
-    model.to(device, memory_format=torch.channels_last)                                  # a tenth faster
-    identity = identity_of(cfg, real, synthetic, soft)
-    if isinstance(model, Linear):                             # solved, without steps, seed and augmentation
-        model.solve(mixture, cfg.share)
-        return keep(path, model, identity)
-    augment, batch = compose(cfg.augment), data.own_share(cfg.batch)                     # of this process
-
-    def loss(step, g):
-        share = cfg.share
-        if cfg.pretrain:                                              # synthetic images first, then real ones
-            share = float(step < cfg.share * cfg.steps)
-        index = mixture.draw(batch, share, g)
-        x, y = augment(as_float(mixture.images[index]), mixture.targets[index], g)
+    def loss(step, rng):                                           # a batch has no image twice
+        index = torch.randperm(len(images), device=device, generator=rng)[:cfg.batch]
+        u = torch.rand(len(index), device=device, generator=rng)
+        sentence = first[index] + (u * count[index]).long()        # one of each image's own
+        no_labels = torch.zeros(len(index), 1, device=device)
+        x, _ = augment(data.to_float(images[index]), no_labels, rng)
         with data.autocast(device):
-            return F.cross_entropy(model(x), y, label_smoothing=cfg.smoothing)
+            return vit.contrastive(model(x, ids[sentence]))
 
-    return train(model, loss, cfg, path, "classifier", identity, title)
-
-
-def train(model, loss, cfg, path, kind, identity, title, every=1000):
-    """Take cfg.steps steps of AdamW on loss(step, generator). -> the model in eval mode
-
-    Its randomness follows from (seed, step): a run that was killed goes on from its checkpoint at path, and ends with equal weights.
-    """
-    device, optimizer = data.pick_device(), adamw(model, cfg.decay)
-    parts = dict(model=model, optimizer=optimizer)
-    done = data.resume(path, kind, identity, parts, dict(step=0))["step"]
-    for step in data.progress(range(done, cfg.steps), title, cfg.steps, initial=done):
-        value = loss(step, data.step_rng(cfg.seed, step, device))
-        value.backward()
-        data.average_gradients(model)                                        # over all processes
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)                # no odd batch throws the weights far
-        for group in optimizer.param_groups:
-            group["lr"] = data.lr_at(step, cfg) * group["lr_scale"]
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % every == 0 or step + 1 == cfg.steps:
-            data.check_finite(model, value.item(), step + 1)
-            if path and data.rank() == 0:
-                data.save_checkpoint(path, kind, identity, step + 1, parts)
-    return model.eval()
+    train(model, loss, cfg, path, "clip", identity, "CLIP")
+    return model, partial(word_tokens, words=words)
 
 
-def keep(path, model, identity):
-    """Save a classifier that is made in one go at path, if that holds no other run. -> it, in eval mode"""
-    data.resume(path, "classifier", identity, {}, dict(step=0))
-    if path and data.rank() == 0:
-        data.save_checkpoint(path, "classifier", identity, 0, dict(model=model))
-    return model.eval()
+def fit_mae(scenes, cfg, path=None):
+    """Train a ViT as a masked autoencoder on the images of Scenes. Return the ViT in eval mode."""
+    device, augment = data.pick_device(), compose(cfg.augment)
+    images = scenes.images.to(device)
+    identity = identity_of(cfg, scenes)
+    model = new_model("mae", cfg, identity).to(device, memory_format=torch.channels_last)
 
+    def loss(step, rng):
+        index = torch.randint(len(images), (cfg.batch,), device=device, generator=rng)
+        no_labels = torch.zeros(cfg.batch, 1, device=device)
+        x, _ = augment(data.to_float(images[index]), no_labels, rng)
+        with data.autocast(device):
+            return model(x, rng)
 
-def identity_of(cfg, real, synthetic=None, soft=None):
-    """Say what decides a classifier: its settings and images."""
-    images = [some.digest for some in (real, synthetic) if some]
-    return dict(config=data.settings_of(cfg, Config), classes=real.classes, channels=real.images.shape[1],
-                images=images, soft=soft is not None and soft.tolist())
-
-
-def as_float(x):
-    """Turn images into floats; features, which stand in their place when a head is tuned, are floats."""
-    return x if x.is_floating_point() else data.to_float(x)
-
-
-@torch.no_grad()
-def outputs(function, images, batch=512):
-    """Apply a model, or its features, to images (N, C, H, W) uint8: (N, D) float32 on the CPU."""
-    device, parts = data.pick_device(), images.split(batch)
-    with data.autocast(device):
-        return torch.cat([function(as_float(part.to(device))).float().cpu() for part in parts])
+    return train(model, loss, cfg, path, "mae", identity, "MAE").vit
 
 
 def load(path, *kinds):
-    """Read a checkpoint of these kinds. -> the model in eval mode, its Config, all that was saved"""
+    """Return a trained model, in eval mode, its Config, and all that its checkpoint holds."""
     saved = data.load_checkpoint(path, *kinds)
     with data.one_line_error(path):
         cfg = Config(**saved["config"])
-        make = dict(clip=lambda: clip(cfg, saved["words"]), mae=lambda: mae(cfg),
-                    classifier=lambda: initial_model(cfg, saved["classes"], saved["channels"]))
-        model = make[saved["kind"]]()
+        model = new_model(saved["kind"], cfg, saved)
         model.load_state_dict(saved["model"])
     return model.to(data.pick_device()).eval(), cfg, saved
 
 
-# ---- without classes: CLIP, from images and their sentences; MAE, from images alone
-
-def clip(cfg, words):
-    """Make a fresh CLIP: equal towers, the E = cfg.dim axes as 'classes'; words [V] for text."""
-    return CLIP(initial_model(cfg, range(cfg.dim), 3), TextEncoder(len(words) + 3, LENGTH, cfg.dim, cfg.depth, cfg.heads))
-
-
-def mae(cfg):
-    """Make a fresh MAE."""
-    return MAE(initial_model(cfg, [""], 3), cfg.dim, cfg.heads, cfg.patch)
-
-
-def fit_clip(scenes, cfg, path=None):
-    """Train a CLIP from scratch on Scenes with sentences. -> it, in eval mode, and its tokenizer"""
-    if not all(scenes.captions):
-        raise UserError("--learn clip needs sentences for every image: --data must be a caption set")
-    device, augment = data.pick_device(), compose(cfg.augment)
-    texts = [text for some in scenes.captions for text in some]
-    count = torch.tensor([len(some) for some in scenes.captions], device=device)
-    first, words = count.cumsum(0) - count, vit.vocabulary(texts)        # first: of each image's sentences
-    ids, images = word_tokens(texts, words).to(device), scenes.images.to(device)
-    model = clip(cfg, words).to(device, memory_format=torch.channels_last)
-
-    def loss(step, g):                                       # no image twice, with one of its sentences each
-        index = torch.randperm(len(images), device=device, generator=g)[:cfg.batch]
-        u = torch.rand(len(index), device=device, generator=g)
-        x, _ = augment(data.to_float(images[index]), torch.zeros(len(index), 1, device=device), g)
-        with data.autocast(device):
-            return vit.contrastive(model(x, ids[first[index] + (u * count[index]).long()]))
-
-    identity = identity_of(cfg, scenes) | dict(words=words)
-    return train(model, loss, cfg, path, "clip", identity, "CLIP"), partial(word_tokens, words=words)
-
-
-def fit_mae(scenes, cfg, path=None):
-    """Train a ViT as MAE does, on images (Scenes) whose labels it does not see. -> the ViT in eval mode"""
-    device, augment = data.pick_device(), compose(cfg.augment)
-    images, model = scenes.images.to(device), mae(cfg).to(device, memory_format=torch.channels_last)
-
-    def loss(step, g):
-        index = torch.randint(len(images), (cfg.batch,), device=device, generator=g)
-        x, _ = augment(data.to_float(images[index]), torch.zeros(cfg.batch, 1, device=device), g)
-        with data.autocast(device):
-            return model(x, g)
-
-    return train(model, loss, cfg, path, "mae", identity_of(cfg, scenes), "MAE").vit
-
-
-# ---- tuning: a classifier that begins from weights trained before
-
 def load_weights(path):
-    """Read weights to begin from. -> a CLIP and its tokenizer, or a classifier and None; image size"""
-    if not Path(path).is_file():
-        try:
+    """Return a pretrained model, its tokenizer (None if it is no CLIP), and its image size."""
+    if not Path(path).is_file():                                   # published weights of a CLIP
+        with data.one_line_error(f"--init {path} is no file, and as published weights it"):
             model = vit.Published(path).to(data.pick_device()).eval()
-        except Exception as error:                                       # theirs are of many kinds
-            raise UserError(f"--init {path} is no file, nor published weights: {error}") from error
         return model, model.tokens, model.size
     model, cfg, saved = load(path, "clip", "classifier", "mae")
-    tokens = partial(word_tokens, words=saved["words"]) if saved["kind"] == "clip" else None
-    return model.vit if saved["kind"] == "mae" else model, tokens, cfg.size
+    if saved["kind"] == "clip":
+        return model, partial(word_tokens, words=saved["words"]), cfg.size
+    return model.vit if saved["kind"] == "mae" else model, None, cfg.size
+
+
+def check_init(path, scenes, parts):
+    """Raise UserError if the weights at path were trained on val or test pictures of scenes."""
+    if not Path(path).is_file():                                   # published weights do not say
+        return
+    seen = load(path, "clip", "classifier", "mae")[2]["seen"]
+    prints = torch.frombuffer(bytearray(seen), dtype=torch.uint8).view(-1, 192)
+    _, names = data.leaks(prints, scenes, parts)
+    if names:
+        raise UserError(f"--init {path} was trained on {len(names)} of the val and test pictures "
+                        f"({data.preview(names)}): give weights that have not seen them")
 
 
 class Tuned(nn.Module):
-    """Weights trained before, under a new head: images (B, 3, H, W) in [-1, 1] to class logits (B, K).
+    """A pretrained encoder with a new head: images (B, 3, H, W) in [-1, 1] to class logits (B, K).
 
-    Those of a CLIP, with its tokenizer, make features of length 1, and the head begins as the names of
-    classes say (zero-shot classification; He et al. 2023: "CT w. init"). With others it begins small.
+    A CLIP (`reads` is true) gives features of length 1, and the head starts as its zero-shot
+    classifier (He et al. 2023: "CT w. init"). For other models the new head starts small.
     """
 
     def __init__(self, encoder, tokens, size, classes):
         super().__init__()
         self.encoder, self.size, self.reads = encoder, size, tokens is not None
         if self.reads:
-            names = vit.zero_shot(encoder, tokens, [data.in_words(name) for name in classes])           # (K, E)
-            self.head = zero(nn.Linear(names.shape[1], len(classes)))
-            self.head.weight.data = encoder.log_scale.exp().item() * names
+            names = [data.in_words(name) for name in classes]
+            directions = vit.zero_shot(encoder, tokens, names)                       # (K, E)
+            self.head = zero(nn.Linear(directions.shape[1], len(classes)))
+            self.head.weight.data = encoder.log_scale.exp().item() * directions
         else:
-            self.head, encoder.head = head(encoder.head.in_features, len(classes)), nn.Identity()
+            self.head = head(encoder.head.in_features, len(classes))
+            encoder.head = nn.Identity()
 
     def features(self, x):
-        """Return what the encoder makes of images, (B, D), which are brought to the size that it knows."""
+        """Return the features of images, (B, D). The images are resized as the encoder needs."""
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
         return self.encoder.encode_image(x) if self.reads else self.encoder(x)
@@ -452,137 +544,112 @@ class Tuned(nn.Module):
         return self.head(self.features(x))
 
 
-def embed(model, scenes):
-    """Return scenes with their features (N, D) in place of images, to be tuned on; of None, None."""
-    return scenes and replace(scenes, images=outputs(model.features, scenes.images))
-
-
 def tune(real, synthetic, cfg, path):
-    """Make a classifier from cfg.init, of which cfg.tune says what is trained. It is kept at path."""
+    """Return a Tuned model, saved at path. Its encoder is frozen, and sees each image only once."""
     model = initial_model(cfg, real.classes, 3).to(data.pick_device()).eval()
-    if cfg.tune == "head":                                   # no augmentation: 8 views each gained nothing
-        fit(embed(model, real), embed(model, synthetic), replace(cfg, augment="none"), model=model.head)
+    if cfg.tune == "head":                       # 8 augmented views of each image gained nothing
+        features = [scenes and replace(scenes, images=outputs(model.features, scenes.images))
+                    for scenes in (real, synthetic)]
+        fit(*features, replace(cfg, augment="none"), model=model.head)
     elif not model.reads:
-        raise UserError(f"--tune none goes by names, and {cfg.init} has read no texts: give a CLIP")
-    return keep(path, model, identity_of(cfg, real, synthetic))
-
-
-# ---- scores: from labels and predictions, both (N,), or from counts (..., 3, K) of them
-
-def adjust_logits(logits, labels, counts):
-    """Find what to add to the logits of a classifier that drew all classes equally often, (K,).
-
-    To true log-likelihoods Bayes' rule would add the logarithm of the frequency of classes, counts (K,) of
-    the training images over their sum (Menon et al. 2021, 2007.07314). To those of a initial_model that knows its
-    few images by heart it is tau times that, tau of 0, 1/4 ... 1 by macro-F1 on held-out logits (N, K).
-    """
-    log_freq = (counts.clamp(min=1) / counts.sum()).log()
-    shifts = [k / 4 * log_freq for k in range(5)]
-    return max(shifts, key=lambda shift: macro_f1(class_counts(labels, (logits + shift).argmax(1), len(counts))))
-
-
-def counts_per_group(labels, predicted, groups, K):
-    """Count, for each group and class, the hits, the actual and the predicted images: (G, 3, K) float64.
-
-    Every score follows from them. labels, predicted (N,) in 0..K-1; groups (N,) any integers, in whose order
-    the counts come: images of a group (the buildings of a tile) stay together when test sets are resampled.
-    """
-    labels, predicted = np.asarray(labels), np.asarray(predicted)
-    group, right = np.unique(groups, return_inverse=True)[1], labels == predicted
-    counts = np.zeros((group.max() + 1, 3, K))
-    np.add.at(counts, (group[right], 0, labels[right]), 1)
-    np.add.at(counts, (group, 1, labels), 1)
-    np.add.at(counts, (group, 2, predicted), 1)
-    return counts
-
-
-def class_counts(labels, predicted, K):
-    """Count the hits, the actual and the predicted images of each class: (3, K) float64."""
-    return counts_per_group(labels, predicted, np.zeros(len(labels)), K)[0]
-
-
-def accuracy(counts):
-    """Share of images classified correctly, (..., 3, K) -> (...)."""
-    return counts[..., 0, :].sum(-1) / counts[..., 1, :].sum(-1)
-
-
-def f1(counts):
-    """F1 of each class, 2 P R / (P + R), (..., 3, K) -> (..., K); 0 without images and predictions."""
-    hits, actual, predicted = np.moveaxis(counts, -2, 0)
-    return 2 * hits / np.maximum(actual + predicted, 1)
-
-
-def occurring(counts):
-    """Keep the classes of counts (..., 3, K) that have an image in any of them.
-
-    One without says nothing: it is left out of means. This is decided once for all seeds and resampled test
-    sets that are handed in, so that all means are over equal classes.
-    """
-    there = counts[..., 1, :].reshape(-1, counts.shape[-1]).any(0)
-    return counts[..., there]
-
-
-def macro_f1(counts):
-    """Mean F1 of the classes that occur, (..., 3, K) -> (...)."""
-    return f1(occurring(counts)).mean(-1)
-
-
-def harmonic_f1(counts):
-    """Harmonic mean of the F1 of the classes that occur, (..., 3, K) -> (...): the damage score of xView2."""
-    each = f1(occurring(counts))
-    with np.errstate(divide="ignore"):
-        return each.shape[-1] / (1 / each).sum(-1)                       # 1 / 0 = inf, and K / inf = 0
+        raise UserError(f"--tune none goes by the names of classes: {cfg.init} is not a CLIP")
+    return save_finished(path, model, identity_of(cfg, real, synthetic))
 
 
 # ---- the script
 
+@dataclass
+class Script(Config):
+    """Config, and the flags that only the command line needs."""
+    data: str = flag("data/NWPU-RESISC45", "folder per class, caption set or xBD tree")
+    synthetic: str = flag("", "synthetic images, a folder per class: see train_gen.py --sample")
+    skip_broken: bool = flag(False, "leave out pictures that do not decode")
+    per_class: int = flag(0, "real training images per class, or tiles of xBD (0: all)", 0)
+    out: str = flag("runs/cls", "folder of classifier.pt")
+    predict: str = flag("", "classify this folder: writes predictions.csv beside classifier.pt")
+    test: bool = flag(False, "score on test too: once, when nothing is left to choose")
+    learn: str = flag("classes", "what to learn", choices=("classes", "clip", "mae"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        augmentations, other = data.listed(self.augment), self.learn != "classes"
+        if "copypaste" in augmentations:
+            raise ValueError("--augment copypaste needs masks, which only experiment.py gives")
+        if "cutmix" in augmentations and self.learn == "clip":
+            raise ValueError("--augment cutmix makes sentences untrue")
+        if other and (self.init or self.share):
+            raise ValueError(f"--learn {self.learn}: leave out --init, --synthetic, --share")
+        if other and self.model == "linear" or self.learn == "mae" and self.model == "resnet":
+            raise ValueError(f"--learn {self.learn} is not for --model {self.model}")
+        if bool(self.synthetic) != (self.share > 0):
+            raise ValueError("--synthetic and --share need each other: a tree, and a probability")
+
+
 def predict_folder(cfg):
-    """Classify the pictures in the folder --predict and those below it. Writes predictions.csv."""
+    """Classify all pictures in and below the folder cfg.predict, and write predictions.csv."""
     path, table = Path(cfg.out) / "classifier.pt", Path(cfg.out) / "predictions.csv"
-    model, how, saved = load(path, "classifier")
-    scenes = data.read_pictures(cfg.predict, how.size, cfg.skip_broken)
+    model, trained, saved = load(path, "classifier")
+    scenes = data.read_pictures(cfg.predict, trained.size, cfg.skip_broken)
+    if scenes.tiles != saved["tiles"]:
+        kinds = "whole pictures", "crops of buildings, from an xBD tree with its labels"
+        raise UserError(f"{path} classifies {kinds[saved['tiles']]}, and {cfg.predict} "
+                        f"has {kinds[scenes.tiles]}")
     probability, predicted = outputs(model, scenes.images).softmax(1).max(1)
-    rows = [[name, saved["classes"][k], f"{p:.4f}"]
-            for name, k, p in zip(scenes.names, predicted.tolist(), probability.tolist(), strict=True)]
+    rows = [[name, saved["classes"][k], f"{p:.4f}"] for name, k, p in zip(
+        scenes.names, predicted.tolist(), probability.tolist(), strict=True)]
     data.save_csv(table, ["picture", "predicted", "probability"], rows)
     print(f"{len(rows)} pictures of {cfg.predict}, classified by {path}: {table}")
 
 
-def read_synthetic(cfg, classes):
-    """Read the tree --synthetic, if any: Scenes, with classes numbered as in `classes`, or None."""
+def read_synthetic(cfg, scenes, parts):
+    """Return the Scenes of cfg.synthetic with the classes of scenes; None if it is empty.
+
+    Pictures that are also in val or test are left out, with a message.
+    """
     if not cfg.synthetic:
         return None
+    classes = scenes.classes
     if Path(cfg.synthetic).resolve() == Path(cfg.data).resolve():
-        raise UserError(f"--synthetic {cfg.synthetic} is --data itself, test images and all: give another tree")
+        raise UserError(f"--synthetic {cfg.synthetic} is --data itself, test images and all")
     synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken)
     if unknown := sorted(set(synthetic.classes) - set(classes)):
-        raise UserError(f"{cfg.synthetic} has classes that {cfg.data} has not: {', '.join(unknown)}")
-    labels = torch.tensor([classes.index(name) for name in synthetic.classes])[synthetic.labels]
-    return replace(synthetic, labels=labels, classes=classes)
+        raise UserError(f"{cfg.synthetic} has classes that {cfg.data} lacks: {', '.join(unknown)}")
+    number = torch.tensor([classes.index(name) for name in synthetic.classes])
+    leaked, names = data.leaks(data.fingerprint(synthetic.images), scenes, parts)
+    if len(leaked):
+        print(f"left out {len(leaked)} of {len(synthetic)} pictures of {cfg.synthetic}, which are "
+              f"val or test pictures of {cfg.data}: {data.preview(names)}", file=sys.stderr)
+    synthetic = replace(synthetic, labels=number[synthetic.labels], classes=classes)
+    return synthetic[~torch.isin(torch.arange(len(synthetic)), leaked)]
 
 
 def score(model, scenes, parts, test):
-    """Print how well a classifier does on val, and if test, on test."""
+    """Print the scores of a classifier on the val split, and if asked on the test split."""
     for part in ("val", "test") if test else ("val",):
-        held = scenes[parts[part]]
-        counts = class_counts(held.labels, outputs(model, held.images).argmax(1), len(scenes.classes))
-        each = ", ".join(f"{name} {v:.2f}" for name, v in zip(scenes.classes, f1(counts), strict=True))
-        print(f"{part}: accuracy {accuracy(counts):.3f}, macro-F1 {macro_f1(counts):.3f} on {len(held)} "
-              f"images; F1 {each}")
+        held_out = scenes[parts[part]]
+        predicted = outputs(model, held_out.images).argmax(1)
+        counts = class_counts(held_out.labels, predicted, len(scenes.classes))
+        print(f"{part}: accuracy {accuracy(counts):.3f}, macro-F1 {macro_f1(counts):.3f}, "
+              f"of {len(held_out)} images")
+        pairs = zip(scenes.classes, f1(counts), strict=True)
+        print("F1 per class:", ", ".join(f"{name} {value:.2f}" for name, value in pairs))
 
 
 def main(cfg):
-    """Train on the training split of a tree, score on val, and only if asked to on test. Or predict."""
+    """Train on the training split and score on val, with --test also on test. Or predict."""
     if cfg.predict:
         return predict_folder(cfg)
-    if cfg.learn != "classes" and data.dist.is_initialized():            # they look at whole batches
-        raise UserError(f"--learn {cfg.learn} runs in one process: start it with python, not with torchrun")
+    if cfg.learn != "classes" and data.dist.is_initialized():      # they need whole batches
+        raise UserError(f"--learn {cfg.learn} runs in one process: use python, not torchrun")
     if cfg.init:
         cfg = replace(cfg, size=load_weights(cfg.init)[2])
     scenes, out = data.read(cfg.data, cfg.size, cfg.skip_broken), Path(cfg.out)
     parts = data.split(scenes)
-    index = data.choose(scenes, parts["train"], cfg.per_class, cfg.seed) if cfg.per_class else parts["train"]
+    index = parts["train"]
+    if cfg.per_class:
+        index = data.choose(scenes, index, cfg.per_class, cfg.seed)
     real = scenes[index]
+
     if cfg.learn == "mae":
         return fit_mae(real, cfg, out / "mae.pt")
     if cfg.learn == "clip":
@@ -590,10 +657,14 @@ def main(cfg):
         print("zero-shot, by the names of the classes:")
         model = Tuned(model, tokens, cfg.size, scenes.classes).to(data.pick_device())
         return score(model, scenes, parts, cfg.test)
-    synthetic = read_synthetic(cfg, scenes.classes)
-    print(f"{len(real)} real, {len(synthetic or [])} synthetic images of {len(scenes.classes)} classes")
+
+    check_init(cfg.init, scenes, parts)
+    synthetic = read_synthetic(cfg, scenes, parts)
+    print(f"{len(real)} real, {len(synthetic or [])} synthetic images "
+          f"of {len(scenes.classes)} classes")
     make = fit if cfg.tune == "all" else tune
-    score(make(real, synthetic, cfg, out / "classifier.pt"), scenes, parts, cfg.test)
+    model = make(real, synthetic, cfg, out / "classifier.pt")
+    score(model, scenes, parts, cfg.test)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The vision transformer that classifies images; then its blocks in CLIP, and in models of published weights.
+"""The vision transformer (ViT) that classifies images. Below it: MAE, CLIP, and published CLIPs.
 
-ViT (Dosovitskiy et al. 2021, 2010.11929) in the plain form of Beyer et al. 2022 (2205.01580): fixed sin-cos
-positions instead of learned ones, and the mean of all tokens instead of a class token. Two changes let it
-learn from a few hundred images. Convolutions make the tokens (Xiao et al. 2021, 2106.14881): plain patches
-would have to learn from the data that neighbouring pixels belong together. And every block starts as the
-identity, so that training begins with these convolutions, and attention joins in as far as it helps.
+The ViT (Dosovitskiy et al. 2021, 2010.11929) has the plain form of Beyer et al. 2022 (2205.01580):
+fixed sin-cos positions instead of learned ones, the mean of all tokens instead of a class token.
+Two changes let it learn from a few hundred images. Convolutions make the tokens (Xiao et al. 2021,
+2106.14881), as plain patches would have to learn from the data that neighbouring pixels belong
+together. And every block starts as the identity: attention joins in as far as it helps.
 
-Letters: B batch, C channels, H W image sides, L tokens, M further tokens, D width of a token, K classes,
-E axes of the space that images and texts share.
+Letters: B batch, C image channels, H W image sides, L tokens, M context tokens, D width of a token,
+K classes, P pixel values of a patch, E dimensions of the space that images and texts share.
 """
 import re
 
@@ -18,16 +18,16 @@ from torch import nn
 
 
 def zero(layer):
-    """Return the layer with all weights 0: a residual branch that ends with it starts as nothing."""
+    """Return the layer with all weights 0. A residual branch that ends in it starts as nothing."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 def head(dim, classes):
-    """Make the linear head of a classifier. Its first logits are small, so that the first loss is near ln K.
+    """Return the linear head of a classifier, with small weights: its first loss is near ln K.
 
-    At 0 no gradient would reach the other layers at first: short runs then found the classes later.
+    Weights of 0 would pass no gradient on in the first step, which slowed short runs down.
     """
     linear = zero(nn.Linear(dim, classes))
     nn.init.normal_(linear.weight, std=0.02)
@@ -35,13 +35,12 @@ def head(dim, classes):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, (B, L, D) -> (B, L, D).
+    """Multi-head attention, tokens (B, L, D) -> (B, L, D).
 
-    softmax(q k^T / sqrt(d)) v in every head (Vaswani et al. 2017, Eq. 1). If causal, no token looks at
-    later ones. With more tokens (B, M, D), all look at them too; with count (B, L + M) bool, only at those
-    that count.
+    softmax(q k^T / sqrt(d)) v in every head (Vaswani et al. 2017, Eq. 1). If causal, no token
+    attends to a later one. context (B, M, D) gives further keys and values, but no queries; mask
+    (B, L + M) bool is true for the keys that may be attended to.
     """
-
     def __init__(self, dim, heads, causal=False):
         super().__init__()
         if dim % heads:
@@ -50,22 +49,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x, more=None, count=None):
+    def forward(self, x, context=None, mask=None):
         L = x.shape[1]
-        if more is not None:
-            x = torch.cat([x, more], dim=1)
-        mask = None if count is None else count[:, None, None]                            # (B, 1, 1, L + M)
-        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)   # (B, h, L + M, d)
+        if context is not None:
+            x = torch.cat([x, context], dim=1)                              # (B, L + M, D)
+        if mask is not None:
+            mask = mask[:, None, None]                                      # (B, 1, 1, L + M)
+        q, k, v = rearrange(self.qkv(x), "b l (n h d) -> n b h l d", n=3, h=self.heads)
         x = F.scaled_dot_product_attention(q[:, :, :L], k, v, mask, is_causal=self.causal)
         return self.out(rearrange(x, "b h l d -> b l (h d)"))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, L, D) -> (B, L, D).
+    """Pre-norm transformer block, (B, L, D) -> (B, L, D), which starts as the identity.
 
-    Tokens exchange information (attention), then each is processed alone (MLP). Starts as the identity.
+    Tokens exchange information (attention), then each is processed alone (MLP).
     """
-
     def __init__(self, dim, heads, causal=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -80,7 +79,7 @@ class Block(nn.Module):
 
 
 def sincos_positions(rows, cols, dim):
-    """Encode the place of each token, (L, D): sines and cosines of its column and its row.
+    """Return the position of each token as sines and cosines of its column and row, (L, D).
 
     They have dim / 4 wavelengths from 2 pi to 20,000 pi.
     """
@@ -88,17 +87,17 @@ def sincos_positions(rows, cols, dim):
         raise ValueError(f"2-D sin-cos positions need a width divisible by 4, not {dim}")
     omega = 10_000 ** -torch.linspace(0, 1, dim // 4)
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    angles = [p.reshape(-1, 1) * omega for p in (x, y)]                  # 2 of (L, D/4)
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
+    angles_x = x.reshape(-1, 1) * omega                                     # (L, D / 4)
+    angles_y = y.reshape(-1, 1) * omega
+    return torch.cat([angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()], dim=1)
 
 
 class Patches(nn.Module):
-    """A token per patch, a linear map of its pixels: (B, C, H, W) -> (B, L, D). Dosovitskiy et al. Eq. 1."""
-
-    def __init__(self, channels, patch, dim, bias=True):
+    """Make patches tokens by a linear map, (B, C, H, W) -> (B, L, D): Dosovitskiy et al. Eq. 1."""
+    def __init__(self, channels, patch, dim):
         super().__init__()
         self.patch = patch
-        self.embed = nn.Linear(channels * patch * patch, dim, bias)
+        self.embed = nn.Linear(channels * patch * patch, dim)
 
     def forward(self, x):
         patches = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
@@ -106,21 +105,21 @@ class Patches(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """A token per patch, by convolutions: (B, C, H, W) -> (B, L, D). Xiao et al. 2021.
+    """Make patches tokens by 3 x 3 convolutions, (B, C, H, W) -> (B, L, D): Xiao et al. 2021.
 
-    They are 3 x 3, of stride 2, 1, then 2 for each further halving; a 1 x 1 ends them. GroupNorm
-    instead of BatchNorm, whose statistics would depend on how many images of a batch are synthetic. Raises
-    ValueError if the patch is not a power of 2, or the width not divisible by 16 (8 groups in half of it).
+    Their strides are 2, 1, then 2 for each further halving of a patch; a 1 x 1 convolution follows.
+    GroupNorm stands in place of BatchNorm, whose statistics would depend on how many images of a
+    batch are synthetic.
     """
-
     def __init__(self, channels, patch, dim):
         super().__init__()
         halvings = int(patch).bit_length() - 1
         if halvings < 1 or patch != 2**halvings or dim % 16:
-            raise ValueError(f"convolutions need a patch of 2, 4, 8 ... pixels and a width divisible by 16, "
-                             f"not {patch} and {dim}")
+            raise ValueError("convolutions need a patch of 2, 4, 8 ... pixels and a width "
+                             f"divisible by 16, not {patch} and {dim}")
         widths = [channels, dim // 2, dim // 2, *[dim] * (halvings - 1)]
         strides = [2, 1, *[2] * (halvings - 1)]
+
         layers = []
         for c_in, c_out, stride in zip(widths[:-1], widths[1:], strides, strict=True):
             layers.append(nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False))
@@ -132,26 +131,28 @@ class Convolutions(nn.Module):
 
 
 def mean_token(tokens, x):
-    """Average tokens (B, L, D), in rows of a square, over the image x (B, C, H, W): (B, D).
+    """Return the mean (B, D) of the tokens (B, L, D) of square images x (B, C, H, W).
 
-    Where x has a mask after its RGB channels, over the mask: the building decides, its surroundings through
-    attention only. Without this, the few pixels that show damage took twice as many steps to be found.
+    Where x has a mask after its RGB channels (4 or 7 channels), it is the mean over the mask: the
+    building decides, and its surroundings only through attention. Without this, training took twice
+    as many steps to find the few pixels that show damage.
     """
     if x.shape[1] % 3 == 0:
         return tokens.mean(dim=1)
     side = round(tokens.shape[1] ** 0.5)
-    weights = F.adaptive_avg_pool2d(x[:, -1:] + 1, side).flatten(1) + 1e-3       # of an empty mask, all alike
+    cover = F.adaptive_avg_pool2d(x[:, -1:] + 1, side).flatten(1)           # (B, L), from 0 to 2
+    weights = cover + 1e-3                              # of an empty mask, all tokens are equal
     return torch.einsum("bl,bld->bd", weights / weights.sum(1, keepdim=True), tokens)
 
 
 class ViT(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] to class logits (B, K); stem: Convolutions or Patches.
+    """Images (B, C, H, W) in [-1, 1] to class logits (B, K). stem: Convolutions or Patches.
 
-    The first loss is within a percent of ln K. Positions are added at a tenth of their length: at full length
-    they drown the features that a stem of convolutions brings.
+    Positions are added at a tenth of their length, because at full length they drown the features
+    of the convolutions. The first loss is within a percent of ln K.
     """
-
-    def __init__(self, classes, size=64, patch=8, dim=192, depth=6, heads=3, channels=3, stem=Convolutions):
+    def __init__(self, classes, size=64, patch=8, dim=192, depth=6, heads=3, channels=3,
+                 stem=Convolutions):
         super().__init__()
         if size % patch:
             raise ValueError(f"an image of {size} px cannot be cut into patches of {patch} px")
@@ -163,79 +164,82 @@ class ViT(nn.Module):
         self.head = head(dim, classes)
 
     def features(self, x):
-        """Return the mean token, (B, D), from which the head decides and distances are measured."""
-        tokens = self.stem(x) + self.positions                                                   # (B, L, D)
-        return mean_token(self.norm(self.blocks(tokens)), x)                                     # (B, D)
+        """Return the mean token, (B, D): from it the head decides, and distances are measured."""
+        tokens = self.stem(x) + self.positions                              # (B, L, D)
+        return mean_token(self.norm(self.blocks(tokens)), x)                # (B, D)
 
     def forward(self, x):
-        return self.head(self.features(x))                                                       # (B, K)
+        return self.head(self.features(x))                                  # (B, K)
 
 
-# ---- the same blocks without labels: MAE
+# ---- MAE: the same blocks, trained without labels
 
 class MAE(nn.Module):
-    """A ViT that sees a quarter of the patches, and a decoder that draws the others.
+    """Masked autoencoder: the ViT sees a quarter of the patches, a decoder draws the others.
 
-    He et al. 2022, 2111.06377. Its convolutions see grey in place of what is hidden.
+    He et al. 2022, 2111.06377. The convolutions of the ViT see grey in place of a masked patch.
     """
-
     def __init__(self, vit, dim, heads, patch):
         super().__init__()
         self.vit, self.patch = vit, patch
-        self.hidden = nn.Parameter(0.02 * torch.randn(dim))              # the token of what is hidden
-        self.decoder = nn.Sequential(Block(dim, heads), nn.LayerNorm(dim), nn.Linear(dim, 3 * patch**2))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(dim))
+        self.decoder = nn.Sequential(
+            Block(dim, heads), nn.LayerNorm(dim), nn.Linear(dim, 3 * patch**2))
 
     def forward(self, x, generator):
-        """Return the mean squared error on what is hidden of images (B, 3, H, W).
-
-        Targets are a patch's pixels less their mean, over their standard deviation (norm_pix_loss).
-        """
-        p, net, rows = self.patch, self.vit, x.shape[2] // self.patch
-        pixels = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)                    # (B, L, P)
+        """Return the mean squared error on the masked patches of images x (B, 3, H, W)."""
+        p, vit = self.patch, self.vit
+        pixels = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)       # (B, L, P)
         B, L, _ = pixels.shape
-        shown = torch.rand(B, L, device=x.device, generator=generator).argsort(1) < L // 4       # (B, L)
-        cover = rearrange(shown, "b (h w) -> b 1 h w", h=rows).repeat_interleave(p, 2).repeat_interleave(p, 3)
-        tokens = (net.stem(x * cover) + net.positions)[shown].view(B, L // 4, -1)                # (B, L/4, D)
-        tokens = net.norm(net.blocks(tokens))
-        every = self.hidden.to(tokens.dtype).expand(B, L, -1).masked_scatter(shown[..., None], tokens)
-        error = self.decoder(every + net.positions) - F.layer_norm(pixels, pixels.shape[-1:], eps=1e-4)
-        return error.square()[~shown].mean()
+        order = torch.rand(B, L, device=x.device, generator=generator).argsort(1)
+        visible = order[:, :L // 4]                                                 # (B, L/4)
+        masked = x.new_ones(B, L).scatter(1, visible, 0.0)                          # 1 or 0
+
+        grid = rearrange(1 - masked, "b (h w) -> b 1 h w", h=x.shape[2] // p)
+        shown = x * grid.repeat_interleave(p, 2).repeat_interleave(p, 3)            # (B, 3, H, W)
+        index = visible[..., None].expand(-1, -1, len(self.mask_token))
+        tokens = (vit.stem(shown) + vit.positions).gather(1, index)                 # (B, L/4, D)
+        tokens = vit.norm(vit.blocks(tokens))
+        canvas = self.mask_token.to(tokens.dtype).expand(B, L, -1).scatter(1, index, tokens)
+        # The target of a patch: its pixels, less their mean, over their standard deviation
+        target = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-4)
+        error = (self.decoder(canvas + vit.positions) - target).square().mean(2)    # (B, L)
+        return (error * masked).sum() / masked.sum()
 
 
-# ---- the same blocks for language: CLIP
+# ---- CLIP: the same blocks for images and language
 
-LENGTH = 64                                            # tokens of a text at most
-
-
-def padded(texts, length, start, end, pad):
-    """Put lists of ids between start [int] and end, then pad: (B, length) int64. What is too long is cut."""
-    rows = [[*start, *ids[:length - 1 - len(start)], end] for ids in texts]
-    return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+LENGTH = 64                                     # no text has more tokens
 
 
 def words_of(text):
-    """Split a text into its words, [str], in small letters."""
+    """Return the words of a text in small letters, a list of str."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
 def vocabulary(texts):
-    """List the words of texts, [V], in order."""
+    """Return all words of the texts, sorted, a list [V] of str."""
     return sorted({word for text in texts for word in words_of(text)})
 
 
 def word_tokens(texts, words):
-    """Encode texts by the places of their words in a vocabulary [V]: (B, L) int64, L <= LENGTH.
+    """Return the texts as token ids (B, L) int64, L <= LENGTH, for a vocabulary `words` [V].
 
-    0 pads, V + 1 starts, V + 2 ends. Words that are not in it are left out: nobody could have learned them.
+    A word is 1 + its place in the vocabulary; V + 1 starts a text, V + 2 ends it, and 0 pads it.
+    Unknown words are left out, and what exceeds LENGTH is cut off before the end.
     """
-    place = {word: k for k, word in enumerate(words, 1)}
-    known = [[place[word] for word in words_of(text) if word in place] for text in texts]
-    return padded(known, min(LENGTH, 2 + max(map(len, known))), [len(words) + 1], len(words) + 2, 0)
+    ids = {word: k for k, word in enumerate(words, 1)}
+    start, end = len(words) + 1, len(words) + 2
+    rows = []
+    for text in texts:
+        known = [ids[word] for word in words_of(text) if word in ids]
+        rows.append([start, *known[:LENGTH - 2], end])
+    L = max(map(len, rows))
+    return torch.tensor([row + [0] * (L - len(row)) for row in rows])
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, L) to features of every token, (B, L, D); if causal, of it and those before it only."""
-
+    """Token ids (B, L) to features of every token, (B, L, D). No token sees a later one."""
     def __init__(self, vocabulary, length, dim, depth, heads):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, dim)
@@ -244,115 +248,130 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, ids):
-        x = self.embed(ids) + self.positions[:ids.shape[1]]                                      # (B, L, D)
+        x = self.embed(ids) + self.positions[:ids.shape[1]]                 # (B, L, D)
         return self.norm(self.blocks(x))
 
 
 class CLIP(nn.Module):
-    """An image tower and a text tower, trained to agree (Radford et al. 2021, 2103.00020, figure 3).
+    """An image encoder and a text encoder, trained to agree (Radford et al. 2021, 2103.00020).
 
-    image: a model of E logits, the axes of the space that images and texts share; text: a Text.
+    image: a classifier whose E logits are the axes of the shared space. text: a TextEncoder.
     """
-
     def __init__(self, image, text):
         super().__init__()
         self.image, self.text = image, text
         self.project = nn.Linear(text.embed.embedding_dim, image.head.out_features, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())         # section 2.5
 
     def encode_image(self, x):
-        """Place images (B, C, H, W) on the unit sphere, (B, E)."""
+        """Return images (B, C, H, W) as unit vectors, (B, E)."""
         return F.normalize(self.image(x), dim=1)
 
     def encode_text(self, ids):
-        """Place texts, ids (B, L), on the unit sphere, (B, E): by their end, the largest id."""
-        end = ids.argmax(1)[:, None, None]
-        features = self.text(ids).take_along_dim(end, dim=1)[:, 0]                               # (B, D)
+        """Return texts, token ids (B, L), as unit vectors, (B, E): by their last token."""
+        end = ids.argmax(1)[:, None, None]                  # the largest id ends a text
+        features = self.text(ids).take_along_dim(end, dim=1)[:, 0]          # (B, D)
         return F.normalize(self.project(features), dim=1)
 
     def forward(self, x, ids):
-        """Score every image with every text: (B, B)."""
+        """Return the score of every image with every text: cosines times the scale, (B, B)."""
         return self.log_scale.exp() * self.encode_image(x) @ self.encode_text(ids).T
 
 
 def contrastive(logits):
-    """Cross-entropy of finding the text of each image and the image of each text; logits (B, B)."""
+    """Return CLIP's loss for the scores (B, B) of images and their texts (figure 3 of the paper).
+
+    Each image must find its text, in a row, and each text its image, in a column.
+    """
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-# What CLIP is asked for RESISC45 (openai/CLIP, data/prompts.md): 18 ways to say it
-TEMPLATES = [f"{view} {kind} of {article}{{}}." for view in ("satellite", "aerial")
+# The prompts of CLIP for RESISC45 (openai/CLIP, data/prompts.md)
+TEMPLATES = [f"{source} {kind} of {article}{{}}." for source in ("satellite", "aerial")
              for kind in ("imagery", "photo", "view") for article in ("", "a ", "the ")]
 
 
 @torch.no_grad()
 def zero_shot(clip, encode, classes, templates=TEMPLATES):
-    """Make a classifier of class names: (K, E), unit vectors. An image is of the class that is nearest.
+    """Return the weights of a classifier made of class names alone: unit vectors, (K, E).
 
-    Each is the normalised mean of its texts' unit vectors (Radford et al. 3.1.4); encode makes ids.
+    The row of a class is the normalised mean of the vectors of its prompts (Radford et al. 3.1.4).
+    An image belongs to the class with the largest cosine. encode turns texts into token ids.
     """
-    device = clip.log_scale.device
-    texts = [[template.format(name.replace("_", " ")) for template in templates] for name in classes]
-    means = [clip.encode_text(encode(some).to(device)).mean(0) for some in texts]
-    return F.normalize(torch.stack(means), dim=1)
+    rows = []
+    for name in classes:
+        texts = [template.format(name.replace("_", " ")) for template in templates]
+        ids = encode(texts).to(clip.log_scale.device)
+        rows.append(clip.encode_text(ids).mean(0))
+    return F.normalize(torch.stack(rows), dim=1)
 
 
 # ---- published weights, as baselines
 
 class Published(nn.Module):
-    """A published CLIP with the methods of ours: encode_image, encode_text, tokens; size is its images' side.
+    """A published CLIP with what ours has: encode_image, encode_text, log_scale.
 
-    "ViT-B-32-quickgelu:openai" and "ViT-B-32:RemoteCLIP-ViT-B-32.pt" are MODEL:WEIGHTS of open_clip; any
-    other name is a folder or hub name of transformers, as "lcybuaa/Git-RSCLIP". ValueError if that is not
-    installed.
+    tokens(texts) makes token ids; size is the side of its images. name is MODEL:WEIGHTS of
+    open_clip ("ViT-B-32-quickgelu:openai", "ViT-B-32:RemoteCLIP-ViT-B-32.pt"), or a folder or a hub
+    name of transformers ("lcybuaa/Git-RSCLIP"). Raises ValueError if that library is missing.
     """
-
     def __init__(self, name):
         super().__init__()
         model, _, weights = name.partition(":")
         try:
             if weights:
-                import open_clip
-                self.model = open_clip.create_model(model, weights)
-                self.tokens = open_clip.get_tokenizer(model)
-                about = open_clip.get_model_preprocess_cfg(self.model)
-                self.size, mean, std = about["size"], about["mean"], about["std"]
-                self.image, self.text = self.model.encode_image, self.model.encode_text
+                mean, std = self.load_open_clip(model, weights)
             else:
-                from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-                self.model, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-                about, shape = AutoImageProcessor.from_pretrained(name), self.model.config
-                self.size, mean, std = shape.vision_config.image_size, about.image_mean, about.image_std
-                self.image, self.text = self.model.get_image_features, self.model.get_text_features
-                how = dict(padding="max_length", truncation=True, return_tensors="pt",
-                           max_length=shape.text_config.max_position_embeddings)
-                self.tokens = lambda texts: tokenizer(texts, **how).input_ids
-        except ImportError:
-            needed = "open_clip_torch" if weights else "transformers"
-            raise ValueError(f"to read published weights, pip install {needed}") from None
-        self.size = max(self.size) if isinstance(self.size, tuple) else self.size
+                mean, std = self.load_transformers(name)
+        except ImportError as error:
+            library = "open_clip_torch" if weights else "transformers"
+            raise ValueError(f"published weights need pip install {library} ({error})") from error
         self.log_scale = self.model.logit_scale
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
+    def load_open_clip(self, model, weights):
+        """Load a model of open_clip. Return mean and standard deviation of its inputs, 3 each."""
+        import open_clip
+        self.model = open_clip.create_model(model, weights)
+        self.tokens = open_clip.get_tokenizer(model)
+        self.image, self.text = self.model.encode_image, self.model.encode_text
+        config = open_clip.get_model_preprocess_cfg(self.model)
+        self.size = int(torch.tensor(config["size"]).max())             # a number or a pair
+        return config["mean"], config["std"]
+
+    def load_transformers(self, name):
+        """Load a model of transformers. Return mean and standard deviation of its inputs."""
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+        self.model = AutoModel.from_pretrained(name)
+        self.image, self.text = self.model.get_image_features, self.model.get_text_features
+        config = self.model.config
+        self.size = config.vision_config.image_size
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        options = dict(padding="max_length", truncation=True, return_tensors="pt",
+                       max_length=config.text_config.max_position_embeddings)
+        self.tokens = lambda texts: tokenizer(texts, **options).input_ids
+        processor = AutoImageProcessor.from_pretrained(name)
+        return processor.image_mean, processor.image_std
+
     def encode_image(self, x):
-        """Place images (B, 3, H, W) in [-1, 1] on the unit sphere, (B, E)."""
-        found = self.image(((x + 1) / 2 - self.mean) / self.std)
-        return F.normalize(getattr(found, "pooler_output", found), dim=1)     # transformers 5 wraps it
+        """Return images (B, 3, H, W) in [-1, 1] as unit vectors, (B, E)."""
+        features = self.image(((x + 1) / 2 - self.mean) / self.std)         # (B, E), or an object
+        return F.normalize(getattr(features, "pooler_output", features), dim=1)
 
     def encode_text(self, ids):
-        """Place texts, ids (B, L), on the unit sphere, (B, E)."""
-        found = self.text(ids)
-        return F.normalize(getattr(found, "pooler_output", found), dim=1)
+        """Return texts, token ids (B, L), as unit vectors, (B, E)."""
+        features = self.text(ids)
+        return F.normalize(getattr(features, "pooler_output", features), dim=1)
 
 
 def main():
-    """Print the shapes on the way of two images through a small ViT."""
+    """Print the shapes on the way of two images of 64 px through a ViT of one block."""
     model = ViT(classes=45, depth=1)
     for name, module in model.named_modules():
-        module.register_forward_hook(lambda _, args, out, name=name or "ViT": print(
-            f"{name:26} {tuple(args[0].shape)} -> {tuple(out.shape)}"))
+        module.register_forward_hook(lambda _, inputs, output, name=name or "ViT": print(
+            f"{name:26} {tuple(inputs[0].shape)} -> {tuple(output.shape)}"))
     model(torch.zeros(2, 3, 64, 64))
 
 

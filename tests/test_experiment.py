@@ -1,13 +1,14 @@
-"""experiment.py: fair arms, intervals that cover, a page that stands alone, runs that can go on."""
+"""experiment.py: statistics by their formulas, then fair runs that go on, verdicts and the page.
+
+Nearly all of it goes through main(Config), on small drawn data.
+"""
 import csv
 import html
 import json
+import math
 import re
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
+from itertools import permutations, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,1008 +16,660 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 import data
 import experiment
-from experiment import LEGS, STUDIES, Arm, Config
+import train_cls
+import train_gen
+from experiment import LEVELS, STUDIES, TASKS, Config, Gain, NearDuplicates, Run, gain, student
+from train_cls import accuracy, counts_per_group, macro_f1
 
-QUICK = dict(smoke=True, size=8, gen_steps=5, cls_steps=5, jobs=1)
-
-
-def unwrapped(text):
-    """What was printed, without its lines."""
-    return " ".join(text.split())
+QUICK = dict(scale="smoke", size=8, gen_steps=5, cls_steps=5, jobs=1)
 
 
-@pytest.fixture(autouse=True)
-def no_stopwatch(monkeypatch):
-    """In this process the plan does not try out how long steps take; in the smoke run it does."""
-    monkeypatch.setattr(data, "seconds_per_step", lambda *_: 0)
+# ---- the interval
+
+def test_the_worked_example_of_gain():
+    values = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0.0]])
+    result = gain(values.mean(1), values)
+    V_residual = 10 / 12 / (2 * 3) / 12
+    V_seeds = 0.0625 / 3
+    V_images = 5 / 27 / 4 - V_residual
+    assert result.mean == 0.5
+    assert result.half == pytest.approx(math.sqrt(4.302653**2 * V_seeds + 3.182446**2 * V_images))
+    assert result.half == pytest.approx(0.859, abs=5e-4)
 
 
-def begin(folder, start):
-    """Start main() below."""
-    return [start(folder)]
+def test_the_variances_are_those_of_a_two_way_layout():
+    """An effect of each seed, one of each image, and the residual, each by its sum of squares."""
+    S, G, rng = 5, 30, np.random.default_rng(0)
+    values = rng.standard_normal((S, 1)) + rng.standard_normal((1, G)) + rng.standard_normal((S, G))
+    mean, of_seed, of_image = values.mean(), values.mean(1), values.mean(0)
+    squares = 0
+    for s in range(S):
+        for g in range(G):
+            squares += (values[s, g] - of_seed[s] - of_image[g] + mean) ** 2
+    V_residual = squares / ((S - 1) * (G - 1)) / (S * G)
+    V_seeds = ((of_seed - mean) ** 2).sum() / (S - 1) / S
+    V_images = ((of_image - mean) ** 2).sum() / (G - 1) / G - V_residual
+    half = math.sqrt(2.776445**2 * V_seeds + 2.045230**2 * V_images)               # t of 4, of 29
+    assert gain(of_seed, values).half == pytest.approx(half, rel=1e-5)
 
 
-def main(out):
-    """Make a quick run of all arms. It draws the last picture of each class and the last tile itself."""
-    data.draw_tree(out / "drawn-scenes-30", 29, size=32)
-    data.draw_xbd(out / "drawn-buildings-64", 63, side=224)
-    flags = "--smoke --size 8 --gen-steps 5 --cls-steps 5 --jobs 2".split()
-    data.launch(experiment.main, Config, [*flags, "--out", str(out)])
+def test_t_is_that_of_the_tables():
+    for dof, t in ((1, 12.7062), (2, 4.30265), (4, 2.77645), (10, 2.22814), (10_000, 1.96020)):
+        assert student(dof)[LEVELS == 0.05].item() == pytest.approx(t, rel=1e-5)
+    closed_form = 1 / np.tan(np.pi / 2 * LEVELS)                          # of one degree of freedom
+    assert student(1) == pytest.approx(closed_form, rel=1e-5, abs=1e-9)
+
+
+def test_pseudo_values_delete_one_group_at_a_time_and_are_answers_for_accuracy():
+    rng, counts = np.random.default_rng(0), []
+    for _ in range(2):
+        labels, answers = rng.integers(3, size=(2, 40))
+        counts.append(counts_per_group(labels, answers, np.arange(40) // 4, 3))
+    score, values = experiment.jackknife(np.stack(counts), macro_f1)
+    assert score == pytest.approx(macro_f1(np.sum(counts, 1)))
+    for g in range(10):
+        without = macro_f1(np.delete(counts, g, 1).sum(1))
+        assert values[:, g] == pytest.approx(10 * score - 9 * without)
+    single = counts_per_group(labels, answers, np.arange(40), 3)
+    _, values = experiment.jackknife(single[None], accuracy)
+    assert values[0] == pytest.approx((labels == answers).astype(float))
+
+
+def test_p_is_below_5_per_cent_exactly_where_the_interval_leaves_0_out():
+    rng, below = np.random.default_rng(0), 0
+    for _ in range(60):
+        values = 0.08 + 0.05 * rng.standard_normal((4, 1)) + rng.standard_normal((4, 40)) / 9
+        result = gain(values.mean(1), values)
+        below += result.p < 0.05
+        assert (result.p < 0.05) == (abs(result.mean) > result.half)
+    assert 5 < below < 55
+
+
+def test_no_spread_is_certain_but_seeds_that_agree_by_chance_are_not():
+    """Three seeds have 6 of 10 right, but never the same six: V_seeds is that of single answers."""
+    none, sure = (gain(np.full(3, value), np.full((3, 20), value)) for value in (0.0, 0.1))
+    assert none == (0, 0, 1) and sure.half < 1e-9 and sure.p < 1e-6
+    hits = np.array([[1, 1, 1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 0, 0],
+                     [1, 1, 0, 0, 0, 0, 1, 1, 1, 1]])
+    V_residual = ((hits - hits.mean(0)) ** 2).sum() / (2 * 9) / 30
+    result = gain((hits - 0.6).mean(1), hits - 0.6)
+    assert result.half == pytest.approx(4.302653 * math.sqrt(V_residual)) and result.p > 0.9
+
+
+@pytest.mark.parametrize("seeds", [3, 8])
+@pytest.mark.parametrize("shares", [(0.8, 0.1, 0.1), (0.1, 0.8, 0.1), (0.1, 0.1, 0.8),
+                                    (1 / 3, 1 / 3, 1 / 3)])
+def test_the_interval_covers_whatever_varies_most(shares, seeds, n=1000, images=30):
+    """Shares of the variance: seeds (uniform), images and single answers (both normal)."""
+    rng, covered = np.random.default_rng(0), 0
+    a, b, c = np.sqrt(shares) * np.sqrt([seeds, images, seeds * images])
+    for _ in range(n):
+        values = (a * rng.uniform(-(3**0.5), 3**0.5, (seeds, 1)) + b * rng.standard_normal(images)
+                  + c * rng.standard_normal((seeds, images)))
+        result = gain(values.mean(1), values)
+        covered += abs(result.mean) <= result.half
+    assert 0.93 <= covered / n <= 0.985
+
+
+def test_holm_is_the_worked_example():
+    assert experiment.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert experiment.holm([0.7, 0.6]) == [1, 1] and experiment.holm([]) == []
+
+
+def test_no_bound_lies_beyond_what_a_difference_of_scores_can_be():
+    assert Gain(0.031, 0.01, 0).text() == "+3.1 [+2.1, +4.1]"
+    assert Gain(-0.4, 1.2, 0).text(" points") == "-40.0 points [-100.0, +80.0]"
+
+
+# ---- near-duplicates
+
+def test_the_probability_of_near_duplicates_is_their_share_of_all_orders(monkeypatch):
+    """2 classes of 3 synthetic and 3 held-out images: every order of nearness, counted."""
+    def nearer(order):
+        """Count the synthetic images, 0 to 2, that are nearer than all held-out ones, 3 to 5."""
+        last = max(order.index(k) for k in (3, 4, 5))
+        return sum(order.index(k) > last for k in range(3))
+
+    def nearest(images, known):
+        return images[:, 0, 0, 0].float(), torch.zeros(len(images), dtype=torch.int64), images
+
+    def scenes(values):
+        images = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+        labels = torch.tensor([0, 0, 0, 1, 1, 1])
+        return data.Scenes(images, labels, ["a", "b"], ["x"] * 6, torch.arange(6))
+
+    one = [nearer(order) for order in permutations(range(6))]
+    both = np.add.outer(one, one)
+    monkeypatch.setattr(experiment, "nearest", nearest)
+    held_out = scenes([3, 7, 5, 3, 7, 5])
+    for values, k in (([9, 9, 1, 8, 2, 7], 3), ([1, 2, 3, 4, 5, 7], 0), ([8, 8, 8, 9, 9, 9], 6)):
+        found = experiment.find_near_duplicates(held_out, scenes(values), held_out)
+        assert found[:2] == (6, k)
+        expected = both.mean(), (both >= k).mean(), (both == 6).mean()
+        assert (found.expected, found.p, found.least_p) == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")
-def smoke(begun):
-    """The quick run: (folder, what it printed, its errors)."""
-    out, _, ((said, errors),) = begun
-    return out, said, errors
+def trees(tmp_path_factory):
+    """Draw the scenes and the buildings of the smoke scale, but smaller."""
+    out = tmp_path_factory.mktemp("trees")
+    data.draw_tree(out / "scenes", 30, size=32)
+    data.draw_xbd(out / "buildings", 48, side=160)
+    return out
 
 
-def results(out):
+@pytest.fixture(scope="module")
+def thirds(trees):
+    """Drawn scenes, 10 of each class to train a generator, 10 held out, 10 new."""
+    scenes = data.read(trees / "scenes", 24, cache=trees / "cache")
+    return [scenes[torch.arange(len(scenes)) % 3 == k] for k in range(3)]
+
+
+def test_planted_copies_are_found_and_new_images_are_not(thirds):
+    real, held_out, new = thirds
+    planted = replace(new, images=new.images.clone())
+    planted.images[::4] = (0.7 * real.images[::4].rot90(1, (2, 3)).flip(2) + 30).to(torch.uint8)
+    found = experiment.find_near_duplicates(real, planted, held_out)
+    assert found.total == 80 and found.p < 0.01 and found.found >= 20
+    assert (found.synthetic.float() - 0.7 * found.nearest - 30).abs().max() <= 1   # turned back
+    moved = replace(planted, labels=(planted.labels + 1) % 8)             # copies of another class
+    for images in (new, moved):
+        assert experiment.find_near_duplicates(real, images, held_out).p > 0.01
+    assert experiment.find_near_duplicates(real, new, held_out, most=40).total == 40
+    assert experiment.find_near_duplicates(real, new, held_out[:0]) is None
+    flat = (100 + torch.rand(20, 3, 24, 24, generator=data.rng(0))).round().to(torch.uint8)
+    assert experiment.nearest(flat, real.images)[0].max() < 0.05          # near to nothing
+
+
+# ---- runs: what each arm is trained on
+
+def rows_of(out):
+    """Read results.csv, and what each run answered: {run: row}, without its seconds."""
+    rows = {}
     with open(out / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
+        for row in csv.DictReader(file):
+            del row["seconds"]
+            path = out / row["task"] / row["count"] / f"seed{row['seed']}"
+            path /= f"{row['arm'].replace(': ', ' - ')}.json"
+            row["answers"] = json.loads(path.read_text())["answers"]
+            rows[row["task"], row["count"], row["seed"], row["arm"]] = row
+    return rows
 
 
-# ---- the whole
+def watched(**flags):
+    """Run a comparison. Return it, and the calls of fit() by (seed, arm), of train, generate ..."""
+    calls = {"fit": [], "adjust_logits": [], "train": [], "generate": []}
 
-def test_the_smoke_run_prints_plan_table_answer_and_page_for_both_legs(smoke):
-    out, printed, errors = smoke
-    networks = sum(arm.model != "linear" for arm in LEGS["scenes"].arms.values())        # 2 counts, 2 seeds
-    assert f"{4 * networks} classifiers of 5 steps, 4 generators" in printed and "minutes on" in printed
-    tables = "\n".join(re.findall(r"^All arms\n\n(.*?)\n\n", printed, re.M | re.S))
-    rows = re.findall(r"^((?!always).*?)  +[0-9]+\.[0-9]", tables, re.M)
-    arms = LEGS["scenes"].arms, LEGS["buildings"].arms
-    assert sorted(row for row in rows if "resnet" not in row) == sorted(
-        [f"{arm} ({count})" for count in "48" for arm in arms[0]] + [*arms[1]])
-    assert "always no-damage" in printed and "macro-F1 in drawn-flood" in printed
-    said = unwrapped(printed)
-    assert said.count("say nothing about the world") == 2
-    assert said.count("Too few seeds to say (at least three)") == 2
-    assert said.count("of one generator, are nearer to a training image of their class") == 3
-    assert len(re.findall("gets [0-9]+ % of [0-9]+ held-out images right", said)) == 3
-    assert str(out / "report.html") in printed
-    assert len([*(out / "drawn-scenes-30").rglob("*.jpg")]) == 8 * 30
-    assert len([*(out / "drawn-buildings-64").rglob("*.json")]) == 64
-    assert errors == ""                                        # no progress bars where nobody watches
+    def record(name, function):
+        def recorded(*args, **more):
+            calls[name].append(args)
+            if name == "fit":
+                arm = re.split(", [0-9]+ (real|training)", more["title"])[0]
+                fitted[args[2].seed, arm] = SimpleNamespace(real=args[0], pool=args[1], cfg=args[2])
+            return function(*args, **more)
+        return recorded
 
-
-def test_every_run_is_a_row_and_all_arms_of_networks_have_the_same_budget(smoke):
-    rows = results(smoke[0])
-    assert len({(r["leg"], r["arm"], r["count"], r["seed"]) for r in rows}) == len(rows)
-    expected = 4 * len(LEGS["scenes"].arms) + 2 * len(LEGS["buildings"].arms)
-    assert len([r for r in rows if not r["arm"].startswith("resnet")]) == expected
-    for r in rows:
-        arm = LEGS[r["leg"]].arms[r["arm"].removeprefix("resnet: ")]
-        budget = ("0", "0") if arm.model == "linear" else ("5", "160")
-        assert (r["steps"], r["images"]) == budget
-        rare = arm.balance and arm.source == "generator"                # three of four classes are rare
-        expected = arm.share * (0.75 if rare else 1)
-        share = int(r["synthetic"]) / 160 if arm.model != "linear" else expected
-        assert abs(share - expected) < (0.15 if 0 < share < 1 else 1e-9)
+    fitted = {}
+    with pytest.MonkeyPatch.context() as m:
+        for name in calls:
+            module = train_gen if name in ("train", "generate") else train_cls
+            m.setattr(module, name, record(name, getattr(module, name)))
+        comparison, = experiment.main(Config(**QUICK | flags))
+    return SimpleNamespace(comparison=comparison, fitted=fitted, out=Path(comparison.cfg.out),
+                           generators=calls["train"], generated=calls["generate"],
+                           adjusted=calls["adjust_logits"])
 
 
-def test_arms_of_unequal_budget_are_not_compared(smoke, monkeypatch, capsys):
-    stored = experiment.read_runs(smoke[0])
-    next(row for row in stored.values() if row["arm"] == "real + copies")["steps"] = 11
-    monkeypatch.setattr(experiment, "read_runs", lambda out: stored)
-    with pytest.raises(AssertionError, match="unequal budget"):
-        experiment.main(Config(**QUICK, out=str(smoke[0])))
+@pytest.fixture(scope="module")
+def scenes(trees, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("scenes"))
+    return watched(data=str(trees / "scenes"), out=out, counts="4", arms="all", study="controls",
+                   generated=6)
+
+
+@pytest.fixture(scope="module")
+def buildings(trees, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("buildings"))
+    return watched(data=str(trees / "buildings"), out=out, counts="12", seeds=1, arms="all",
+                   generated=60)
+
+
+def test_arms_of_a_seed_have_the_same_images_weights_batches_and_steps(scenes, buildings):
+    for ran in (scenes, buildings):
+        by_seed = {}
+        for (seed, _), given in ran.fitted.items():
+            cfg = replace(given.cfg, share=0, augment="", balance=0, pretrain=0, model="vit")
+            by_seed.setdefault(seed, []).append((given.real.digest, cfg))
+        for given in by_seed.values():
+            assert all(pair == given[0] for pair in given) and given[0][1].steps == 5
+    rows = rows_of(scenes.out).values()
+    assert {(row["steps"], "linear" in row["arm"]) for row in rows} == {("0", True), ("5", False)}
+    shares = {arm: given.cfg.share for (_, arm), given in scenes.fitted.items()}
+    assert shares["real"] == 0 and shares["synthetic only"] == 1 and shares["real + copies"] == 0.5
+
+
+def test_generators_see_the_training_images_of_their_arm_and_no_test_image(scenes, buildings):
+    for ran in (scenes, buildings):
+        names, parts = ran.comparison.scenes.names, ran.comparison.parts
+        held = {names[k] for part in ("val", "test") for k in parts[part].tolist()}
+        for real, cfg, *_ in ran.generators:
+            chosen = ran.fitted[cfg.seed, next(iter(ran.comparison.arms))].real
+            assert set(real.names) <= set(chosen.names) and not set(chosen.names) & held
+    sets = {(real.digest, len(real), cfg.seed) for real, cfg, *_ in scenes.generators}
+    assert sorted(row[1:] for row in sets) == [(4 * 8, 0), (4 * 8, 1)]    # each seed has its own
+
+
+def test_fresh_images_are_new_training_images_and_copies_are_the_real_ones(scenes):
+    comparison, fitted = scenes.comparison, scenes.fitted
+    train = {comparison.scenes.names[k] for k in comparison.parts["train"].tolist()}
+    real = set(fitted[0, "real"].real.names)
+    fresh, copies = fitted[0, "real + fresh real"].pool, fitted[0, "real + copies"].pool
+    assert set(fresh.names) <= train - real and fresh.labels.bincount().tolist() == [6] * 8
+    assert set(copies.names) == real and len(copies) == 4 * 8
+
+
+def test_controls_shuffle_labels_or_give_synthetic_images_first(scenes):
+    plain = scenes.fitted[0, "real + synthetic + augmentation"].pool
+    shuffled = scenes.fitted[0, "controls: shuffled labels"].pool
+    assert torch.equal(plain.images, shuffled.images)
+    assert torch.equal(plain.labels.bincount(), shuffled.labels.bincount())
+    assert (plain.labels == shuffled.labels).float().mean() < 0.4         # an eighth by chance
+    assert scenes.fitted[0, "controls: synthetic first, then real"].cfg.pretrain
+
+
+def test_a_generator_makes_rare_classes_only_with_masks_that_are_black_and_white(buildings):
+    real = buildings.fitted[0, "balanced"].real.labels.bincount(minlength=4)
+    pool = buildings.fitted[0, "balanced + synthetic"].pool
+    rare = {c for c in range(4) if real[c] < real.sum() / 4}
+    assert set(pool.labels.tolist()) == rare == set(buildings.generators[0][0].labels.tolist())
+    assert set(pool.images[:, 3].unique().tolist()) <= {0, 255} and 0 not in rare
+    val = buildings.comparison.val.labels                     # of all arms but "real": prior of val
+    assert len(buildings.adjusted) == 7
+    assert all(torch.equal(labels, val) for _, labels, _ in buildings.adjusted)
+
+
+def test_scores_are_those_of_the_answers(buildings):
+    test = buildings.comparison.test
+    row = rows_of(buildings.out)["buildings", "12", "0", "balanced + synthetic"]
+    truth, answers, f1 = test.labels.numpy(), np.array(row["answers"]), {}
+    for c in set(truth):
+        hits = ((truth == c) & (answers == c)).sum()
+        f1[test.classes[c]] = 2 * hits / ((truth == c).sum() + (answers == c).sum())
+    assert float(row["accuracy"]) == pytest.approx((truth == answers).mean())
+    assert float(row["macro-F1"]) == pytest.approx(np.mean(list(f1.values())))
+    assert [float(row[f"F1 {name}"]) for name in f1] == pytest.approx(list(f1.values()))
+
+
+def test_a_test_image_among_the_training_images_stops_the_run(trees, tmp_path, monkeypatch):
+    split = data.split
+
+    def leak(scenes, **more):
+        parts = split(scenes, **more)
+        return parts | dict(train=torch.cat([parts["train"], parts["test"][:1]]))
+
+    monkeypatch.setattr(data, "split", leak)
+    with pytest.raises(RuntimeError, match="in the test split"):
+        watched(data=str(trees / "scenes"), out=str(tmp_path), counts="4")
+
+
+@pytest.mark.parametrize("count, possible", [(9, True), (10, False)])       # of 18 in each class
+def test_the_upper_bound_takes_as_many_fresh_images_as_real_ones(trees, tmp_path, count, possible):
+    watched(data=str(trees / "scenes"), out=str(tmp_path), counts=str(count), seeds=1,
+            arms="real + fresh real,linear: real")
+    assert ("real + fresh real" in {arm for *_, arm in rows_of(tmp_path)}) is possible
+
+
+def test_an_event_can_be_held_out(trees, tmp_path):
+    ran = watched(data=str(trees / "buildings"), out=str(tmp_path), counts="8", seeds=1,
+                  arms="balanced + synthetic", hold_out="drawn-wildfire")
+    assert all("wildfire" in name for name in ran.comparison.test.names)
+    for scenes in (ran.comparison.val, ran.generators[0][0]):
+        assert scenes.names and not any("wildfire" in name for name in scenes.names)
+    assert "drawn-wildfire held out" in (tmp_path / "report.html").read_text()
+
+
+# ---- runs: stopped, and going on
+
+def test_seeds_with_one_draw_share_a_generator_and_nothing_else(trees, tmp_path, monkeypatch):
+    one_draw = replace(experiment.SCALES["scenes"]["smoke"], redraw=False)
+    monkeypatch.setitem(experiment.SCALES["scenes"], "smoke", one_draw)
+    flags = dict(data=str(trees / "scenes"), out=str(tmp_path), counts="4")
+    ran = watched(**flags, arms="real + synthetic")
+    a, b = (ran.fitted[seed, "real + synthetic"] for seed in (0, 1))
+    assert a.real.digest == b.real.digest and a.pool.digest == b.pool.digest
+    answers = [row["answers"] for row in rows_of(tmp_path).values()]
+    assert len(ran.generators) == 1 and answers[0] != answers[1]
+    assert "seeds with the same training images" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="equal to the bit on a CPU only")
-def test_one_job_gives_the_same_results_as_two(smoke, tmp_path, capsys):
-    (tmp_path / "drawn-scenes-30").symlink_to(smoke[0] / "drawn-scenes-30")
-    arms = ["linear: real", "linear: synthetic only", "synthetic only"]
-    experiment.main(Config(**QUICK, out=str(tmp_path), leg="scenes", arms=",".join(arms)))
-    alone, two = ({r.pop("run"): r for r in results(out) if r.pop("seconds")} for out in (tmp_path, smoke[0]))
-    assert sorted({row["arm"] for row in alone.values()}) == arms
-    for name, row in alone.items():
-        assert row == {column: two[name][column] for column in row}
-        a, b = (json.loads((out / "runs" / f"{name}.json").read_text()) for out in (tmp_path, smoke[0]))
-        assert a["answers"] == b["answers"]
+def test_a_stopped_run_goes_on_with_1_and_2_jobs_to_equal_rows(scenes, tmp_path, monkeypatch):
+    arms = "real,real + synthetic,linear: synthetic only"
+    cfg = replace(scenes.comparison.cfg, out=str(tmp_path), arms=arms, study="")
+    fit, fits = train_cls.fit, []
 
-
-def test_the_rows_are_the_scores_of_the_answers(smoke):
-    scenes = data.read_xbd(smoke[0] / "drawn-buildings-64", 8, mask=True, cache=smoke[0] / "cache")
-    test = scenes[data.split(scenes)["test"]]
-    row = next(r for r in results(smoke[0]) if r["arm"] == "balanced")
-    answers = np.array(experiment.read_runs(smoke[0])[row["run"]]["answers"])
-    flood = np.array(["flood" in name for name in test.names])
-    for mine, prefix in ((flood, "macro_f1 drawn-flood"), (flood | True, "macro_f1")):
-        f1 = []
-        for c in range(4):
-            truth, called = test.labels.numpy()[mine] == c, answers[mine] == c
-            if truth.any():
-                f1.append(2 * (truth & called).sum() / (truth.sum() + called.sum()))
-        assert float(row[prefix]) == pytest.approx(np.mean(f1))
-
-
-def test_a_second_start_runs_nothing_and_says_the_same(smoke, capsys):
-    out, printed, _ = smoke
-    before = {p: p.stat().st_mtime_ns for p in [*out.rglob("*.pt"), *(out / "runs").iterdir()]}
-    experiment.main(Config(**QUICK, out=str(out)))
-    assert capsys.readouterr().out.split("\nDRAWN")[1:] == printed.split("\nDRAWN")[1:]
-    assert before == {p: p.stat().st_mtime_ns for p in [*out.rglob("*.pt"), *(out / "runs").iterdir()]}
-
-
-def test_a_lost_run_is_run_again_with_the_same_result(smoke):
-    out, rows = smoke[0], results(smoke[0])
-    (out / "results.csv").unlink()                                  # made of the runs, again and again
-    for r in rows:
-        if r["arm"] == "real + synthetic" and r["count"] == "8":
-            (out / "runs" / f"{r['run']}.json").unlink()
-    experiment.main(Config(**QUICK, out=str(out)))
-    score = {r["run"]: r["macro_f1"] for r in rows}
-    assert {r["run"]: r["macro_f1"] for r in results(out)} == score
-
-
-def trees(out):
-    """What the smoke run read: (scenes, parts, counts) of each leg."""
-    scenes = data.read_folder(out / "drawn-scenes-30", 8, cache=out / "cache")
-    buildings = data.read_xbd(out / "drawn-buildings-64", 8, mask=True, cache=out / "cache")
-    return (scenes, data.split(scenes), (4, 8)), (buildings, data.split(buildings), (12,))
-
-
-@pytest.mark.parametrize("leg, counts, words", [
-    ("scenes", (1,), "1 real image per class"), ("scenes", (1, 4), "1 and 4 real images per class"),
-    ("buildings", (1,), "1 training tile"), ("buildings", (0,), "all training tiles")])
-def test_numbers_of_images_are_put_into_words(leg, counts, words):
-    assert experiment.amount(SimpleNamespace(leg=LEGS[leg]), *counts) == words
-
-
-def test_a_comparison_that_was_stopped_has_a_page_and_goes_on(smoke, tmp_path, monkeypatch, capsys):
-    cfg = Config(**QUICK, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), counts="4",
-                 arms="real,real + augmentation")
-    fit, calls = experiment.train_cls.fit, []
-
-    def fit_thrice(real, synthetic, cfg, *args, **kw):
-        if cfg.steps == 5 and calls.append(kw.get("title")) is None and len(calls) == 4:
+    def stop_at_every_third(*args, **more):
+        fits.append(args)
+        if len(fits) % 3 == 0:
             raise KeyboardInterrupt
-        return fit(real, synthetic, cfg, *args, **kw)
+        return fit(*args, **more)
 
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(experiment.train_cls, "fit", fit_thrice)
-        experiment.main(cfg)
-    page = (tmp_path / "report.html").read_text()
-    assert len(results(tmp_path)) == 2 and "No answer: no claim names these arms." in page
-    assert "with a generator" not in page and "percentage points" not in page
-    assert len(experiment.read_runs(tmp_path)) == 3
-    experiment.main(cfg)
-    assert len([r for r in results(tmp_path) if "resnet" not in r["arm"]]) == 4
-    assert "1 classifiers of 5 steps" in capsys.readouterr().out
-
-
-def test_generators_saw_the_training_images_of_their_arm_and_nothing_else(smoke):
-    saved = [data.load_checkpoint(p, "generator") for p in (smoke[0] / "generators").glob("*.pt")]
-    trained, expected = {tuple(sorted(generator["names"])) for generator in saved}, set()
-    for scenes, parts, counts in trees(smoke[0]):
-        for count in counts:
-            for draw in (0, 1):
-                real = scenes[data.choose(scenes, parts["train"], count, draw)]
-                rare = experiment.rare(real) if scenes.tiles else range(8)
-                names = zip(real.names, real.labels.tolist(), strict=True)
-                expected.add(tuple(sorted(name for name, c in names if c in rare)))
-                if scenes.tiles:
-                    expected.add(tuple(sorted(real.names)))             # to simulate damage and its absence
-        assert not {name for names in trained for name in names} & set(scenes[parts["test"]].names)
-    assert trained == expected and len(trained) == 8
+    monkeypatch.setattr(train_cls, "fit", stop_at_every_third)
+    for done in (2, 4):
+        with pytest.raises(KeyboardInterrupt):
+            experiment.main(cfg)
+        assert len([*tmp_path.rglob("seed*/*.json")]) == done
+    assert "No answer yet" in (tmp_path / "report.html").read_text()
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("seed*/*.json")}
+    (tmp_path / "scenes/4/draw1/generator.pt").unlink()
+    for path in tmp_path.glob("scenes/4/draw1/synthetic*"):
+        path.unlink()
+    experiment.main(replace(cfg, jobs=2))
+    reference, rows = rows_of(scenes.out), rows_of(tmp_path)
+    assert len(rows) == 6 and rows == {run: reference[run] for run in rows}
+    assert all(path.stat().st_mtime_ns == changed for path, changed in files.items())
 
 
-def test_without_git_the_commit_is_left_empty(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    experiment.commit.cache_clear()
-    assert experiment.commit() == ""
+def test_a_second_start_runs_nothing(scenes, capsys):
+    files = {path: path.stat().st_mtime_ns for path in scenes.out.glob("scenes/**/*.*")}
+    before = rows_of(scenes.out)
+    (scenes.out / "results.csv").unlink()
+    experiment.main(scenes.comparison.cfg)
+    assert "0 generators of 5 steps, then 0 classifiers of 5 steps" in capsys.readouterr().out
+    assert rows_of(scenes.out) == before and len(files) > 20
+    assert all(path.stat().st_mtime_ns == changed for path, changed in files.items())
 
 
-def test_the_page_needs_nothing_but_itself(smoke):
-    page = (smoke[0] / "report.html").read_text()
-    assert "http" not in page and "<script" not in page and page.count("<h2>") == 3
-    # per leg a grid and confusions, per count suspects, simulated damage; per leg the claims and all arms
-    assert page.count("data:image/png;base64,") == page.count('<img alt="') == 8
-    assert page.count("<svg") == 4 and page.count("<figcaption>") == 12
-    assert re.search("python experiment.py --out [^ ]+ --smoke --size 8 --gen-steps 5 --cls-steps 5", page)
-    for name in (*LEGS["scenes"].arms, *LEGS["buildings"].arms):
-        name = html.escape(name) + " (8)" * (name in LEGS["scenes"].arms and name != "balanced")
-        assert f"<td>{name}<td>" in page or f"<td>{name.removesuffix(' (8)')}<td>" in page
+@pytest.mark.parametrize("change, name", [
+    (dict(cls_steps=6), "cls"), (dict(gen_steps=6), "gen"), (dict(generated=7), "generated"),
+    (dict(guidance=3.0), "guidance"), (dict(scale="small"), "redraw")])
+def test_other_settings_are_refused_in_the_same_folder(scenes, change, name):
+    with pytest.raises(data.UserError, match=rf"seed0/.*\.json has another {name}: give another"):
+        experiment.main(replace(scenes.comparison.cfg, **change))
 
 
-def test_sharing_a_subset_trains_one_generator_per_count_and_the_conditions_say_so(smoke, tmp_path, capsys):
-    cfg = Config(**QUICK, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), subsets=1, counts="4",
-                 arms="real + synthetic")
-    experiment.main(cfg)
-    said = unwrapped(capsys.readouterr().out)
-    assert "draws of training images: 1" in said and "not over other draws of" in said
-    assert len(list((tmp_path / "generators").glob("*.pt"))) == 1
-    assert len([r for r in results(tmp_path) if r["arm"] == "real + synthetic"]) == 2
+def test_synthetic_images_of_other_settings_are_never_read(scenes, monkeypatch):
+    """Not even where no classifier was finished, whose row would refuse them."""
+    asked, subset = [], experiment.choose_subset(scenes.comparison, 4, 0)
+    arm, scale = scenes.comparison.arms["real + synthetic"], scenes.comparison.scale
+    monkeypatch.setattr(train_gen, "train", lambda *args, **more: None)
+    monkeypatch.setattr(train_gen, "generate", lambda *args, **more: asked.append(args) or 1 / 0)
+    pool = scenes.fitted[0, "real + synthetic"].pool
+    assert experiment.synthesize(subset, arm).digest == pool.digest and not asked
+    changes = dict(guidance=0.0), dict(strength=0.5), dict(generated=5)
+    others = [(scale, replace(arm, **change)) for change in changes]
+    others += [(replace(scale, sampling_steps=3), arm)]
+    others += [(replace(scale, gen=train_gen.Config()), arm)]
+    for changed, arm in others:
+        with pytest.raises(ZeroDivisionError):
+            comparison = replace(scenes.comparison, scale=changed)
+            experiment.synthesize(subset._replace(comparison=comparison), arm)
+    assert asked[0][4] == 0.0 and asked[1][6] == 0.5 and len(asked[2][1]) == 40 and asked[3][3] == 3
 
 
-def test_an_xbd_tree_is_compared_with_and_without_an_event_held_out(tmp_path, capsys):
-    root = data.draw_xbd(tmp_path / "xbd", 32, side=160)
-    flags = QUICK | dict(data=str(root), out=str(tmp_path / "x"), counts="12", seeds=1)
-    experiment.main(Config(**flags, arms="real,balanced + copy-paste", label="type"))
-    assert "always" in (said := capsys.readouterr().out) and "F1 flooding" in said
-    held = dict(hold_out="drawn-wildfire", arms="balanced,balanced + synthetic")
-    experiment.main(Config(**flags, **held))                        # so few images are judged by no distance
-    said = capsys.readouterr().out
-    assert "drawn-wildfire held out" in said and "macro-F1 in" not in said
-    assert len([r for r in results(tmp_path / "x") if "resnet" not in r["arm"]]) == 4
-    with pytest.raises(data.Problem, match="no such event"):
-        experiment.main(Config(**flags, hold_out="joplin"))
-    with pytest.raises(data.Problem, match="no image to train on is fire"):    # the only event of its type
-        experiment.main(Config(**flags, **held, label="type"))
+def test_a_dry_run_says_what_takes_the_time_and_runs_nothing(trees, tmp_path, capsys):
+    flags = dict(data=str(trees / "scenes"), out=str(tmp_path))
+    experiment.main(Config(scale="smoke", dry_run=True, **flags))
+    printed = capsys.readouterr().out
+    assert "(144 train, 48 val, 48 test)" in printed and "4 and 8 real images per class" in printed
+    assert "4 generators of 10 steps, then 28 classifiers of 10 steps" in printed
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
 
 
-def test_a_dry_run_prints_the_plan_and_runs_nothing(smoke, tmp_path, capsys):
-    root = smoke[0] / "drawn-buildings-64"
-    experiment.main(Config(smoke=True, dry_run=True, data=str(root), out=str(tmp_path)))
-    said = capsys.readouterr().out
-    assert "4 generators of 10 steps" in said and "minutes on" in said and "MB" in said
-    assert not (tmp_path / "results.csv").exists() and not (tmp_path / "generators").exists()
-
-
-def test_studies_vary_the_mix_and_share_what_is_there(smoke, tmp_path, capsys):
-    cfg = Config(**QUICK, data=str(smoke[0] / "drawn-scenes-30"), out=str(tmp_path), counts="4", seeds=1,
-                 arms="real + synthetic", study="share,filter,soft")
-    experiment.main(cfg)
-    rows = results(tmp_path)
-    said = capsys.readouterr().out
-    # 1 + 4 + 3 + 2 arms, of which three are the same mix with augmentation
-    assert len([r for r in rows if "resnet" not in r["arm"]]) == 1 + 4 + 2 + 1
-    assert "share: 0.25" in said and "soft: True" in said
-    page = (tmp_path / "report.html").read_text()
-    assert "what share does" in page and "what filter does" in page
-    assert len(list((tmp_path / "teachers").glob("*"))) == 1
-    assert len(list((tmp_path / "generators").glob("*.pt"))) == 1
-
-
-# ---- the pieces
-
-def case_of(tmp_path, leg="scenes", **flags):
-    """A case of the smallest kind, nothing run yet."""
-    cfg = Config(smoke=True, out=str(tmp_path), leg=leg, jobs=1, **flags)
-    return experiment.prepare(cfg, leg, tmp_path)
-
+# ---- the protocols of He et al. 2023
 
 @pytest.fixture(scope="module")
-def scenes_case(smoke):
-    return case_of(smoke[0])
+def clip(tmp_path_factory):
+    """Train a small CLIP on grey and red pictures with sentences, then run all its arms."""
+    root, rng = tmp_path_factory.mktemp("clip"), np.random.default_rng(0)
+    for name, k in product(("ash", "brick"), range(60)):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        pixels[..., 0] = pixels[..., 0] // 4 + (192 if name == "brick" else 0)
+        data.save_picture(Image.fromarray(pixels), root / "tree" / name / f"{k}.png")
+    scenes = data.read(root / "tree", 16, cache=root)
+    scenes.captions = [(f"an aerial photo of {name.split('/')[0]}",) for name in scenes.names]
+    cfg = train_cls.Config(size=16, patch=4, dim=32, depth=1, heads=2, steps=50, batch=16, warmup=5,
+                           lr=3e-3, augment="none")
+    train_cls.fit_clip(scenes[data.split(scenes)["train"]], cfg, root / "clip.pt")
+    return watched(data=str(root / "tree"), out=str(root / "out"), init=str(root / "clip.pt"),
+                   counts="4", seeds=3, size=16, arms="linear: real")
 
 
-def case_by_hand(n, K):
-    """A Case of n black images of K classes in turn, nothing run yet; K are val, and the last K test."""
-    names = [f"c{c:02d}" for c in range(K)]
-    scenes = data.Scenes(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), torch.arange(n) % K, names,
-                         [f"{k}.png" for k in range(n)], torch.arange(n))
-    leg, cfg = LEGS["scenes"], Config(scale="smoke", leg="scenes")
-    parts = torch.arange(n).split([n - 2 * K, K, K])
-    parts = dict(zip(("train", "val", "test"), parts, strict=True))
-    return experiment.Case("scenes", leg, leg.arms, cfg.resolved("scenes"), cfg, "", scenes, parts, None)
+def test_clip_arms_tune_a_head_on_features_and_zero_shot_is_what_the_names_of_classes_say(clip):
+    comparison = clip.comparison
+    model = experiment.load_clip(comparison)
+    expected = model(data.to_float(comparison.test.images)).argmax(1).tolist()
+    rows = comparison.rows_of("clip: zero-shot", 4)
+    assert len(rows) == 3 and rows[0]["accuracy"] > 0.8                   # colours are easy
+    assert all(row["answers"] == expected and row["steps"] == 0 for row in rows)
+    assert {row["steps"] for row in comparison.rows.values()} == {0, comparison.scale.cls.steps}
+    assert set(comparison.arms) == {"linear: real", *experiment.CLIP_ARMS}
+    assert {arm for claim in TASKS["scenes"].claims for arm in claim} >= set(experiment.CLIP_ARMS)
+    kept = [data.load(path) for path in (comparison.out / "features").glob("*.pt")]
+    assert all(features.shape[1] == 32 for features in kept)              # computed once
+    assert len(kept) == len({features.double().sum().item() for features in kept})
+    found = experiment.claims(comparison)
+    assert len(found) == 5 and "against clip: real, " in experiment.answers(comparison, found)[0]
 
 
-def test_a_source_that_nobody_knows_is_no_arm():
-    with pytest.raises(AssertionError, match="unknown source noisy copies"):
-        Arm(source="noisy copies")
+def test_clip_keeps_what_it_recognises_softens_labels_and_edits_real_images(clip):
+    comparison = clip.comparison
+    subset = experiment.choose_subset(comparison, 4, 0)
+    arm = comparison.arms["clip: synthetic only"]
+    pool = experiment.synthesize(subset, arm)
+    logits = experiment.load_clip(comparison)(data.to_float(pool.images)).detach()
+    right = logits.argmax(1) == pool.labels                              # of two classes: above 1/2
+    kept, soft = experiment.replacements(subset, arm)
+    assert 0 < len(kept) < len(pool) and kept.digest == pool[right].digest
+    expected = torch.eye(2)[kept.labels] / 2 + (logits[right] / 2).softmax(1) / 2
+    assert_close(soft, expected, rtol=0, atol=1e-5)
+    edited = [pair for pair in zip(clip.generated, clip.generators, strict=True) if pair[0][6]]
+    assert len(edited) == 3
+    for (_, y, *_, reference, strength), (real, *_) in edited:           # from real images, in turn
+        assert torch.equal(reference.labels, y) and set(reference.names) == set(real.names)
+        assert strength == 0.35
 
 
-def test_doubles_of_a_chosen_image_are_not_fresh():
-    case = case_by_hand(40, 2)
-    case.scenes.groups[:] = torch.arange(40) // 4                        # two of each class are doubles
-    for draw in range(3):
-        _, real, fresh = case.choose(3, draw)
-        assert len(real) == 6 and len(fresh) > 8
-        assert not set(real.groups.tolist()) & set(fresh.groups.tolist())
+def test_weights_are_a_part_of_the_settings_and_must_be_those_of_a_clip(clip, tmp_path):
+    cfg, saved = clip.comparison.cfg, data.load(clip.comparison.cfg.init)
+    data.save(tmp_path / "other.pt", saved | dict(step=saved["step"] + 1))
+    with pytest.raises(data.UserError, match="has another weights"):
+        experiment.main(replace(cfg, init=str(tmp_path / "other.pt")))
+    vit = train_cls.Config(size=16, patch=4, dim=16, depth=1, heads=1, steps=1, batch=2)
+    train_cls.fit(clip.comparison.test, None, vit, tmp_path / "vit.pt")
+    with pytest.raises(data.UserError, match="has no text encoder"):
+        experiment.main(replace(cfg, init=str(tmp_path / "vit.pt"), out=str(tmp_path / "new")))
+    with pytest.raises(data.UserError, match="--init is not for buildings"):
+        Config(init=cfg.init, task="buildings").tasks()
 
 
-def test_w_0_is_a_guidance_scale_and_none_is_that_of_the_scale():
-    cell = case_by_hand(40, 2).cell(4, 0)
-    scales = [experiment.recipe(cell, Arm("generator", 0.5, w=w))["w"] for w in (None, 0.0, 3.0)]
-    assert scales == [1.5, 0.0, 3.0]
+# ---- verdicts, and what is said of them
 
-
-def test_every_study_changes_what_a_run_is():
-    cell = case_by_hand(40, 2).cell(4, 0)
-    for name, leg in LEGS.items():
-        plain = Config(leg=name, arms="all").wanted(leg)
-        assert plain == leg.arms
-        few = Config(leg=name, scale="small").wanted(leg)
-        assert list(few) == list(experiment.SCALES[name]["small"].arms or leg.arms)
-        for study, changes in (STUDIES | dict(controls=leg.controls)).items():
-            cfg = Config(study=study, leg=name, arms="all", init=__file__ if study == "clip" else "")
-            cell.case.cfg = cfg
-            arms = {arm: how for arm, how in cfg.wanted(leg).items() if arm not in plain}
-            lacking = {"augment": not leg.rare, "clip": leg.rare and len(changes)}.get(study, 0)
-            assert len(arms) == len(changes) - lacking and all(arm.startswith(study) for arm in arms)
-            assert len({experiment.run_id(cell, arm) for arm in arms.values()}) == len(arms)
-
-
-def test_a_run_is_another_if_anything_that_decides_it_is():
-    case = case_by_hand(40, 2)
-    cell, arm = case.cell(4, 0), Arm("generator", 0.5)
-    other = replace(case, s=replace(case.s, made=9))
-    changes = dict(share=0.4, augment="hflip", balance=True, model="resnet", wide=2.0, pretrain=True,
-                   shuffle=True, grey=True, w=3.0, calls=5, made=7, generator=1, keep=1.0, soft=True,
-                   start=0.5, tune="head")
-    case.cfg.init = __file__
-    runs = [(case.cell(*where), arm) for where in ((4, 0), (4, 1), (8, 0))] + [(other.cell(4, 0), arm)]
-    runs += [(cell, replace(arm, **{name: value})) for name, value in changes.items()]
-    assert len({experiment.run_id(*run) for run in runs}) == len(runs)
-    before = experiment.run_id(cell, arm)
-    for part in ("val", "test"):                # the threshold is chosen on val, answers are those on test
-        fewer = replace(case, parts=case.parts | {part: case.parts[part][1:]})
-        assert experiment.run_id(fewer.cell(4, 0), arm) != before
-    assert experiment.run_id(cell, Arm(w=3.0)) == experiment.run_id(cell, Arm())       # nothing is generated
-    assert set(changes) | {"source"} == {f.name for f in fields(Arm)}
-
-
-def test_the_grid_shows_every_class():
-    scenes = case_by_hand(90, 45).scenes
-    grid = experiment.side_by_side(scenes, scenes)
-    assert grid.height == 45 * (8 + 2) * 8                             # 8 px and two lines, 8 times as large
-
-
-def test_a_class_that_no_arm_ever_recognises_has_no_gain(monkeypatch):
-    case = case_by_hand(40, 4)
-    case.s.counts = (4,)
-    arm, base, _ = case.leg.claims[0]
-    scores = {base: (0.0, 0.5, 0.0, 0.2), arm: (0.0, 0.6, 0.3, 0.0)}
-    for arm, f1 in scores.items():
-        case.rows += [dict(arm=arm, count=4, seed=seed, **{f"f1 c{c:02d}": f1[c] for c in range(4)})
-                      for seed in range(2)]
-    monkeypatch.setattr(experiment, "difference", lambda *_: True)
-    monkeypatch.setattr(experiment, "sampled", lambda case, arm, *_: np.array(scores[arm]))
-    monkeypatch.setattr(experiment, "gain", lambda a, b, G: experiment.Gain(a - b, ((0.0, 1),)))
-    _, rows = experiment.class_rows(case)
-    assert sorted(rows) == [
-        ["c00", "–", "–", "–"], ["c01", "50.0", "60.0", "+10.0 [+10.0, +10.0]"],
-        ["c02", "–", "30.0", "+30.0 [+30.0, +30.0]"], ["c03", "20.0", "–", "-20.0 [-20.0, -20.0]"]]
-    _, rows = experiment.detail_rows(case)
-    assert [row[1:] for row in rows] == [["–", "50.0", "–", "20.0"], ["–", "60.0", "30.0", "–"]]
-
-
-def test_a_source_gives_what_its_arm_says(scenes_case, smoke):
-    case = replace(scenes_case, s=replace(scenes_case.s, made=3))
-    cell = case.cell(4, 0)
-    real, fresh = cell.real, cell.fresh
-    assert not set(real.names) & set(fresh.names)
-    train = {case.scenes.names[i] for i in case.parts["train"].tolist()}
-    assert set(real.names) | set(fresh.names) == train
-    for name, pool in (("copies", real), ("fresh", fresh)):
-        got, soft = experiment.replacements(cell, Arm(name, 0.5))
-        assert soft is None and set(got.names) <= set(pool.names)
-        assert got.labels.bincount().tolist() == [4 if pool is real else 3] * 8           # all real, or made
-    assert experiment.replacements(cell, Arm()) == (None, None)
-
-
-def test_shuffled_labels_are_as_many_of_each_class_on_the_same_images_but_of_others(scenes_case):
-    cell = scenes_case.cell(4, 0)
-    plain, _ = experiment.replacements(cell, Arm("copies", 0.5))
-    shuffled, _ = experiment.replacements(cell, Arm("copies", 0.5, shuffle=True))
-    assert torch.equal(plain.images, shuffled.images) and plain.names == shuffled.names
-    assert torch.equal(plain.labels.bincount(), shuffled.labels.bincount())
-    assert (plain.labels == shuffled.labels).float().mean() < 0.4       # an eighth by chance
-    assert torch.equal(plain.labels, experiment.replacements(cell, Arm("copies", 0.5))[0].labels)
-
-
-def test_a_grey_surrounding_leaves_the_building_and_its_mask_as_they_were():
-    images = torch.randint(256, (5, 4, 8, 8), dtype=torch.uint8, generator=data.rng(0))
-    images[:, 3] = 255 * (images[:, 3] > 100)
-    y, before = torch.arange(5), images.clone()
-    plain = data.Scenes(images, y, list("abcde"), [""] * 5, y)
-    grey = experiment.grey_outside(plain)
-    inside = images[:, 3:] > 0
-    assert torch.equal(plain.images, before) and torch.equal(grey.images[:, 3], images[:, 3])
-    assert torch.equal(grey.images[:, :3] * inside, images[:, :3] * inside)
-    assert (grey.images[:, :3][(~inside).expand(-1, 3, -1, -1)] == 128).all()
-
-
-def test_a_greyed_arm_is_trained_and_tested_on_greyed_images(smoke, monkeypatch, tmp_path):
-    cell = replace(case_of(smoke[0], "buildings"), out=tmp_path).cell(12, 0)
-    seen, fit, outputs = [], experiment.train_cls.fit, experiment.train_cls.outputs
-    monkeypatch.setattr(experiment.train_cls, "fit", lambda real, pool, *args, **kw: (
-        seen.extend([real.images, pool.images]) or fit(real, pool, *args, **kw)))
-    monkeypatch.setattr(experiment.train_cls, "outputs", lambda model, images, *args: (
-        seen.append(images) or outputs(model, images, *args)))
-    for grey in (False, True):
-        seen.clear()
-        arm = Arm("copies", 0.5, model="linear", grey=grey)
-        experiment.score(cell, arm, "")
-        assert len(seen) == 5                                   # real, copies, test, train again, val
-        for images in seen:
-            outside = images[:, :3][(images[:, 3:] == 0).expand(-1, 3, -1, -1)]
-            assert (outside == 128).all().item() is grey
-
-
-def test_the_shift_of_a_balanced_arm_is_chosen_on_val_and_not_on_test(smoke, monkeypatch):
-    cell = case_of(smoke[0], "buildings").cell(12, 0)
-    seen, put_back = [], experiment.train_cls.put_back
-    monkeypatch.setattr(experiment.train_cls, "put_back", lambda logits, labels, counts: (
-        seen.append(labels) or put_back(logits, labels, counts)))
-    experiment.score(cell, Arm(balance=True, model="linear"), "")
-    val, test = cell.case.val.labels, cell.case.test.labels
-    assert len(seen) == 1 and torch.equal(seen[0], val) and not torch.equal(val, test)
-
-
-def test_a_teacher_filters_and_teaches(scenes_case):
-    cell = scenes_case.cell(4, 0)
-    kept = [experiment.replacements(cell, Arm("fresh", 0.5, keep=k, soft=True)) for k in (0.0, 1.0, 8.0)]
-    counts = [len(pool) for pool, _ in kept]
-    assert counts[0] > counts[1] > counts[2] == 0
-    for pool, soft in kept[:2]:
-        assert soft.shape == (len(pool), 8) and torch.allclose(soft.sum(1), torch.ones(len(pool)))
-    pool, soft = kept[1]
-    assert (soft.gather(1, pool.labels[:, None]) > 1 / 8).all()
-
-
-def test_each_choice_of_training_images_has_synthetic_images_of_its_own(scenes_case, monkeypatch, tmp_path):
-    case, trained = replace(scenes_case, out=tmp_path, memory={}), []
-    monkeypatch.setattr(experiment.train_gen, "train", lambda real, *args, **kw: (
-        trained.append(real.digest) or real.images))
-    monkeypatch.setattr(experiment.train_gen, "generate", lambda images, y, *args, **kw: (
-        images[torch.zeros_like(y)]))
-    cells = [case.cell(4, 0), case.cell(8, 0)]
-    for cell in (*cells, *cells):
-        synthetic = experiment.synthesize(cell, Arm("generator", 0.5))
-        assert (synthetic.images == cell.real.images[0]).all()
-    assert trained == [cell.real.digest for cell in cells]             # once each: then they are on the disk
-
-
-def test_a_class_of_exactly_the_mean_is_not_rare():
-    labels = torch.tensor([0] * 2 + [1] * 4 + [2] * 6)
-    scenes = data.Scenes(torch.zeros(12, 3, 8, 8, dtype=torch.uint8), labels, ["a", "b", "c"],
-                         [f"{k}.png" for k in range(12)], torch.arange(12))
-    assert experiment.rare(scenes) == [0]
-
-
-def test_rare_classes_are_those_below_the_mean_and_a_generator_makes_only_these(smoke):
-    case = case_of(smoke[0], "buildings")
-    cell = case.cell(12, 0)
-    assert experiment.rare(cell.real) == [1, 2, 3]
-    for name in ("copies", "fresh"):
-        got, _ = experiment.replacements(cell, Arm(name, 0.5))
-        assert set(got.labels.tolist()) == {0, 1, 2, 3}               # of rare ones only, elsewhere is damage
-    assert experiment.recipe(cell, Arm("generator", 0.5))["classes"] == [1, 2, 3]
-
-
-def test_damage_is_simulated_on_the_picture_from_before_and_the_building_stays(smoke, monkeypatch):
-    """Of intact buildings of the training tiles, or with an event held out of all of that event."""
-    for event in ("", "drawn-flood"):
-        case = case_of(smoke[0], "buildings", hold_out=event)
-        cell, arm = case.cell(12, 0), Arm("simulated", 0.5, balance=True)
-        y = torch.arange(4).repeat_interleave(5)
-        like = cell.like(arm, y)
-        named = {name: k for k, name in enumerate(case.scenes.names)}
-        origin = case.scenes[torch.tensor([named[name] for name in like.names])]
-        assert (like.images[:, 3:] == origin.images[:, 3:]).all() and like.images.shape[1] == 7
-        assert (like.images[:, :3] == 128).all() and (like.labels == -1).all()     # how it ended is not told
-        if event:
-            assert {data.event_of(name) for name in like.names} == {event}
-        else:
-            assert set(origin.labels.tolist()) == {0} and set(like.names) <= set(cell.real.names)
-        told = {}
-        monkeypatch.setattr(experiment.train_gen, "train", lambda real, cfg, *_, told=told, **kw: (
-            told.update(real=real, given=cfg.given)))
-        monkeypatch.setattr(experiment.train_gen, "generate", lambda _, y, *args, told=told, **kw: (
-            told.update(like=args[3]) or torch.zeros(len(y), 3, 16, 16, dtype=torch.uint8)))
-        case.out = smoke[0] / f"simulated-{event}"
-        made = experiment.synthesize(cell, arm)
-        assert told["given"] == "pre,mask" and set(told["real"].names) == set(cell.real.names)
-        assert not {data.event_of(name) for name in told["real"].names} & {event}
-        assert made.images.shape[1] == 4 and made.labels.unique().tolist() == [0, 1, 2, 3]
-        assert (made.images[:, 3] == told["like"].images[:, 6]).all()              # the mask of before
-
-
-def test_generated_masks_are_as_sharp_as_real_ones(smoke, monkeypatch, tmp_path):
-    cell = replace(case_of(smoke[0], "buildings"), out=tmp_path).cell(12, 0)
-    monkeypatch.setattr(experiment.train_gen, "train", lambda *_, **kw: None)
-    monkeypatch.setattr(experiment.train_gen, "generate", lambda _, y, *args, **kw: (
-        torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(len(y), 4, 16, 16).clone()))
-    made = experiment.synthesize(cell, Arm("generator", 0.5)).images
-    assert (made[:, 3].flatten(1) == 255 * (torch.arange(256) > 127)).all()
-    assert (made[:, 0].flatten(1) == torch.arange(256)).all()                      # only the mask
-
-
-def test_nothing_but_damage_can_be_simulated(smoke):
-    for label, possible in (("damage", True), ("type", False)):
-        cell = case_of(smoke[0], "buildings", label=label).cell(12, 0)
-        assert cell.possible(Arm("simulated", 0.5)) is possible
-
-
-def test_edited_images_start_from_real_ones_of_their_class(scenes_case, monkeypatch, tmp_path):
-    cell, told = replace(scenes_case, out=tmp_path).cell(4, 0), {}
-    monkeypatch.setattr(experiment.train_gen, "train", lambda *_, **kw: None)
-    monkeypatch.setattr(experiment.train_gen, "generate", lambda _, y, *args, **kw: (
-        told.update(y=y, like=args[3], start=args[4]) or torch.zeros(len(y), 3, 16, 16, dtype=torch.uint8)))
-    experiment.synthesize(cell, Arm("generator", 0.5, start=0.3))
-    assert told["start"] == 0.3 and (told["like"].labels == told["y"]).all()
-    assert set(told["like"].names) == set(cell.real.names)                         # all of them, in turn
-    assert cell.like(Arm("generator", 0.5), told["y"]) is None
-
-
-def test_leaks_are_caught(smoke, scenes_case):
-    cell = scenes_case.cell(4, 0)
-    experiment.check_leaks(cell)
-    for part in ("real", "fresh"):
-        with pytest.raises(RuntimeError, match="in the test split"):
-            experiment.check_leaks(replace(cell, **{part: scenes_case.test}))
-    case = case_of(smoke[0], "buildings", hold_out="drawn-flood")
-    cell = case.cell(12, 0)
-    experiment.check_leaks(cell)
-    smuggled = replace(cell.real, names=[case.test.names[0], *cell.real.names[1:]])
-    with pytest.raises(RuntimeError, match="drawn-flood is to be held out"):
-        experiment.check_leaks(replace(cell, real=smuggled))
-
-
-def test_a_ceiling_takes_as_many_fresh_images_as_real_ones():
-    case = case_by_hand(28, 2)                                           # 12 training images of each class
-    for count, possible in ((4, True), (6, True), (7, False)):
-        cell = case.cell(count, 0)
-        assert cell.possible(Arm("fresh", 0.5)) is possible and cell.possible(Arm("copies", 0.5))
-
-
-def test_the_conditions_say_that_there_is_no_ceiling(scenes_case):
-    runs = experiment.runs(scenes_case, scenes_case.arms, (4, 8))
-    fewer = [run for run in runs if "fresh" not in run.title or run.cell[1] == 4]
-    for planned, said in ((runs, False), (fewer, True)):                   # whether or not they are done yet
-        told = experiment.conditions(replace(scenes_case, runs=planned, rows=[]))
-        assert ("No ceiling with 8 real images per class" in told) is ("No ceiling" in told) is said
-
-
-def test_the_conditions_say_how_many_buildings_of_each_class_tiles_have_and_what_is_set_on_val(smoke):
-    case = case_of(smoke[0], "buildings")
-    case.runs = experiment.runs(case, case.arms, (12,))
-    told = experiment.conditions(case)
-    sizes = case.cell(12, 0).real.labels.bincount(minlength=4).tolist()
-    listing = ", ".join(f"{n} {name}" for n, name in zip(sizes, data.DAMAGE, strict=True))
-    assert f"12 training tiles (first draw: {listing})" in told and len({*sizes}) > 2
-    assert "8 synthetic images per rarer class" in told and "fresh real images: at most 8 per class" in told
-    assert f"weights are set on {len(case.val)} val images" in told
-
-
-def test_a_class_without_synthetic_images_keeps_its_real_ones_at_share_1(smoke):
-    case = case_of(smoke[0], "buildings")
-    _, real, _ = case.choose(12, 0)
-    rare = real[real.labels > 0]
-    cfg = replace(case.s.cls, share=1.0, balance=True, batch=64)
-    _, seen = experiment.train_cls.fit(real, rare, cfg)
-    assert 0.6 < seen["synthetic"] / seen["images"] < 0.9
-
-
-def test_a_generator_that_memorised_is_caught_and_one_that_did_not_is_not(scenes_case, tmp_path):
-    """Copies that are turned and a little noisy, and fresh drawings in their place."""
-    case = replace(scenes_case, out=tmp_path, parts=data.split(scenes_case.scenes))
-    cell = case.cell(4, 0)
-    real, fresh = cell.real, cell.fresh
-    g = torch.Generator().manual_seed(0)
-    noise = torch.randint(-8, 9, real.images.shape, generator=g)
-    copied = replace(real, images=(real.images.rot90(1, (2, 3)).int() + noise).clamp(0, 255).to(torch.uint8))
-    odd = torch.arange(len(fresh)) % 2 == 1
-    for synthetic, answer in ((copied, "There are copies"), (fresh[~odd], "No sign of copies")):
-        found = experiment.judge(replace(cell, fresh=fresh[odd]), synthetic)
-        assert experiment.copying(found).startswith(answer) and Image.open(found["sheet"]).width > 16 * 16
-        assert json.loads(json.dumps(found)) == found
-
-
-def test_who_judges_and_what_is_compared_have_no_tile_in_common(smoke, monkeypatch, tmp_path):
-    cell = replace(case_of(smoke[0], "buildings"), out=tmp_path).cell(12, 0)
-    seen, alike, fit = [], experiment.alike, experiment.train_cls.fit
-    monkeypatch.setattr(experiment, "alike", lambda *several: seen.append(several) or alike(*several))
-    monkeypatch.setattr(experiment.train_cls, "fit", lambda teach, *args, **kw: (
-        seen.append(teach) or fit(teach, *args, **kw)))
-    assert experiment.judge(cell, cell.real)
-    (a, b, _), teach, (_, held) = seen
-    tiles = [{*some.groups.tolist()} for some in (teach, a, b, cell.real)]         # the last: the generator's
-    assert len(set.union(*tiles)) == sum(map(len, tiles)) and min(map(len, tiles)) > 1
-    assert {*held.groups.tolist()} == tiles[1] | tiles[2]
-
-
-def test_the_floor_of_every_distance_is_measured_on_as_many_images_of_the_same_classes(scenes_case):
-    s = scenes_case.scenes
-    a, b = experiment.alike(s[s.labels < 5], s[torch.arange(0, len(s), 3)])
-    assert a.labels.bincount().tolist() == b.labels.bincount().tolist()
-    assert set(a.labels.tolist()) == {0, 1, 2, 3, 4}
-    found = experiment.compare(lambda x: x.flatten(1)[:, :8], a, a, b)
-    assert found["real frechet"] == pytest.approx(0, abs=1e-6) and found["synthetic frechet"] > 0.001
-
-
-# ---- what can be said
-
-def compared(out, rates, seeds=4, counts=(4,)):
-    """A Case whose runs are done: rates are {arm: share of the test images told right}, exactly so per seed.
-
-    A share may be a pair, for test and val, or a dict with one for each count.
-    """
+def compared(out, rates, seeds=4, counts=(4,), task="scenes"):
+    """Return a Comparison whose runs are done: rates {arm: share of right answers in each seed}."""
+    names, labels = [f"c{c:02d}" for c in range(4)], torch.arange(160) % 4
+    images = data.Scenes(torch.zeros(160, 3, 8, 8, dtype=torch.uint8), labels, names,
+                         [f"{k}.png" for k in range(160)], torch.arange(160))
     parts = dict(zip(("train", "val", "test"), torch.arange(160).split([80, 40, 40]), strict=True))
-    case = replace(case_by_hand(160, 4), parts=parts)
-    case.out, case.s.counts, case.s.seeds = out, counts, seeds
-    truth = case.test.labels.numpy()
+    cfg = Config(scale="smoke", task=task, out=str(out))
+    scale = replace(cfg.resolved(task), counts=counts, seeds=seeds)
+    comparison = experiment.Comparison(task, TASKS[task], TASKS[task].arms, scale, cfg, "drawn",
+                                       images, parts)
+    truth = comparison.test.labels.numpy()
     for k, (arm, rate) in enumerate(rates.items()):
-        for count, each in (rate if isinstance(rate, dict) else dict.fromkeys(counts, rate)).items():
-            right, val = each if isinstance(each, tuple) else (each, each)
-            for seed in range(seeds):
-                name = f"{arm} {count} {seed}"
-                order = np.random.default_rng([k, count, seed]).permutation(40)
-                answers = np.where(order < round(40 * right), truth, (truth + 1) % 4)
-                case.rows.append(dict(run=name, arm=arm, count=count, seed=seed, accuracy=right, val=val,
-                                      train=1.0, answers=answers.tolist(),
-                                      **{f"f1 {c}": right for c in case.test.classes}))
-    return case
+        for count, seed in product(counts, range(seeds)):
+            order = np.random.default_rng([k, count, seed]).permutation(40)
+            answers = np.where(order < round(40 * rate), truth, (truth + 1) % 4)
+            row = dict(seed=seed, train=1.0, answers=answers.tolist())
+            row |= dict.fromkeys((*experiment.SCORES, *(f"F1 {name}" for name in names)), rate)
+            comparison.rows[Run(task, count, 0, seed, arm)] = row
+    return comparison
 
 
-def ask(what, case):
-    """What is said of a case, given its claims."""
-    return what(case, experiment.claims(case))
-
-
-@pytest.mark.parametrize("base, arm, floor, seeds, word", [
-    (0.3, 0.8, 0.5, 4, "help"), (0.8, 0.3, 0.5, 4, "hurt"), (0.6, 0.6, 0.5, 4, "none detected"),
-    (0.5, 0.55, 0.5, 4, "none detected"),
-    (0.3, 0.8, 0.9, 4, "no verdict"), (0.0, 0.2, 0.0, 4, "no verdict"),          # a quarter is the commonest
-    (0.3, 0.8, 0.5, 2, "too few seeds"), (0.3, 0.8, 0.5, 3, "help")])
-def test_a_verdict_takes_three_seeds_and_an_arm_above_the_floor(tmp_path, base, arm, floor, seeds, word):
-    rates = {"real": base, "real + synthetic": arm, "linear: real": floor}
+@pytest.mark.parametrize("base, arm, linear, seeds, verdict", [
+    (0.3, 0.8, 0.5, 4, "helps"), (0.8, 0.3, 0.5, 4, "hurts"), (0.6, 0.6, 0.5, 4, "no difference"),
+    (0.5, 0.55, 0.5, 4, "no difference"), (0.3, 0.8, 0.9, 4, "below the linear baseline"),
+    (0.0, 0.2, 0.0, 4, "below the linear baseline"),           # always one class: a quarter
+    (0.3, 0.8, 0.5, 2, "too few seeds"), (0.3, 0.8, 0.5, 3, "helps")])
+def test_a_verdict_takes_3_seeds_and_an_arm_above_the_baseline(tmp_path, base, arm, linear, seeds,
+                                                               verdict):
+    rates = {"real": base, "real + synthetic": arm, "linear: real": linear}
     claim, = experiment.claims(compared(tmp_path, rates, seeds))
-    assert (claim.word, claim.arm, claim.base) == (word, "real + synthetic", "real")
+    assert (claim.verdict, claim.arm, claim.base) == (verdict, "real + synthetic", "real")
     assert claim.gain.mean == pytest.approx(arm - base)
 
 
-def test_the_ceiling_does_not_lift_a_recogniser_over_the_floor_and_the_floor_is_the_best_linear_arm(tmp_path):
-    case = compared(tmp_path, {"real": 0.5, "real + fresh real": 0.9, "linear: real": 0.4,
-                               "linear: real + synthetic": 0.6})
-    assert experiment.standing(case, 4, "", "test") == ("real", 50)
-    assert experiment.bar(case, 4) == pytest.approx(60) and not experiment.able(case, 4, "", "test")
-
-
-def test_a_ceiling_above_the_floor_is_no_verdict_while_all_other_arms_are_below_it(tmp_path):
-    rates = {"real + augmentation": 0.4, "real + fresh real": 0.75, "linear: real": 0.55}
-    claim, = experiment.claims(compared(tmp_path, rates))
-    assert claim.gain.p < 0.001 and claim.word == "no verdict"
-    claim, = experiment.claims(compared(tmp_path, rates | {"linear: real": 0.35}))
-    assert claim.word == "help"
-
-
-def test_p_is_corrected_among_the_claims_on_synthetic_images_and_among_the_controls(tmp_path):
-    rates = {"real": 0.4, "real + synthetic": 0.5, "real + augmentation": 0.5, "real + fresh real": 0.75,
-             "real + copies": 0.6}
+def test_p_is_corrected_among_claims_on_synthetic_images_and_among_controls(tmp_path):
+    rates = {"real": 0.4, "real + synthetic": 0.5, "real + augmentation": 0.5,
+             "real + fresh real": 0.75, "real + copies": 0.6}
     alone, *controls = experiment.claims(compared(tmp_path, rates))
-    assert alone.asks and alone.p == pytest.approx(alone.gain.p)
     small, large = sorted(controls, key=lambda claim: -claim.p)
-    assert large.p == pytest.approx(2 * large.gain.p) and small.p == pytest.approx(small.gain.p)
-    header, rows = ask(experiment.claim_rows, compared(tmp_path, rates))
-    assert [row[2] for row in rows] == [experiment.points(claim.gain) for claim in (alone, *controls)]
+    assert alone.p == pytest.approx(alone.gain.p) and small.p == pytest.approx(small.gain.p)
+    assert large.p == pytest.approx(2 * large.gain.p)
 
 
-def test_a_resnet_is_asked_only_where_the_vit_is_below_the_floor_on_val(tmp_path):
-    case = compared(tmp_path, {"real": {4: (0.9, 0.2), 8: (0.1, 0.9)}, "linear: real": 0.5}, counts=(4, 8))
-    tasks = experiment.second_opinion(case)
-    claimed = {name for claim in case.leg.claims for name in claim[:2] if not name.startswith("clip: ")}
-    assert {(task.cell[1:], task.title) for task in tasks} == {
-        ((4, seed), f"resnet: {name}") for seed in range(4) for name in claimed}
-    for task in tasks:
-        name = task.title.removeprefix("resnet: ")
-        assert task.arms == (replace(case.arms[name], model="resnet"),)
-    assert experiment.second_opinion(replace(case, rows=[])) == []
+def test_arms_of_other_seeds_or_of_one_seed_or_group_are_not_compared(tmp_path):
+    rates, pair = {"real": 0.4, "real + synthetic": 0.6}, ("real + synthetic", "real", 4)
+    comparison = compared(tmp_path, rates)
+    assert experiment.difference(comparison, *pair).mean == pytest.approx(0.2)
+    assert experiment.difference(compared(tmp_path, rates, seeds=1), *pair) is None
+    one_group = replace(comparison)
+    one_group.test = replace(comparison.test, groups=torch.zeros(40, dtype=torch.int64))
+    assert experiment.difference(one_group, *pair) is None
+    del comparison.rows[Run("scenes", 4, 0, 1, "real")]
+    assert experiment.difference(comparison, *pair) is None
+    del comparison.rows[Run("scenes", 4, 0, 2, "real + synthetic")]       # as many, but others
+    assert experiment.difference(comparison, *pair) is None
 
 
-RATES = {"real": 0.3, "real + synthetic": 0.2, "linear: real": 0.5,
-         "resnet: real": 0.6, "resnet: real + synthetic": 0.9}
+RATES = {"real": 0.5, "real + augmentation": 0.5, "real + synthetic": 0.55, "linear: real": 0.3,
+         "real + synthetic + augmentation": 0.5, "real + fresh real": 0.8, "real + copies": 0.2}
 
 
-def test_the_verdict_then_follows_the_resnet_and_the_claim_of_the_vit_stands_beside_it(tmp_path):
-    case = compared(tmp_path, RATES)
-    _, rows = ask(experiment.claim_rows, case)
-    assert [tuple(row[:2]) for row in rows] == [
-        ("resnet: real + synthetic against resnet: real", "help"),
-        ("real + synthetic against real", "(not followed)")]
-    assert ask(experiment.answer, case) == (
-        "The ViT stays below the linear floor, so the verdict is the ResNet's. With 4 real images per class, "
-        "the best accuracy on test, but for fresh real images: the ViT 30.0 % (real), a small ResNet 90.0 % "
-        "(real + synthetic), a linear classifier on colours and edges 50.0 % (real), always c00 25.0 %. "
-        f"Synthetic images ({rows[0][2]}): help.")
+def test_the_answer_is_a_paragraph_per_number_of_images_and_explains_controls_once(tmp_path):
+    comparison = compared(tmp_path, RATES, counts=(4, 20))
+    found = experiment.claims(comparison)
+    first, second = experiment.answers(comparison, found)
+    assert re.fullmatch(
+        r"With 4 real images per class, synthetic images made no difference that 4 seeds could show"
+        r": \+0\.0 points \[-[0-9.]+, \+[0-9.]+\]\. As many fresh real images \(the upper bound: "
+        r".*?\) add 30\.0 points \[\+.*?\]\. Copies of the real images \(the negative control: "
+        r".*?\) cost 30\.0 points \[-.*?\]\.", first)
+    assert second.startswith("With 20 real images per class, synthetic images made no difference")
+    assert "upper bound" not in second and "As many fresh real images add 30.0 points" in second
+    below = [replace(claim, verdict="below the linear baseline") for claim in found]
+    assert "get no verdict, being below the linear" in experiment.answers(comparison, below)[0]
+    assert experiment.answers(comparison, []) == [
+        "No answer yet: it takes two seeds of two arms that a claim compares."]
 
 
-def test_whose_verdict_counts_is_chosen_on_val_and_not_on_test(tmp_path):
-    for vit, resnet, chosen in (((0.3, 0.6), 0.9, ""), ((0.9, 0.4), 0.6, "resnet: "), (0.3, (0.9, 0.4), "")):
-        rates = RATES | {"real": vit, "resnet: real": resnet, "resnet: real + synthetic": (0.9, 0.1)}
-        case = compared(tmp_path, rates)
-        assert experiment.recogniser(case, 4) == chosen
-        assert {claim.arm for claim in experiment.claims(case)} == {f"{chosen}real + synthetic"}
-        assert ask(experiment.claim_rows, case)[1][-1][1] == "(not followed)"
+@pytest.mark.parametrize("p, least_p, text", [
+    (0.001, 0.001, "The generator has memorised"), (0.5, 0.001, "No sign of memorised"),
+    (0.5, 0.3, "Too few images to say whether")])
+def test_near_duplicates_are_on_the_page_and_with_an_alarm_in_the_answer(scenes, p, least_p, text):
+    pair = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    near = {4: NearDuplicates(8, 1, 0.4, p, least_p, pair, pair)}
+    comparison = replace(scenes.comparison, near_duplicates=near)
+    page = "".join(experiment.task_html(comparison))
+    assert f"{text}" in page and "12.5 % of 8 synthetic images are near-duplicates, nearer" in page
+    assert "5.0 % would be (p " in page and page.count("<img") == 8 * 2 + 2
+    answer = " ".join(experiment.answers(comparison, experiment.claims(comparison)))
+    assert ("12.5 % of the synthetic images are near-duplicates" in answer) is (p < 0.01)
+    page = "".join(experiment.task_html(replace(comparison, near_duplicates={4: None})))
+    assert page.count("<img") == 8 * 2 and "near-duplicates" not in page  # nothing to compare
 
 
-def test_the_answer_begins_with_what_the_recognisers_can_do(tmp_path):
-    strong = ask(experiment.answer, compared(tmp_path, RATES | {"real": 0.6}))
-    assert ("With 4 real images per class, the best accuracy on test, but for fresh real images: the ViT "
-            "60.0 % (real), a small") in strong
-    assert not strong.startswith("With")                                 # the answer first, then its footing
-    weak = ask(experiment.answer, compared(tmp_path, RATES | {"linear: real": 0.95}))
-    assert weak.startswith("No network reaches what a linear classifier or the commonest class does")
-    assert re.search(r"No verdict, as they are below the floor: synthetic images \(-10.0 \[.*\]\)\.$", weak)
-    luck = ask(experiment.answer, compared(tmp_path, RATES | {"real": (0.3, 0.6)}))     # on val, not test
-    assert luck.startswith("No network reaches")
-    blocks = [*experiment.blocks(compared(tmp_path, RATES))]
-    assert blocks[0].startswith("# ") and blocks[1].startswith("The ViT stays below")
-    assert blocks[2][0].startswith("<svg")                           # then a picture that shows it
+def test_the_page_needs_nothing_else_and_has_the_answer_first(scenes):
+    page = (scenes.out / "report.html").read_text()
+    title = "Does synthetic data from a generative model help image recognition in remote sensing?"
+    assert page.count(title) == 2 and "http" not in page and "<script" not in page
+    order = [page.index(text) for text in (
+        "<p class=answer>With 4 real images per class, synthetic images", "<svg", "<h3>Synthetic",
+        "near-duplicates, nearer to", "<h3>Claims", "<h3>All arms", "Run it again")]
+    assert order == sorted(order)
+    for term in ("(the upper bound: ", "(the negative control: ", "arms, which are ways to train",
+                 "the linear baseline: a linear", "which in 95 of 100 cases holds the gain"):
+        assert term in page
+    for arm in scenes.comparison.arms:
+        assert f"<td>{html.escape(arm)}<td" in page
+    assert scenes.comparison.near_duplicates[4].total == 48               # of the first draw
+    assert page.count("<table") == page.count("<div class=scroll><table") == 4
+    assert re.search(r'#48f4 [0-9.]+%, transparent 0\)">[0-9.]+ ±', page)           # a bar
 
 
-def test_the_answer_says_of_every_question_what_became_of_it(monkeypatch, scenes_case):
-    words = {"+": "help", "-": "hurt", "0": "none detected", "?": "no verdict", "2": "too few seeds"}
-
-    def said(signs, seeds=2):
-        """The answer, but for its footing, if the verdicts on the claims are these, count by count."""
-        found = [(count, *claim) for count in (4, 8) for claim in LEGS["scenes"].claims[:4]]
-        both = [experiment.Claim(*claim, experiment.Gain(0.1, ()), True, word=words[sign])
-                for claim, sign in zip(found, signs, strict=True)]
-        monkeypatch.setattr(experiment, "footing", lambda case, count: ("", ""))
-        rows = [dict(seed=seed) for seed in range(seeds)]
-        text = experiment.answer(replace(scenes_case, rows=rows, judged=judged), both).strip()
-        return text.replace(" (+10.0 [+10.0, +10.0], +10.0 [+10.0, +10.0])", "!")    # gains of two counts
-
-    judged = {4: {}, 8: dict(copies=1, looked_at=8, copies_p=0.5)}
-    assert said("++++++++") == "Synthetic images; fresh real images!; copies of the real images!: help."
-    assert said("--+0--+0") == ("Fresh real images!: help. Synthetic images: hurt. "
-                                "No difference detected with this many runs: copies of the real images!.")
-    judged[8]["copies_p"] = 0.001
-    assert said("++++++++").endswith(": help. 12.5 % of the synthetic images with 8 real images per class "
-                                     "are near-copies of real ones.")
-    judged = {}
-    one, rest = said("+0000000").split(": help. ")
-    assert one == ("Synthetic images (real + synthetic + augmentation against real + augmentation with 4 "
-                   "real images per class)")
-    assert rest.count("against") == 3 and rest.endswith("; fresh real images!; copies of the real images!.")
-    assert said("??00??00").endswith("No verdict, as they are below the floor: synthetic images.")
-    assert said("22222222", seeds=1).startswith("So far, with 1 of 2 seeds: Too few seeds to say")
-    assert experiment.answer(scenes_case, []) == "No answer yet: it takes two seeds."
+def test_the_plot_puts_an_interval_where_its_axis_says(tmp_path):
+    claims = [experiment.Claim(4, "a <", "b", Gain(0.09, 0.13, 0.2)),
+              experiment.Claim(4, "c", "b", Gain(0.02, 3.0, 0.9))]
+    svg = experiment.interval_plot(compared(tmp_path, {}), claims)
+    ticks = re.findall(r'<text x="([0-9.]+)"[^>]*middle">(-?[0-9]+)', svg)
+    x = {int(points): float(place) for place, points in ticks}
+    spans = re.findall(r'd="M([0-9.]+) [0-9]+H([0-9.]+)M([0-9.]+)', svg)
+    left, right, mean = (x[0] + (x[40] - x[0]) / 40 * points for points in (-4, 22, 9))
+    assert [float(place) for place in spans[0]] == pytest.approx([left, right, mean], abs=0.15)
+    assert spans[1][:2] == ("20.0", "580.0") and "a &lt; against b" in svg       # 50 points at most
 
 
-def worth(out, curve, mix, count=5):
-    """What 5 real images with synthetic ones are worth, if the base scores `curve` at 5, 10 and 20."""
-    rates = {"real + augmentation": dict(zip((5, 10, 20), curve, strict=False)),
-             "real + synthetic + augmentation": {5: mix}}
-    return experiment.worth(compared(out, rates, counts=(5, 10, 20)), count)
-
-
-@pytest.mark.parametrize("curve, mix, expected", [
-    ((0.3, 0.5, 0.7), 0.6, 10 * 2**0.5),                                 # half way, of their logarithms
-    ((0.3, 0.5, 0.7), 0.35, 5 * 2**0.25), ((0.3, 0.5, 0.7), 0.5, 10),
-    ((0.3, 0.5, 0.4), 0.45, 5 * 2**0.75), ((0.5, 0.3, 0.7), 0.4, 5),     # more images never hurt
-    ((0.3, 0.5, 0.7), 0.95, 20), ((0.3, 0.5, 0.7), 0.1, 5)])             # the curve ends there
-def test_images_are_worth_where_the_curve_reaches_their_score(tmp_path, curve, mix, expected):
-    low, mean, high = worth(tmp_path, curve, mix)
-    assert low <= mean <= high and 5 <= low and high <= 20
-    assert mean == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("curve", [(0.5, 0.5, 0.5), (1.0, 1.0, 1.0)])
-def test_where_more_images_bring_nothing_synthetic_ones_are_worth_nothing(tmp_path, curve):
-    rates = {"real + augmentation": dict(zip((5, 10, 20), curve, strict=True))}
-    case = compared(tmp_path, rates, counts=(5, 10, 20))
-    case.rows += [row | dict(arm="real + synthetic + augmentation") for row in case.rows if row["count"] == 5]
-    assert experiment.worth(case, 5)[1] == pytest.approx(5)            # the same answers: worth what they are
-
-
-def test_what_images_are_worth_takes_a_curve(tmp_path):
-    assert worth(tmp_path, (0.3, 0.5), 0.4) is None                      # at 20 the base was not run
-    assert worth(tmp_path, (0.3, 0.5, 0.7), 0.4, count=10) is None       # at 10 the mix was not
-    case = compared(tmp_path, {"real + augmentation": 0.5, "real + synthetic + augmentation": 0.6})
-    assert experiment.worth(case, 4) is None and experiment.worths(case) == []
-    line, = experiment.worths(compared(tmp_path, {"real + augmentation": {5: 0.3, 10: 0.5, 20: 0.7},
-                                                  "real + synthetic + augmentation": {5: 0.6}},
-                                       counts=(5, 10, 20)))
-    assert line.startswith("5 real images per class with synthetic ones are worth 14 [")
-
-
-# ---- what is said
-
-def test_terminal_and_page_say_the_same_and_the_terminal_ends_with_the_answer(tmp_path, capsys):
-    case = compared(tmp_path, RATES)
-    case.rows = [row | dict(commit="", device="cpu") for row in case.rows]
-    experiment.report([case], case.cfg, tmp_path)
-    experiment.tell([case], tmp_path)
-    page, printed = (tmp_path / "report.html").read_text(), capsys.readouterr().out
-    for block in experiment.blocks(case):
-        if isinstance(block, str):
-            assert html.escape(block.lstrip("# ")) in page
-            assert unwrapped(block.lstrip("# ")).upper() in unwrapped(printed).upper()
-        elif isinstance(block[1], list):
-            cells = [cell for row in block[1] for cell in row]
-            assert all(f"<td>{html.escape(cell)}" in page and cell in printed for cell in cells)
-        else:
-            assert html.escape(block[1]) in page and block[1] not in printed
-    assert unwrapped(printed.split("The page")[0]).endswith(ask(experiment.answer, case))
-
-
-def test_a_plot_puts_everything_where_its_value_is_and_its_axis_comes_from_what_is_shown():
-    def gain(mean, half):
-        return experiment.Gain(mean / 100, ((np.square(half / 100 / experiment.student(9)(0.975)), 9),))
-
-    rows = {"a": {1: (gain(9, 13), [9.0, 11.0])}, "b": {1: (gain(3, 0), []), 2: (gain(5, 1), [5.0])}}
-    svg = experiment.plot(rows, {1: "few", 2: "many"}, {"": 0, "floor <": 12}, -100)
-    labels = re.findall(r'<text x="([0-9.]+)" [^>]*middle">(-?[0-9]+)', svg)
-    ticks = {int(label): float(x) for x, label in labels}
-    assert sorted(ticks) == [-5, 0, 5, 10, 15, 20, 25]                   # of -4 ... 22, not of 0 ... 100
-    unit = (ticks[25] - ticks[0]) / 25
-
-    def x(value):
-        return pytest.approx(ticks[0] + unit * value, abs=0.06)
-
-    spans = re.findall(r'<path d="M([0-9.]+) [0-9]+H([0-9.]+)"', svg)
-    assert [tuple(map(float, span)) for span in spans] == [(x(-4), x(22)), (x(3), x(3)), (x(4), x(6))]
-    means = re.findall(r'<path d="M([0-9.]+) [0-9]+v8"', svg)
-    assert [float(mean) for mean in means] == [x(9), x(3), x(5)]
-    assert [float(dot) for dot in re.findall(r'<circle cx="([0-9.]+)"', svg)] == [x(9), x(11), x(5)]
-    marks = re.findall(r'<path d="M([0-9.]+) [0-9]+V[0-9]+" stroke-dasharray', svg)
-    assert [float(mark) for mark in marks] == [x(0), x(12)] and "floor &lt;" in svg
-    colours = re.findall(r'<g style="color: (.*?)"', svg)
-    assert colours[0] == colours[1] != colours[2]                        # a colour for each of the legend
-    svg = experiment.plot({"a": {1: (gain(9, 300), [])}}, {1: ""}, {}, 0)
-    assert re.findall(r'middle">(-?[0-9]+)', svg) == ["0", "20", "40", "60", "80", "100", "120"]
-
-
-def test_the_forest_shows_claims_and_linear_floor_with_the_gains_of_the_seeds(tmp_path, monkeypatch):
-    case = compared(tmp_path, {"real": 0.4, "real + synthetic": 0.5, "real + augmentation": 0.5,
-                               "real + fresh real": 0.75, "linear: real": 0.35})
-    plotted = []
-    monkeypatch.setattr(experiment, "plot", lambda rows, *more: plotted.extend([rows, *more]))
-    experiment.forest(case, experiment.claims(case))
-    rows, _, marks, least = plotted
-    found = {name: (round(100 * g.mean, 6), np.round(dots, 6).tolist())
-             for name, mine in rows.items() for g, dots in [mine[4]]}
-    assert (marks, least) == ({"": 0}, -100) and found == {"synthetic images, against real": (10, [10] * 4),
-                     "fresh real images, against real + augmentation": (25, [25] * 4),
-                     "the linear floor, against real": (-5, [-5] * 4),
-                     "the linear floor, against real + augmentation": (-15, [-15] * 4)}
-
-
-def test_confusions_have_names_on_both_sides(tmp_path):
-    case = compared(tmp_path, {"real + augmentation": 0.5, "real + synthetic + augmentation": 0.75})
-    picture = np.array(experiment.confusions(case).convert("L"))
-    left = 8 + 7 * 3                                                     # c00 ... c03, read from both sides
-    cells = picture[left:, left:]
-    assert cells.shape == (4 * 60, 9 * 60)
-    assert all((part < 128).any() for part in (picture[left:, :left], picture[:left, left:left + 240],
-                                               picture[:left, -240:]))
-    middles = cells[30::60, 30::60]
-    truth = case.test.labels.numpy()
-    rows = [r for r in case.rows if r["arm"] == "real + augmentation"]
-    share = np.mean([np.mean(np.array(r["answers"])[truth == 0] == 1) for r in rows])
-    assert middles[0, 1] == pytest.approx(255 - 255 * share, abs=1) and (middles[:, 4] == 255).all()
-
-
-# ---- tasks
-
-def test_of_each_seed_generators_come_first_and_seeds_come_in_order(scenes_case):
-    wanted = experiment.runs(scenes_case, scenes_case.arms, scenes_case.s.counts)
-    tasks = experiment.whole([replace(scenes_case, runs=wanted)], {})
-    need = sum(arm.source == "generator" for arm in scenes_case.arms.values())
-    free = len(scenes_case.arms) - need
-    assert len(wanted) == 4 * (need + free)                                          # 2 counts, 2 seeds
-    assert [task.cell[2] for task in tasks] == sorted(task.cell[2] for task in tasks)
-    for seed in (0, 1):
-        kinds = [(task.kind == "make", bool(task.after)) for task in tasks if task.cell[2] == seed]
-        looks = 2 * (seed == 0)
-        assert kinds == ([(True, False)] * 2 + [(False, False)] * 2 * free
-                         + [(False, True)] * (2 * need + looks))
-    missing = {run.name: {} for run in wanted[1:]}
-    assert experiment.whole([replace(scenes_case, runs=wanted[:1])], missing) == wanted[:1]
-
-
-def test_arms_of_two_names_that_are_the_same_run_are_run_once(smoke):
-    case = case_of(smoke[0], study="share,soft")
-    wanted = experiment.runs(case, case.arms, (4,))
-    tasks = [task for task in experiment.whole([replace(case, runs=wanted)], {}) if task.kind == "run"]
-    arms = len(LEGS["scenes"].arms)
-    assert len(wanted) == 2 * (arms + 6) and len(tasks) == 2 * (arms + 3)     # three of six are arms
-    assert len({task.name for task in tasks}) == len(tasks)
-
-
-def test_runs_of_different_seeds_are_not_compared(tmp_path):
-    case = compared(tmp_path, {"real": 0.4, "real + synthetic": 0.6})
-    assert experiment.difference(case, "real + synthetic", "real", 4)
-    case.rows = [r for r in case.rows if (r["arm"], r["seed"]) not in (("real", 1), ("real + synthetic", 2))]
-    assert experiment.difference(case, "real + synthetic", "real", 4) is None
-
-
-def test_a_task_waits_for_its_generator_and_no_more_run_than_jobs(scenes_case, tmp_path, monkeypatch):
-    case, events, lock = replace(scenes_case, out=tmp_path, rows=[], judged={}), [], threading.Lock()
-
-    def work(task):
-        with lock:
-            events.append(("start", task))
-        time.sleep(0.1 if task.kind == "make" else 0.001)
-        with lock:
-            events.append(("end", task))
-        return dict(run=task.name, arm=task.title, accuracy=0.5)
-
-    monkeypatch.setattr(experiment, "CASES", {case.name: case})
-    monkeypatch.setattr(experiment, "work", work)
-    monkeypatch.setattr(experiment, "report", lambda *_: None)
-    case.runs, stored = experiment.runs(case, case.arms, case.s.counts), {}
-    with ThreadPoolExecutor(8) as pool:
-        experiment.run_all([case], stored, pool, 3)
-    made = {task.name: k for k, (what, task) in enumerate(events) if what == "end" and task.kind == "make"}
-    starts = {task: k for k, (what, task) in enumerate(events) if what == "start"}
-    assert len(made) == 4 and all(made[task.after] < k for task, k in starts.items() if task.after)
-    running = np.cumsum([1 if what == "start" else -1 for what, _ in events])
-    assert running.max() == 3 and running[-1] == 0
-    assert set(stored) == {run.name for run in case.runs} == {row["run"] for row in results(tmp_path)}
-    assert len(case.rows) == len(case.runs)
-
-
-def test_what_a_process_cannot_do_is_one_line(smoke, tmp_path, capsys):
-    root, out = str(smoke[0] / "drawn-scenes-30"), str(tmp_path)
-    flags = dict(data=root, counts="4", out=out, arms="real + synthetic")
-    argv = ["--smoke", "--seeds=1", "--jobs=1", *(f"--{name}={value}" for name, value in flags.items())]
-    case, = experiment.main(Config(smoke=True, seeds=1, **flags, dry_run=True))
-    broken = tmp_path / "generators" / f"{experiment.generator_id(case.cell(4, 0), Arm('generator', 0.5))}.pt"
-    broken.parent.mkdir()
-    broken.write_bytes(b"no checkpoint")
-    with pytest.raises(SystemExit) as error:
-        data.launch(experiment.main, Config, argv)
-    err = capsys.readouterr().err
-    assert error.value.code == 2 and f"{broken} is no checkpoint of ours" in err and err.count("\n") == 1
-    assert "Traceback" not in err and not (tmp_path / "results.csv").exists()
+def test_the_terminal_ends_with_the_answers_and_the_claims_in_25_lines(tmp_path, capsys):
+    rates = dict.fromkeys(experiment.SCALES["buildings"]["small"].arms, 0.5)
+    rates |= {"linear: balanced": 0.3, "balanced + fresh real": 0.9}
+    comparisons = [compared(tmp_path, RATES, 5), compared(tmp_path, rates, 5, (8,), "buildings")]
+    pair = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    for comparison in comparisons:
+        near = NearDuplicates(480, 479, 4.0, 1e-9, 1e-9, pair, pair)
+        comparison.near_duplicates[comparison.scale.counts[0]] = near
+    experiment.print_answers(comparisons)
+    printed = capsys.readouterr().out
+    assert len(printed.rstrip().splitlines()) <= 25 and str(tmp_path / "report.html") in printed
+    for comparison in comparisons:
+        found = experiment.claims(comparison)
+        assert experiment.answers(comparison, found)[0] in " ".join(printed.split())
+        assert len(found) >= 3
+        for claim in found:
+            assert re.search(rf"{re.escape(claim.arm)} against .*{claim.verdict} .*\[", printed)
 
 
 # ---- flags
 
-SCENES, BUILDINGS = ["--smoke", "--data", "drawn-scenes-30"], ["--smoke", "--data", "drawn-buildings-64"]
-
-
 @pytest.mark.parametrize("argv, message", [
-    (["--arms", "real,fake"], "unknown arm fake"), (["--seed", "3"], "--seed"),
-    (["--leg", "scenes", "--counts", "ten"], "ten"), (["--counts", "3"], "of which --leg"),
-    (["--study", "size"], "unknown study size"), (["--scale", "smoke,small"], "unknown scale smoke"),
-    (["--smoke", "--subsets", "9"], "--subsets 9: at most one for each of the 2 seeds"),
-    (["--leg", "scenes", "--counts=-3"], "--counts -3"), (["--seeds", "5", "--subsets", "2"], "--subsets 2"),
-     (["--scale", "huge"], "unknown scale huge"),
-    (["--data", "/nowhere"], "no folder /nowhere"), ([*SCENES, "--leg", "scenes"], "--leg scenes"),
-    (["--smoke", "--size", "18"], "--size 18"), (["--label", "colour"], "unknown label colour"),
-    ([*SCENES, "--arms", "balanced"], "--arms balanced: no arm for scenes"),
-    ([*SCENES, "--arms", "real,balanced"], "--arms balanced: no arm for scenes"),
-    (["--leg", "scenes", "--counts", "4,4,"], "'4,4,' is no list of integers"),
-    ([*SCENES, "--study", "clip", "--init", "vit.pt"], "--init vit.pt has read no texts"),
-    ([*SCENES, "--counts", "4,99"], "99 asked for"),
-    ([*SCENES, "--hold-out", "flood"], "only an xBD tree has events"),
-    ([*BUILDINGS, "--counts", "99"], "tiles to train on")])
-def test_a_mistake_is_one_line_and_exit_code_2(argv, message, smoke, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(smoke[0])
-    if "--init" in argv:
-        cfg = experiment.train_cls.Config(size=8, patch=4, dim=16, depth=1, heads=1, steps=1, batch=2)
-        experiment.train_cls.fit(case_by_hand(4, 2).scenes, None, cfg, smoke[0] / "vit.pt")
-    with pytest.raises(SystemExit) as error:
-        data.launch(experiment.main, Config, [*argv, "--out", str(tmp_path)])
-    err = capsys.readouterr().err
-    assert error.value.code == 2 and message in err and err.count("\n") == 1
-    assert not (tmp_path / "results.csv").exists() and not (tmp_path / "generators").exists()
+    ("--arms real,fake", "--arms fake"), ("--study size", "--study size: known are share"),
+    ("--scale huge", "--scale huge"), ("--counts 3", "of which --task"), ("--size 18", "--size 18"),
+    ("--task scenes --counts ten", "ten"), ("--task scenes --counts -3", "-3"),
+    ("--data /nowhere", "/nowhere"), ("--data scenes --task scenes", "--task scenes"),
+    ("--data scenes --arms balanced", "none is of"), ("--data scenes --counts 4,99", "99 asked"),
+    ("--data scenes --hold-out flood", "no such event"), ("--data buildings --counts 99", "tiles")])
+def test_a_mistake_is_one_line_and_exit_code_2(argv, message, trees, tmp_path, launch, monkeypatch):
+    monkeypatch.chdir(trees)
+    done = launch(experiment, *argv.split(), "--out", tmp_path)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "results.csv").exists() and not [*tmp_path.rglob("generator.pt")]
 
 
-def test_drawn_scenes_stay_small_and_data_on_a_gpu_are_compared_at_medium_scale(monkeypatch):
-    for gpu in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        for leg, scales in experiment.SCALES.items():
-            assert Config().resolved(leg) == scales["small"]
-            assert Config(data="x").resolved(leg) == scales["medium" if gpu else "small"]
-
-
-def test_flags_change_what_they_name_and_nothing_else():
+def test_flags_change_what_they_name_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     base = Config(scale="small").resolved("scenes")
-    s = Config(scale="small", data="x", counts="5", seeds=7, subsets=7, made=9, w=3.0).resolved("scenes")
-    assert s == replace(base, counts=(5,), seeds=7, subsets=7, made=9, w=3.0)
-    assert Config(scale="small", w=0.0).resolved("scenes").w == 0 and base.w == 1.5
-    assert Config(leg="buildings", counts="8,0,4,8").resolved("buildings").counts == (4, 8, 0)
-    assert Config(study="counts").resolved("scenes").counts == (2, 4, 10, 20, 40)
-    s = Config(scale="full", size=32, gen_steps=11, cls_steps=12).resolved("scenes")
-    assert (s.gen.size, s.cls.size, s.cls.patch, s.gen.steps, s.cls.steps) == (32, 32, 4, 11, 12)
+    assert base == Config(data="x").resolved("scenes") == experiment.SCALES["scenes"]["small"]
+    flags = dict(seeds=7, redraw=True, generated=9, guidance=0.0)
+    asked = Config(scale="small", data="x", counts="20,5,0,5", **flags).resolved("scenes")
+    assert asked == replace(base, counts=(5, 20, 0), **flags)
+    full = Config(scale="full", size=32, gen_steps=11, cls_steps=12).resolved("scenes")
+    assert (full.gen.size, full.cls.size, full.gen.steps, full.cls.steps) == (32, 32, 11, 12)
     patches = {size: Config(scale="small", size=size).resolved("scenes").cls.patch
-               for size in range(8, 129, 8)}
-    assert patches == {8: 2, 16: 2, 24: 4, 32: 4, 40: 8, 48: 8, 56: 8, 64: 8, 72: 8, 80: 16, 88: 8, 96: 16,
-                       104: 8, 112: 16, 120: 8, 128: 16}              # powers of 2, as convolutions need them
-    line = experiment.command(Config(data="my data", counts="5", w=3.0, dry_run=True))
-    assert line == "python experiment.py --data 'my data' --dry-run --counts 5 --w 3.0"
-    assert experiment.command(Config(w=0.0)) == "python experiment.py --w 0.0"
+               for size in (8, 16, 24, 40, 80, 88, 128)}
+    assert patches == {8: 2, 16: 2, 24: 4, 40: 8, 80: 16, 88: 8, 128: 16}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)         # real data: medium
+    assert Config().resolved("scenes") == base
+    assert Config(data="x").resolved("scenes") == experiment.SCALES["scenes"]["medium"]
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def test_studies_add_arms_that_change_the_main_arm():
+    for (name, task), (study, changes) in product(TASKS.items(), STUDIES.items()):
+        arms = Config(task=name, study=study, arms="all").selected_arms(task, ())
+        without = study == "augment" and name == "scenes"                 # scenes have no masks
+        assert len(arms) == len(task.arms) + len(changes) - without == len(task.arms | arms)
+        for change in changes.keys() - {"copypaste"}:
+            expected = replace(task.arms[task.main_arm], **changes[change])
+            assert arms[f"{study}: {change}"] == expected

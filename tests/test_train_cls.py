@@ -1,5 +1,6 @@
-"""train_cls.py: fair mixtures, honest scores."""
+"""train_cls.py: the mixture, the loop, the scores, the linear baseline, CLIP and MAE, tuning."""
 import csv
+import json
 import math
 from dataclasses import replace
 
@@ -7,581 +8,513 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.testing import assert_close
 
 import data
 import train_cls
-from augment import AUGMENTATIONS, OVERHEAD, compose
-from data import Problem, Scenes
-from train_cls import Config, Mixture, Residual, ResNet, colours_and_edges, confusion, fit, predict
-from vit import Convolutions, Patches, ViT
+import vit
+from augment import AUGMENTATIONS, compose
+from data import Scenes, UserError
+from train_cls import Config, Mixture, Script, fit, fit_clip, load_weights, outputs, tune
 
-TINY = Config(size=8, patch=4, dim=16, depth=1, heads=2, steps=6, batch=16, warmup=2, augment="none")
-
-
-def numbered(n, start=0):
-    """Images that are one grey level each, so that a batch tells where it came from; two classes."""
-    level = torch.arange(start, start + n, dtype=torch.uint8)
-    return Scenes(level.view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous(), torch.arange(n) % 2, ["a", "b"],
-                  [f"{k}.png" for k in range(start, start + n)], torch.arange(n))
+TINY = Config(size=8, patch=4, dim=16, depth=1, heads=2, steps=6, batch=16, warmup=2,
+              augment="none")
+SENTENCES = [("A river.", "water, 2 boats"), ("trees",), ("A beach", "sand; a river", "trees!"),
+             ("a Road",), ("trees",), ("houses", "a road")]
 
 
-def batches(monkeypatch, *args):
-    """The grey levels of every batch that fit(*args) trains on, (steps, batch), and what fit returns."""
-    seen = []
-
-    def spy(_):
-        return lambda x, y, g: (seen.append(data.to_uint8(x[:, 0, 0, 0])) or x, y)
-
-    with monkeypatch.context() as m:
-        m.setattr(train_cls, "compose", spy)
-        model, counts = fit(*args)
-    return torch.stack(seen), counts
-
-
-def test_a_synthetic_image_takes_the_place_of_a_real_one_and_nothing_else_changes(monkeypatch):
-    real, synthetic, cfg = numbered(100), numbered(50, start=200), replace(TINY, steps=40, batch=64)
-    alone, seen_alone = batches(monkeypatch, real, None, cfg)
-    mixed, seen_mixed = batches(monkeypatch, real, synthetic, replace(cfg, share=0.3))
-    pure, seen_pure = batches(monkeypatch, None, synthetic, replace(cfg, share=1.0))
-    taken = mixed >= 200
-    assert abs(taken.float().mean() - 0.3) < 0.03
-    assert_close(mixed[~taken], alone[~taken])
-    assert_close(mixed[taken], pure[taken])
-    assert alone.max() < 100 and pure.min() >= 200
-    assert set(alone.flatten().tolist()) == set(range(100))
-    assert set(pure.flatten().tolist()) == set(range(200, 250))
-    for seen, n in ((seen_alone, 0), (seen_mixed, taken.sum()), (seen_pure, 40 * 64)):
-        assert seen == dict(steps=40, images=40 * 64, synthetic=n)
-
-
-def test_copies_of_the_real_images_are_other_draws_of_them(monkeypatch):
-    real, copies, cfg = numbered(50), numbered(50, start=200), replace(TINY, steps=20)
-    alone, _ = batches(monkeypatch, real, None, cfg)
-    mixed, _ = batches(monkeypatch, real, copies, replace(cfg, share=1.0))
-    assert (mixed - 200 == alone).float().mean() < 0.15                  # 1 in 25 by chance
-    assert ((mixed - 200) % 2 == alone % 2).all()                        # of the same class
-
-
-def rare():
-    """90 images of class 0, 9 of class 1, 1 of class 3: grey levels 0 to 89, 90 to 98, 99. No class 2."""
-    labels = torch.tensor([0] * 90 + [1] * 9 + [3])
-    return replace(numbered(100), labels=labels, classes=list("abcd"))
-
-
-def test_classes_are_drawn_as_they_occur_or_all_equally_often(monkeypatch):
-    cfg = replace(TINY, steps=40, batch=64)
-    for balance, expected in ((False, [0.9, 0.09, 0.01]), (True, [1 / 3] * 3)):
-        levels, _ = batches(monkeypatch, rare(), None, replace(cfg, balance=balance))
-        ranges = (0, 90), (90, 99), (99, 100)
-        shares = [((a <= levels) & (levels < b)).float().mean().item() for a, b in ranges]
-        assert np.allclose(shares, expected, atol=0.03)
-        assert len(levels.unique()) > 95                                 # within a class, every image
-
-
-def test_synthetic_images_of_rare_classes_leave_the_others_alone(monkeypatch):
-    cfg, two = replace(TINY, steps=40, batch=64, balance=True), numbered(10, start=200)
-    synthetic = replace(two, labels=torch.ones(10, dtype=torch.int64), classes=list("abcd"))
-    alone, _ = batches(monkeypatch, rare(), None, cfg)
-    mixed, seen = batches(monkeypatch, rare(), synthetic, replace(cfg, share=0.5))
-    ones = (alone >= 90) & (alone < 99)                                  # the places of class 1
-    assert_close(mixed[~ones], alone[~ones])
-    assert abs((mixed[ones] >= 200).float().mean() - 0.5) < 0.06 and seen["synthetic"] == (mixed >= 200).sum()
-
-
-@pytest.mark.usefixtures("on_cpu")
-def test_soft_targets_are_taught_instead_of_the_class_of_synthetic_images(monkeypatch):
-    taught, real, synthetic = [], numbered(10), numbered(10, start=200)
-    monkeypatch.setattr(train_cls, "compose", lambda _: lambda x, y, g: (taught.append((x, y)) or x, y))
-    soft = torch.rand(10, 2).softmax(1)
-    fit(real, synthetic, replace(TINY, share=0.5), soft=soft)
-    x, y = (torch.cat(parts) for parts in zip(*taught, strict=True))
-    level = data.to_uint8(x[:, 0, 0, 0]).long()
-    assert_close(y[level >= 200], soft[level[level >= 200] - 200])
-    assert_close(y[level < 200], torch.eye(2)[level[level < 200] % 2])
-    fit(real, None, replace(TINY, share=0.0), soft=soft[:0])             # a filter has let nothing through
+@pytest.fixture(autouse=True)
+def in_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def coloured(labels, classes, seed=0):
     """Random pictures with these labels, all reddish: their features agree, so gradients add up."""
-    g = torch.Generator().manual_seed(seed)
-    images = torch.randint(256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=g)
+    N, names = len(labels), [f"{k}.png" for k in range(len(labels))]
+    images = torch.randint(256, (N, 3, 8, 8), dtype=torch.uint8, generator=data.rng(seed))
     images[:, 0] = images[:, 0] // 4 + 192
-    return Scenes(images, torch.tensor(labels), classes, [f"{k}.png" for k in range(len(labels))],
-                  torch.arange(len(labels)))
+    return Scenes(images, torch.tensor(labels), list(classes), names, torch.arange(N))
 
 
-@pytest.mark.usefixtures("on_cpu")
-def test_training_is_this_loop_written_out(adamw_by_hand, in_float64):
-    """Draw, augment, cross-entropy with smoothed labels, clip, learning rate, AdamW."""
-    real, synthetic = coloured([0, 0, 2, 0, 1, 0, 0], list("abc")), coloured([2, 0, 0, 1], list("abc"), 1)
-    cfg = replace(TINY, steps=4, warmup=2, lr=4e-3, decay=0.5, smoothing=0.2, share=0.4, seed=7,
-                  augment="hflip,rot90,color,cutmix")
-    model, _ = fit(real, synthetic, cfg)
-
-    torch.manual_seed(7)
-    twin = ViT(3, size=8, patch=4, dim=16, depth=1, heads=2)
-    by_hand, norms = adamw_by_hand(twin.parameters(), (0.9, 0.999), lambda p: 0.5 * (p.ndim > 1)), []
-    for step, rate in enumerate((2e-3, 4e-3, 4e-3, 2e-3)):               # 2 steps up, then along a cosine
-        g = data.rng(7, step)
-        x, y = [], []
-        for place, kind, u, v in torch.rand(4, 16, generator=g).T.tolist():
-            c = sorted(real.labels.tolist())[int(place * 7)]             # a class, as often as it occurs
-            pool, chance = (synthetic, v) if kind < 0.4 else (real, u)
-            mine = pool.images[pool.labels == c]
-            x.append(mine[int(chance * len(mine))] / 127.5 - 1)
-            y.append(torch.eye(3)[c])
-        x, y = compose(cfg.augment)(torch.stack(x), torch.stack(y), g)
-        loss = -((0.8 * y + 0.2 / 3) * twin(x).log_softmax(1)).sum(1).mean()
-        gradients = torch.autograd.grad(loss, by_hand.parameters)
-        norms.append(sum(d.square().sum() for d in gradients).sqrt().item())
-        by_hand.move([d / max(1.0, norms[-1] + 1e-6) for d in gradients], rate)
-    assert min(norms) < 1 < max(norms)                                   # some are clipped, some are not
-    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert_close(a, b, rtol=0, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
+def numbered(n, start=0):
+    """Images of two classes that are one grey level each, so that a batch shows its origin."""
+    scenes = coloured([k % 2 for k in range(n)], "ab")
+    scenes.images[:] = torch.arange(start, start + n).view(-1, 1, 1, 1)
+    return scenes
 
 
-def test_synthetic_images_come_first_and_then_only_real_ones_in_as_many_steps(monkeypatch):
-    real, synthetic, cfg = numbered(100), numbered(50, start=200), replace(TINY, steps=10, share=0.3)
-    levels, seen = batches(monkeypatch, real, synthetic, replace(cfg, pretrain=True))
-    mixed, seen_mixed = batches(monkeypatch, real, synthetic, cfg)
-    assert (levels[:3] >= 200).all() and (levels[3:] < 100).all()
-    assert seen == dict(steps=10, images=10 * 16, synthetic=3 * 16) and levels.shape == mixed.shape
-    assert seen_mixed["images"] == seen["images"] and 0 < (mixed >= 200).sum() < mixed.numel()
+@pytest.fixture
+def captioned():
+    """Six random pictures with sentences, of two classes."""
+    return replace(coloured([0, 1] * 3, ["river", "trees"]), captions=SENTENCES)
+
+
+@pytest.fixture
+def clip(captioned):
+    """The path of a small CLIP."""
+    fit_clip(captioned, replace(TINY, batch=4, lr=1e-2), "clip.pt")
+    return "clip.pt"
+
+
+def batches(monkeypatch, *args):
+    """The grey levels, (steps, batch), of all batches that fit(*args) trains on."""
+    levels = []
+    def spy(x, y, rng):
+        levels.append(data.to_uint8(x[:, 0, 0, 0]).long().cpu())
+        return x, y
+    with monkeypatch.context() as m:
+        m.setattr(train_cls, "compose", lambda names: spy)
+        fit(*args)
+    return torch.stack(levels)
+
+
+def same_weights(a, b, atol=0.0):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert_close(p, q, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# ---- where synthetic images replace real ones
+
+REAL, SYNTHETIC = [0, 0, 0, 1, 3, 3], [3, 0, 0, 3, 3]        # 1 has no synthetic image, 2 none
 
 
 @pytest.mark.parametrize("balance", [False, True])
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_the_chances_are_how_often_each_image_is_drawn(share, balance):
-    """With classes of different sizes, of which one has no synthetic images and one has no images at all."""
-    real = coloured([0, 0, 0, 1, 3, 3], list("abcd"))
-    synthetic, n = coloured([3, 0, 0, 3, 3], list("abcd")), 200_000
-    mixture = Mixture(real, synthetic, replace(TINY, share=share, balance=balance), None, "cpu")
-    chances = mixture.chances()
-    index, fake = mixture.draw(n, data.rng(0))
-    often = index.bincount(minlength=len(chances)) / n
-    assert chances.sum().item() == pytest.approx(1, abs=1e-6)
-    assert ((often - chances).abs() <= 5 * (chances * (1 - chances) / n).sqrt()).all()  # 5 standard errors
-    assert_close(fake, index >= len(mixture.images) - 5 if share else torch.zeros_like(fake))
-    per_class = torch.stack([chances[mixture.targets[:, c] == 1].sum() for c in range(4)])
-    assert_close(per_class, torch.tensor([1, 1, 0, 1] if balance else [3, 1, 0, 2]) / (3 if balance else 6))
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_each_image_is_drawn_with_the_probability_of_the_formula(share, balance):
+    """A real image of class c: p (1 - s_c). A synthetic one of M_c: p_c s_c / M_c."""
+    s = {c: share if c in SYNTHETIC else 0.0 for c in range(4)}
+    p_class = {c: (c in REAL) / 3 if balance else REAL.count(c) / 6 for c in range(4)}
+    mixture = Mixture(coloured(REAL, "abcd"), coloured(SYNTHETIC, "abcd", 1),
+                      replace(TINY, balance=balance), None, "cpu")
+    expected = [p_class[c] / REAL.count(c) * (1 - s[c]) for c in REAL]
+    expected += [p_class[c] * s[c] / SYNTHETIC.count(c) for c in sorted(SYNTHETIC)]
+    p, n = torch.tensor(expected), 200_000
+    assert_close(mixture.probabilities(share), p)
+    often = mixture.draw(n, share, data.rng(0)).bincount(minlength=11) / n
+    assert ((often - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()             # standard errors
 
 
-def test_seed_and_nothing_else_decides_the_weights(monkeypatch):
-    real = numbered(20)
-    weights = [fit(real, None, replace(TINY, seed=seed))[0].head.weight.detach() for seed in (0, 0, 1)]
-    assert_close(weights[0], weights[1], rtol=0, atol=0)
-    assert (weights[0] != weights[2]).any()
+@pytest.mark.parametrize("change", [dict(share=0.3), dict(share=1.0), dict(share=0.3, balance=True),
+                                    dict(share=0.3, pretrain=True)])
+def test_all_runs_take_as_many_steps_on_as_many_images(monkeypatch, change):
+    cfg = replace(TINY, steps=20)
+    alone = batches(monkeypatch, numbered(100), None, cfg)
+    pure = batches(monkeypatch, numbered(100), numbered(50, 200), replace(cfg, share=1.0))
+    levels = batches(monkeypatch, numbered(100), numbered(50, 200), replace(cfg, **change))
+    assert levels.shape == alone.shape == (20, 16)
+    synthetic = levels >= 200
+    assert synthetic.float().mean().item() == pytest.approx(change["share"], abs=0.08)
+    assert (levels[~synthetic] == alone[~synthetic]).all()   # where it is not replaced
+    assert (levels[synthetic] == pure[synthetic]).all()      # by the same image, whatever the share
+    assert (levels % 2 == alone % 2).all()                   # of the same class
+    if "pretrain" in change:                                 # synthetic images first
+        assert synthetic[:6].all() and not synthetic[6:].any()
 
 
-def test_matrices_decay_and_biases_and_norms_do_not():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    matrices, vectors = train_cls.adamw(model, 0.3).param_groups
-    assert matrices["params"] == [model[0].weight] and matrices["weight_decay"] == 0.3
-    assert len(vectors["params"]) == 3 and vectors["weight_decay"] == 0
+# ---- the loop
+
+def train_by_hand(parameters, loss, rates, adamw):
+    """Gradients, clipped to norm 1, and AdamW with decay on matrices. The norms before clipping."""
+    optimizer = adamw(parameters, (0.9, 0.999), lambda p: 0.5 * (p.ndim > 1))
+    norms = []
+    for step, rate in enumerate(rates):
+        gradients = torch.autograd.grad(loss(data.rng(7, step)), optimizer.parameters)
+        norms.append(sum(g.square().sum() for g in gradients).sqrt().item())
+        optimizer.move([g / max(1.0, norms[-1] + 1e-6) for g in gradients], rate)
+    return norms
 
 
-def test_it_learns_and_predict_does_not_depend_on_the_batch():
-    y = torch.arange(64) % 2
-    level = torch.where(y.bool(), 200, 50).to(torch.uint8)
-    images = level.view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
-    s = Scenes(images, y, ["dark", "light"], [str(k) for k in range(64)], torch.arange(64))
-    model, _ = fit(s, None, replace(TINY, steps=30, lr=3e-3))
-    assert_close(predict(model, images), y)
-    assert_close(predict(model, images, batch=7), predict(model, images))
+LOOP = replace(TINY, steps=4, warmup=2, lr=4e-3, decay=0.5, seed=7)
+RATES = 2e-3, 4e-3, 4e-3, 2e-3                               # 2 steps up, then along a cosine
 
 
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, monkeypatch):
-    real, synthetic, cfg = numbered(20), numbered(20, 100), replace(TINY, share=0.5, augment="hflip,cutmix")
-    whole, seen = fit(real, synthetic, cfg, tmp_path / "a.pt", every=3)
-    save = data.save_checkpoint
+@pytest.mark.usefixtures("on_cpu", "in_float64")
+def test_training_is_this_loop_written_out(adamw_by_hand):
+    """Draw, augment, cross-entropy with smoothed labels, clip, learning rate, AdamW."""
+    real, synthetic = coloured([0, 0, 2, 0, 1, 0, 0], "abc"), coloured([2, 0, 0, 1], "abc", 1)
+    cfg = replace(LOOP, smoothing=0.2, share=0.4, augment="hflip,rot90,color,cutmix")
+    soft = 0.9 * torch.eye(3)[synthetic.labels] + 0.1 * torch.eye(3)[[0, 1, 2, 2]]
+    model = fit(real, synthetic, cfg, soft=soft)
+    torch.manual_seed(7)
+    twin = vit.ViT(3, size=8, patch=4, dim=16, depth=1, heads=2)
+    def loss(rng):
+        x, y = [], []
+        for u_real, u_replace, u_synthetic in torch.rand(3, 16, generator=rng).T.tolist():
+            k = int(u_real * 7)
+            image, target = real.images[k], torch.eye(3)[real.labels[k]]
+            if u_replace < 0.4:
+                same_class = (synthetic.labels == real.labels[k]).nonzero()
+                j = same_class[int(u_synthetic * len(same_class)), 0]
+                image, target = synthetic.images[j], soft[j]
+            x.append(image / 127.5 - 1)
+            y.append(target)
+        x, y = compose(cfg.augment)(torch.stack(x), torch.stack(y), rng)
+        return -((0.8 * y + 0.2 / 3) * twin(x).log_softmax(1)).sum(1).mean()
 
-    def save_and_die(*args, **kw):
-        save(*args, **kw)
+    norms = train_by_hand(twin.parameters(), loss, RATES, adamw_by_hand)
+    assert min(norms) < 1 < max(norms)                       # some are clipped, some are not
+    same_weights(model, twin, atol=1e-6)
+    fit(real, synthetic[:0], replace(cfg, share=0.0), soft=soft[:0])     # a filter may leave none
+
+
+@pytest.mark.usefixtures("on_cpu", "in_float64")
+def test_clip_training_is_this_loop_written_out(captioned, adamw_by_hand):
+    """Of every image one of its sentences; each must find the other in the batch."""
+    model, tokens = fit_clip(captioned, replace(LOOP, batch=4, augment="hflip,color"))
+    words = tokens.keywords["words"]
+    assert words == "2 a beach boats houses river road sand trees water".split()
+    torch.manual_seed(7)
+    image = vit.ViT(16, 8, 4, 16, 1, 2)
+    twin = vit.CLIP(image, vit.TextEncoder(13, vit.LENGTH, 16, 1, 2))
+    def loss(rng):
+        index = torch.randperm(6, generator=rng)[:4].tolist()
+        u = torch.rand(4, generator=rng).tolist()
+        texts = [SENTENCES[k][int(v * len(SENTENCES[k]))] for k, v in zip(index, u, strict=True)]
+        x, _ = compose("hflip,color")(captioned.images[index] / 127.5 - 1, torch.zeros(4, 1), rng)
+        images, sentences = twin.encode_image(x), twin.encode_text(vit.word_tokens(texts, words))
+        scores = twin.log_scale.exp() * images @ sentences.T
+        return -(scores.log_softmax(1).diag().mean() + scores.log_softmax(0).diag().mean()) / 2
+
+    train_by_hand(twin.parameters(), loss, RATES, adamw_by_hand)
+    same_weights(model, twin, atol=1e-6)
+
+
+@pytest.mark.usefixtures("on_cpu", "in_float64")
+def test_mae_training_is_this_loop_written_out(captioned, adamw_by_hand):
+    model = train_cls.fit_mae(captioned, replace(LOOP, augment="hflip"))
+    torch.manual_seed(7)
+    twin = vit.MAE(vit.ViT(1, 8, 4, 16, 1, 2), 16, 2, 4)
+    def loss(rng):
+        index = torch.randint(6, (16,), generator=rng)
+        x, _ = compose("hflip")(captioned.images[index] / 127.5 - 1, torch.zeros(16, 1), rng)
+        return twin(x, rng)
+    parameters = [p for name, p in twin.named_parameters() if "head" not in name]
+    train_by_hand(parameters, loss, RATES, adamw_by_hand)
+    same_weights(model, twin.vit, atol=1e-6)
+
+
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(monkeypatch):
+    run = numbered(20), numbered(20, 100), replace(TINY, share=0.5, augment="hflip,cutmix")
+    whole, save, train = fit(*run), data.save_checkpoint, train_cls.train
+    def save_and_die(*args):
+        save(*args)
         raise KeyboardInterrupt
-
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(train_cls.data, "save_checkpoint", save_and_die)
-        fit(real, synthetic, cfg, tmp_path / "b.pt", every=3)
-    again, seen_again = fit(real, synthetic, cfg, tmp_path / "b.pt", every=3)
-    assert seen == seen_again
-    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
-        assert_close(a, b, rtol=0, atol=0)
-    finished, seen_finished = fit(real, synthetic, cfg, tmp_path / "b.pt")
-    assert seen_finished == seen
-    assert_close(finished.head.weight, whole.head.weight)
-    assert not finished.training and data.load_checkpoint(tmp_path / "b.pt", "classifier")["step"] == 6
+        m.setattr(data, "save_checkpoint", save_and_die)
+        m.setattr(train_cls, "train", lambda *args: train(*args, every=3))
+        fit(*run, "a.pt")
+    assert data.load("a.pt")["step"] == 3
+    for _ in range(2):                                       # to the end; and when it is there
+        finished = fit(*run, "a.pt")
+        same_weights(whole, finished)
+        assert data.load("a.pt")["step"] == 6 and not finished.training
 
 
-def test_a_checkpoint_of_other_images_or_settings_is_refused(tmp_path):
-    path = tmp_path / "a.pt"
-    fit(numbered(20), None, TINY, path)
-    with pytest.raises(Problem, match="another images"):
-        fit(numbered(20, start=1), None, TINY, path)
-    with pytest.raises(Problem, match="another lr"):
-        fit(numbered(20), None, replace(TINY, lr=0.1), path)
+@pytest.mark.parametrize("change", [dict(), dict(model="linear"), dict(tune="head"),
+                                    dict(tune="none")])
+def test_a_checkpoint_of_other_images_or_settings_is_refused_and_stays(tmp_path, clip, change):
+    make, real, path = fit, numbered(20), tmp_path / "a.pt"
+    if "tune" in change:
+        make, change = tune, change | dict(init=clip)
+    cfg = replace(TINY, **change)
+    make(real, None, cfg, path)
+    make(real, None, cfg, path)                              # its own it may replace
+    before = path.read_bytes()
+    for images, synthetic, settings, name in ((real, None, replace(cfg, lr=0.1), "lr"),
+                                              (real[1:], None, cfg, "images"),
+                                              (real, real, cfg, "images")):
+        with pytest.raises(UserError, match=f"another {name}"):
+            make(images, synthetic, settings, path)
+    with pytest.raises(UserError, match="another soft"):
+        fit(real, None, replace(cfg, init=""), path, torch.zeros(0, 2))
+    assert path.read_bytes() == before
 
 
-def test_no_step_waits_for_the_device(hasty_steps):
-    every = ",".join(set(AUGMENTATIONS) - {"copypaste"})                 # which needs a mask
-    fit(numbered(20), numbered(20, 100), replace(TINY, share=0.5, augment=every))
-    assert hasty_steps == [1, 2, 3, 4]
+def test_no_step_waits_for_the_device(hasty_steps, captioned):
+    names = ",".join(set(AUGMENTATIONS) - {"copypaste"})     # which needs a mask
+    fit(numbered(20), numbered(20, 100), replace(TINY, share=0.5, augment=names))
+    fit_clip(captioned, replace(TINY, batch=4))
+    assert hasty_steps == [1, 2, 3, 4] * 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    with pytest.raises(Problem, match="--lr"):
+    with pytest.raises(UserError, match="--lr"):
         fit(numbered(20), None, replace(TINY, lr=1e30))
 
 
-# ---- the recognisers beside the ViT
+# ---- scores
 
-def moved(module):
-    """The module in float64 with all its weights moved, also those that start at 0."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return module.double()
+LABELS, PREDICTED = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("model, kind", [("vit", Convolutions), ("patches", Patches)])
-def test_the_settings_name_the_stem_of_the_vit(model, kind):
-    assert isinstance(train_cls.network(replace(TINY, model=model), ["a", "b"], 3).stem, kind)
+def test_scores_are_those_of_the_confusion_matrix():
+    """P = TP / (TP + FP), R = TP / (TP + FN), F1 = 2 P R / (P + R), of 300 random answers."""
+    labels, predicted = np.random.default_rng(0).integers(6, size=(2, 300))
+    confusion = np.zeros((6, 6))
+    for row, column in zip(labels, predicted, strict=True):
+        confusion[row, column] += 1
+    tp = confusion.diagonal()
+    P, R = tp / confusion.sum(0), tp / confusion.sum(1)
+    F = 2 * P * R / (P + R)
+    counts = train_cls.class_counts(labels, predicted, 6)
+    assert train_cls.f1(counts) == pytest.approx(F)
+    assert train_cls.accuracy(counts) == pytest.approx(tp.sum() / 300)
+    assert train_cls.macro_f1(counts) == pytest.approx(F.mean())
+    assert train_cls.harmonic_f1(counts) == pytest.approx(6 / (1 / F).sum())
 
 
-@pytest.mark.parametrize("model, more", [("vit", {}), ("patches", {}), ("resnet", dict(lr=1e-2))])
-def test_every_recogniser_learns_what_a_glance_tells(model, more):
-    s = coloured([0, 1] * 16, ["dull", "green"])
-    s.images[1::2, 1] = 255
-    trained, _ = fit(s, None, replace(TINY, model=model, steps=50, **more))
-    assert_close(predict(trained, s.images), s.labels)
+def test_counts_of_groups_add_up_to_those_of_classes():
+    groups = np.array([7, 7, 3, 3, 7, 3])
+    counts = train_cls.counts_per_group(LABELS, PREDICTED, groups, K=4)
+    assert counts.dtype == np.float64 and counts.tolist() == [
+        [[0, 1, 1, 0], [1, 1, 1, 0], [0, 2, 1, 0]],          # group 3
+        [[2, 0, 0, 0], [2, 1, 0, 0], [2, 0, 1, 0]]]          # group 7
+    assert (counts.sum(0) == train_cls.class_counts(LABELS, PREDICTED, 4)).all()
+    means = (0 + 2 / 3 + 1) / 3, (1 + 0 + 0) / 3             # of the same classes in all groups
+    assert train_cls.macro_f1(counts) == pytest.approx(means)
 
 
-def test_a_residual_is_he_et_al_eq_2_with_a_norm_after_each_convolution():
-    block, x = moved(Residual(8, 16, stride=2)), torch.randn(2, 8, 6, 6, dtype=torch.float64)
-    h = F.conv2d(x, block.conv1.weight, stride=2, padding=1)
-    h = F.group_norm(h, 8, block.norm1.weight, block.norm1.bias).relu()
-    h = F.group_norm(F.conv2d(h, block.conv2.weight, padding=1), 8, block.norm2.weight, block.norm2.bias)
-    assert_close(block(x), (h + F.conv2d(x, block.skip.weight, block.skip.bias, stride=2)).relu())
+@pytest.mark.parametrize("predicted, f1", [
+    (PREDICTED, [4 / 5, 1 / 2, 2 / 3]), ([0, 0, 0, 1, 1, 1], [1, 4 / 5, 0]),
+    ([0, 0, 3, 1, 2, 2], [4 / 5, 2 / 3, 2 / 3])])            # class 3 has no image
+def test_scores_are_those_counted_by_hand(predicted, f1):
+    counts = train_cls.class_counts(LABELS, predicted, 5)
+    assert train_cls.f1(counts) == pytest.approx([*f1, 0, 0])
+    assert train_cls.macro_f1(counts) == pytest.approx(sum(f1) / 3)
+    harmonic = 0 if 0 in f1 else 3 / sum(1 / value for value in f1)
+    assert train_cls.harmonic_f1(counts) == pytest.approx(harmonic)
 
 
-def test_a_residual_starts_as_relu_of_its_skip():
-    torch.manual_seed(0)
-    block, x = Residual(8, 16, stride=2), torch.randn(2, 8, 6, 6)
-    assert_close(block(x), block.skip(x).relu(), rtol=0, atol=0)
+@pytest.mark.parametrize("tau, margin", [(0, 0.0), (0.25, 0.2), (0.5, 0.6), (0.75, 0.9),
+                                         (1, 1.3)])
+def test_logits_are_adjusted_as_far_as_held_out_images_say(tau, margin):
+    counts, labels = torch.tensor([80, 20, 0]), torch.tensor([0] * 8 + [1] * 2)
+    log_p = torch.tensor([0.8, 0.2, 0.01]).log()             # a class without images counts as one
+    logits = torch.tensor([0, margin, -9.0]).repeat(10, 1)   # too high for the rare class
+    logits[:8, 0] += 0.05
+    logits[8:, 1] += 9
+    assert_close(train_cls.adjust_logits(logits, labels, counts), tau * log_p)
 
 
-def test_the_first_loss_of_the_resnet_is_ln_K_but_for_a_few_percent_and_reaches_its_first_layer():
-    torch.manual_seed(0)
-    model, x, y = ResNet(5, width=16), torch.randn(60, 3, 24, 24), torch.arange(60) % 5
-    assert model.blocks(x).shape == (60, 64, 3, 3) and model.features(x).shape == (60, 64)
-    loss = F.cross_entropy(model(x), y)
-    assert loss.item() == pytest.approx(math.log(5), rel=0.03)
-    loss.backward()
-    assert model.blocks[0].weight.grad.abs().max() > 1e-6
+def test_logits_are_adjusted_for_macro_f1_and_not_for_accuracy():
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    logits = torch.tensor([0.0, -9]).repeat(100, 1)
+    logits[75:, 1] = 1                       # all of the rare class are found, with 15 of the other
+    assert not train_cls.adjust_logits(logits, labels, torch.tensor([90, 10])).any()
 
 
-def test_the_resnet_averages_over_all_places_or_over_those_of_the_building():
-    for channels in (3, 4):
-        model, x = moved(ResNet(5, 16, channels)), torch.randn(2, channels, 16, 16, dtype=torch.float64)
-        x[:, 3:] = -1
-        x[:, 3:, :8, :8] = 1                                             # of 2 x 2 places the first
-        places = model.blocks(x)
-        expected = places.mean((2, 3)) if channels == 3 else places[:, :, 0, 0]
-        assert_close(model.features(x), expected, rtol=0.01, atol=0.01)
-
-
-def test_every_parameter_of_the_resnet_gets_a_gradient_and_its_images_do_not_see_each_other():
-    model, x = moved(ResNet(3, width=16)), torch.randn(4, 3, 16, 16, dtype=torch.float64)
-    assert_close(model(x)[2:3], model(x[2:3]))
-    model(x).square().mean().backward()
-    assert not [name for name, p in model.named_parameters() if not p.grad.abs().sum() > 0]
-
-
-# ---- the floor: colours and edges
-
-def test_a_histogram_adds_up_the_weights_of_each_bin():
-    index, weights = torch.tensor([[0, 2, 2], [1, 1, 1]]), torch.tensor([[1.0, 2, 4], [1, 1, 0.5]])
-    assert train_cls.histogram(index, weights, 4).tolist() == [[1, 0, 6, 0], [0, 2.5, 0, 0]]
-
+# ---- the linear baseline, and the networks
 
 def colours_and_edges_by_hand(image):
     """The same, pixel by pixel, of a uint8 image (C, H, W): a list."""
-    found, (H, W) = [], image.shape[1:]
+    features, (H, W) = [], image.shape[1:]
     pixel = (image.double() / 127.5 - 1).tolist()
-    whole = [[255] * W for _ in range(H)]
-    for region in (whole, *image[3:].tolist()):
+
+    def grey(y, x):
+        y, x = min(max(y, 0), H - 1), min(max(x, 0), W - 1)  # the border goes on outside
+        return sum(channel[y][x] for channel in pixel[:3]) / 3
+
+    for region in ([[255] * W] * H, *image[3:].tolist()):
         inside = [(y, x) for y in range(H) for x in range(W) if region[y][x] > 127]
-        bins = [0.0] * 160                                             # 3 x 8 levels, 64 colours, 9 x 8 edges
+        bins = [0.0] * 160                                   # 3 x 8 levels, 64 colours, 9 x 8 edges
         for y, x in inside:
             r, g, b = image[:3, y, x].tolist()
             for k, level in enumerate((r, g, b)):
                 bins[8 * k + level // 32] += 1 / len(inside)
             bins[24 + 16 * (r // 64) + 4 * (g // 64) + b // 64] += 1 / len(inside)
-
-            def grey(y, x):
-                y, x = min(max(y, 0), H - 1), min(max(x, 0), W - 1)      # the border goes on outside
-                return sum(channel[y][x] for channel in pixel[:3]) / 3
-
-            across, down = grey(y, x + 1) - grey(y, x - 1), grey(y + 1, x) - grey(y - 1, x)
-            angle = math.degrees(math.atan2(down, across)) % 360
+            dx, dy = grey(y, x + 1) - grey(y, x - 1), grey(y + 1, x) - grey(y - 1, x)
+            angle = math.degrees(math.atan2(dy, dx)) % 360
             cell = 3 * (3 * y // H) + 3 * x // W
-            bins[88 + 8 * cell + int(angle // 45)] += math.hypot(across, down) / len(inside)
-        found += [math.sqrt(b) for b in bins]
-    return found
+            bins[88 + 8 * cell + int(angle // 45)] += math.hypot(dx, dy) / len(inside)
+        features += [math.sqrt(b) for b in bins]
+    return features
 
 
-@pytest.mark.parametrize("channels", [3, 4])
-def test_colours_and_edges_are_those_counted_pixel_by_pixel(channels):
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (3, channels, 7, 8), dtype=torch.uint8, generator=g)
+def test_colours_and_edges_are_those_counted_pixel_by_pixel():
+    images = torch.randint(256, (3, 4, 7, 8), dtype=torch.uint8, generator=data.rng(0))
     images[:, 3:] = (images[:, 3:] > 100) * 255
+    images[2, 3:] = 0                                        # an empty mask
     expected = torch.tensor([colours_and_edges_by_hand(image) for image in images])
-    assert expected.shape == (3, 160 * (channels - 2))
-    assert_close(colours_and_edges(data.to_float(images)), expected, rtol=0, atol=1e-5)
-
-
-def described(*rows):
-    """Colours and edges of a grey picture, its levels row by row: (24,), (4, 4, 4), (3, 3, 8)."""
-    image = torch.tensor(rows, dtype=torch.uint8).expand(1, 3, -1, -1)
-    levels, colours, edges = colours_and_edges(data.to_float(image))[0].split([24, 64, 72])
-    return levels, colours.view(4, 4, 4), edges.view(3, 3, 8)
-
-
-def test_a_flat_picture_has_one_colour_and_no_edges():
-    levels, colours, edges = described(*[[200] * 6] * 6)
-    expected = torch.zeros(24), torch.zeros(4, 4, 4)
-    expected[0][[6, 14, 22]] = expected[1][3, 3, 3] = 1                  # 200 // 32 and 200 // 64
-    assert_close((levels, colours, edges), (*expected, torch.zeros(3, 3, 8)))
-
-
-@pytest.mark.parametrize("turns, direction", [(0, 0), (1, 6), (2, 4), (3, 2)])
-def test_an_edge_falls_into_the_direction_from_dark_to_bright_and_into_its_cells(turns, direction):
-    picture = torch.tensor([[40, 40, 40, 220, 220, 220]] * 6).rot90(turns)             # against the clock
-    edges = described(*picture.tolist())[2]
-    cells, directions = edges.sum(2), edges.sum((0, 1))
-    assert directions.nonzero().flatten().tolist() == [direction]
-    middle = torch.zeros(3, 3)
-    middle[:, 1] = 1
-    assert_close((cells > 0).float(), middle.rot90(turns))
-
-
-def test_colours_do_not_tell_where_a_pixel_is_and_edges_do():
-    x = torch.rand(1, 3, 6, 6, generator=data.rng(0)) * 2 - 1
-    mixed = x.flatten(2)[:, :, torch.randperm(36, generator=data.rng(1))].view_as(x)
-    a, b = colours_and_edges(x)[0], colours_and_edges(mixed)[0]
-    assert_close(a[:88], b[:88])
-    assert (a[88:] - b[88:]).abs().max() > 0.1
-
-
-def test_edges_do_not_tell_how_bright_a_picture_is_and_colours_do():
-    x = torch.rand(1, 3, 6, 6, generator=data.rng(0)) - 0.8
-    a, b = colours_and_edges(x)[0], colours_and_edges(x + 0.5)[0]
-    assert (a[:88] - b[:88]).abs().max() > 0.1
-    assert_close(a[88:], b[88:], rtol=0, atol=1e-3)
-
-
-def test_with_a_mask_the_second_half_sees_the_building_alone():
-    x = torch.rand(2, 4, 12, 12, generator=data.rng(0)) * 2 - 1
-    x[:, 3] = -1
-    x[0, 3, 4:8, 4:8] = 1                                                # the second image has an empty mask
-    other = torch.where(F.pad(torch.ones(6, 6), (3, 3, 3, 3)) > 0, x, -x)        # the mask and a pixel around
-    other[:, 3] = x[:, 3]
-    a, b = colours_and_edges(x), colours_and_edges(other)
-    assert a.shape == (2, 320) and (a[0, :160] - b[0, :160]).abs().max() > 0.1
-    assert_close(a[0, 160:], b[0, 160:])
-    assert not a[1, 160:].any()
-    whole = colours_and_edges(torch.cat([x[:, :3], torch.ones(2, 1, 12, 12)], 1))
-    assert_close(whole[:, 160:], whole[:, :160])
-
-
-def linear(real, synthetic=None, soft=None, **kw):
-    return fit(real, synthetic, replace(TINY, model="linear", **kw), soft=soft)
+    x = data.to_float(images)
+    assert_close(train_cls.colours_and_edges(x), expected, rtol=0, atol=1e-5)
+    assert_close(train_cls.colours_and_edges(x[:, :3]), expected[:, :160], rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_the_linear_one_is_solved_its_gradient_is_0():
-    """Of what it says it minimises: the chances times the cross-entropies, plus .01 / 2 |W|^2."""
-    real, synthetic = coloured([0, 0, 2, 0, 1], list("abc")), coloured([2, 0, 0, 1], list("abc"), 1)
-    model, seen = linear(real, synthetic, share=0.4)
-    assert seen == dict(steps=0, images=0, synthetic=0) and not model.training
-    f = model.features(data.to_float(torch.cat([real.images, synthetic.images]))).double()
-    y = torch.eye(3, dtype=torch.float64)[torch.cat([real.labels, synthetic.labels])]
-    chance = torch.tensor([0.2 * 0.6] * 5 + [0.2 * 0.4, 0.6 * 0.4 / 2, 0.6 * 0.4 / 2, 0.2 * 0.4]).double()
+def test_the_linear_baseline_is_at_its_optimum_where_the_gradient_is_0():
+    """Of sum_i p_i CE(W f_i + b, y_i) + .01 / 2 |W|^2: sum_i p_i (softmax - y) f^T + .01 W."""
+    real, synthetic = coloured([0, 0, 2, 0, 1], "abc"), coloured([2, 0, 0, 1], "abc", 1)
+    cfg = replace(TINY, model="linear", share=0.4)
+    soft = torch.rand(4, 3, generator=data.rng(0)).softmax(1)
+    model = fit(real, synthetic, cfg, soft=soft)
+    images = torch.cat([real.images, synthetic.images])
+    f = train_cls.colours_and_edges(data.to_float(images))
+    f = ((f - model.mean) / model.std).double()
+    y = torch.cat([torch.eye(3)[real.labels], soft]).double()
+    p = [0.2 * 0.6] * 5 + [0.2 * 0.4, 0.6 * 0.4 / 2, 0.6 * 0.4 / 2, 0.2 * 0.4]
+    p = torch.tensor(p).double()[:, None]
     W, b = model.head.weight.detach().double(), model.head.bias.detach().double()
-    off = chance[:, None] * ((f @ W.T + b).softmax(1) - y)               # d loss / d logits
-    start = chance[:, None] * (1 / 3 - y)
-    assert (start.T @ f).abs().max() > 0.1                               # where W = 0, it is not
-    assert (off.T @ f + 0.01 * W).abs().max() < 1e-4 and off.sum(0).abs().max() < 1e-4
-    assert_close((chance[:, None] * f).sum(0), torch.zeros(160).double(), rtol=0, atol=1e-5)      # mean 0
-    spread = (chance[:, None] * f**2).sum(0)
-    assert ((spread - 1).abs() < 1e-4)[spread > 1e-6].all() and (spread > 0.9).sum() > 100        # variance 1
-
-
-@pytest.mark.usefixtures("on_cpu")
-def test_chances_count_like_images_that_are_there_more_than_once():
-    """Half of the places to four synthetic images is what two real ones twice each beside them would be."""
-    real, synthetic = coloured([0, 0, 1, 1], list("ab")), coloured([0, 1, 0, 1, 0, 1, 0, 1], list("ab"), 1)
-    repeated = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-    images, labels = (torch.cat([getattr(real, part)[repeated], getattr(synthetic, part)])
-                      for part in ("images", "labels"))
-    both = Scenes(images, labels, real.classes, [""] * 16, torch.arange(16))
-    a, b = linear(real, synthetic, share=0.5)[0], linear(both)[0]
-    x = data.to_float(coloured([0] * 20, list("ab"), 2).images)
-    assert_close(a(x), b(x), rtol=0, atol=1e-3)
-    assert a(x).abs().max() > 0.5
-
-
-@pytest.mark.usefixtures("on_cpu")
-def test_the_linear_one_knows_no_augmentation_and_no_seed_and_is_taught_soft_labels(monkeypatch):
-    real, synthetic = coloured([0, 0, 1, 1], list("ab")), coloured([0, 1, 0, 1], list("ab"), 1)
-    weights = [linear(real, synthetic, share=0.5, **kw)[0].head.weight.detach()
-               for kw in (dict(), dict(seed=3), dict(augment="crop,color"), dict(steps=1))]
-    assert all(torch.equal(w, weights[0]) for w in weights)
-    soft = torch.tensor([[0.8, 0.2]]).expand(4, 2)
-    said = linear(real, synthetic, share=1.0, soft=soft)[0](data.to_float(real.images)).softmax(1)
-    assert_close(said, soft, rtol=0, atol=1e-3)
-
-
-# ---- scores and commands
-
-def test_confusion_counts_truth_by_row_and_answer_by_column():
-    matrix = confusion(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 1]), 3)
-    assert matrix.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
-
-
-def test_frequencies_are_put_back_as_far_as_the_held_out_images_say():
-    counts, labels = torch.tensor([80, 20, 0]), torch.tensor([0] * 8 + [1] * 2)
-    frequency = torch.tensor([0.8, 0.2, 0.01]).log()              # a class without images counts as one
-    sure = 9 * torch.eye(3)[labels]
-    assert_close(train_cls.put_back(sure, labels, counts), torch.zeros(3))        # right already: tau = 0
-    for tau, margin in ((0.25, 0.2), (0.5, 0.6), (1.0, 1.3)):    # by so much too much for the rare class
-        wrong = torch.tensor([0, margin, -9.0]).repeat(10, 1)
-        wrong[8:, 1] += 9
-        assert_close(train_cls.put_back(wrong, labels, counts), tau * frequency)
-
-
-def test_frequencies_are_put_back_for_the_sake_of_macro_f1_and_not_of_accuracy():
-    labels = torch.tensor([0] * 90 + [1] * 10)
-    logits = torch.tensor([0.0, -9]).repeat(100, 1)
-    logits[75:, 1] = 1                       # all of the rare class are found, with 15 of the common one
-    assert_close(train_cls.put_back(logits, labels, torch.tensor([90, 10])), torch.zeros(2))
-    assert (labels == 0).double().mean() > (labels == logits.argmax(1)).double().mean()      # more accurate
-
-
-def test_the_first_command_shown_augments_as_the_default_does():
-    assert f"--augment {OVERHEAD}\n" in train_cls.__doc__ and Config().augment == OVERHEAD
-
-
-@pytest.mark.parametrize("kw, message", [
-    (dict(augment="blur"), "blur"), (dict(patch=5), "--patch 5"), (dict(share=1.5), "--share"),
-    (dict(dim=18), "--dim 18"), (dict(dim=24), "--dim 24"), (dict(model="mlp"), "resnet, linear"),
-    (dict(size=18, patch=6), "convolutions halve")])
-def test_bad_settings_are_told(kw, message):
-    with pytest.raises(ValueError, match=message):
-        Config(**{"size": 16, "patch": 4, **kw})
-
-
-def test_buildings_of_xbd_are_classified_by_damage(tmp_path, launch):
-    small = "--steps 2 --batch 4 --size 16 --patch 8 --dim 16 --depth 1 --heads 2".split()
-    root = data.draw_xbd(tmp_path / "xbd", 16)
-    done = launch(train_cls, "--data", root, "--out", tmp_path / "x", *small)
-    assert done.returncode == 0 and "of 4 classes" in done.stdout and "macro-F1" in done.stdout
-
-
-def test_the_command_trains_on_a_mixture_and_reads_test_only_if_asked(tmp_path, launch):
-    root = data.draw_tree(tmp_path / "t", 5, size=16)
-    synthetic = data.draw_tree(tmp_path / "s", 2, seed=1, size=16)
-    for k in (1, 2):                                        # synthetic trees need not hold every class
-        (synthetic / "runway" / f"runway_00{k}.jpg").unlink()
-    flags = "--size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 4 --batch 8 --warmup 1".split()
-    flags += ["--data", root]
-    plain = launch(train_cls, *flags, "--out", tmp_path / "a")
-    assert plain.returncode == 0 and "val: accuracy" in plain.stdout and "test:" not in plain.stdout
-    half = ("--synthetic", synthetic, "--share", 0.5)
-    mixed = launch(train_cls, *flags, "--out", tmp_path / "b", *half, "--test")
-    assert mixed.returncode == 0 and "14 synthetic" in mixed.stdout and "test: accuracy" in mixed.stdout
-    inside = launch(train_cls, *flags, "--out", root / "c")
-    assert inside.returncode == 2 and "would be a class of" in inside.stderr and not (root / "c").exists()
-    for k in (2, 3, 4, 5):
-        (root / "river" / f"river_00{k}.jpg").unlink()
-    few = launch(train_cls, *flags, "--out", tmp_path / "f")
-    assert few.returncode == 0 and few.stdout.endswith("; no image of river\n")
-    same = launch(train_cls, *flags, "--out", tmp_path / "c", "--synthetic", root, "--share", 0.5)
-    assert same.returncode == 2 and "is --data itself" in same.stderr and same.stderr.count("\n") == 1
-    alone = launch(train_cls, *flags, "--out", tmp_path / "c", "--synthetic", synthetic)
-    assert alone.returncode == 2 and "--share" in alone.stderr and alone.stderr.count("\n") == 1
-
-
-SMALL = "--size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 30 --batch 16 --warmup 3 --lr 3e-3".split()
+    error = p * ((f @ W.T + b).softmax(1) - y)               # d loss / d logits
+    assert ((p * (1 / 3 - y)).T @ f).abs().max() > 0.1                # where W = 0, it is not
+    assert (error.T @ f + 0.01 * W).abs().max() < 1e-4 and error.sum(0).abs().max() < 1e-4
+    assert_close((p * f).sum(0), torch.zeros(160).double(), rtol=0, atol=1e-5)   # mean 0
+    variance = (p * f**2).sum(0)
+    assert ((variance - 1).abs() < 1e-4)[variance > 1e-6].all() and (variance > 0.9).sum() > 100
+    other = replace(cfg, seed=3, augment="crop", steps=1)    # which it does not use
+    same_weights(model, fit(real, synthetic, other, soft=soft))
 
 
 @pytest.mark.parametrize("model", train_cls.MODELS)
-def test_pictures_of_a_folder_are_classified_as_the_trained_model_does(tmp_path, launch, model, monkeypatch):
-    root, out = data.draw_tree(tmp_path / "t", 5, size=16), ["--out", tmp_path / "c"]
-    made, fit = [], train_cls.fit
-    monkeypatch.setattr(train_cls, "fit", lambda *args: made.append(fit(*args)) or made[-1])
-    flags = SMALL[:2] if model == "linear" else SMALL
-    flags = [*SMALL[:2], *SMALL[4:6], *SMALL[10:]] if model == "resnet" else flags
-    assert launch(train_cls, "--data", root, *out, *flags, "--model", model).returncode == 0
-    done = launch(train_cls, "--predict", root, *out)                    # no other flags: they are remembered
-    assert done.returncode == 0 and "40 pictures of" in done.stdout
-    with open(tmp_path / "c" / "predictions.csv") as file:
+def test_every_classifier_learns_what_a_glance_tells(model):
+    scenes = coloured([0, 1] * 16, ["dull", "green"])
+    scenes.images[1::2, 1] = 255
+    trained = fit(scenes, None, replace(TINY, model=model, steps=50, lr=1e-2))
+    logits = outputs(trained, scenes.images)
+    assert_close(logits.argmax(1), scenes.labels)
+    assert_close(outputs(trained, scenes.images, batch=7), logits)
+    stems = dict(vit=vit.Convolutions, patches=vit.Patches)
+    assert model not in stems or isinstance(trained.stem, stems[model])
+
+
+def test_a_residual_is_he_et_al_eq_2_and_starts_as_its_skip():
+    block = train_cls.Residual(8, 16, stride=2).double()
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    assert_close(block(x), block.skip(x).relu(), rtol=0, atol=0)
+    for p in block.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    h = F.conv2d(x, block.conv1.weight, stride=2, padding=1)
+    h = F.group_norm(h, 8, block.norm1.weight, block.norm1.bias).relu()
+    h = F.conv2d(h, block.conv2.weight, padding=1)
+    h = F.group_norm(h, 8, block.norm2.weight, block.norm2.bias)
+    assert_close(block(x), (h + F.conv2d(x, block.skip.weight, block.skip.bias, stride=2)).relu())
+
+
+# ---- tuning
+
+def test_the_head_starts_as_zero_shot_classification(clip, captioned, monkeypatch):
+    encoder, tokens, size = load_weights(clip)
+    model = train_cls.Tuned(encoder, tokens, size, ["SandRiver", "trees"])
+    x = data.to_float(captioned.images).to(data.pick_device())
+    means = []
+    for name in ("sand river", "trees"):
+        ids = tokens([template.format(name) for template in vit.TEMPLATES])
+        means.append(encoder.encode_text(ids.to(x.device)).mean(0))
+    cosines = encoder.encode_image(x) @ F.normalize(torch.stack(means), dim=1).T
+    assert_close(model.to(x.device)(x), encoder.log_scale.exp() * cosines)
+    large = F.interpolate(x, (12, 12), mode="bicubic")       # is reduced to what the encoder knows
+    small = F.interpolate(large, (8, 8), mode="bicubic", antialias=True)
+    assert_close(model.features(large), encoder.encode_image(small))
+    encoder.tokens, encoder.size = tokens, size              # as published weights have them
+    monkeypatch.setattr(vit, "Published", dict(RemoteCLIP=encoder).__getitem__)
+    assert load_weights("RemoteCLIP") == (encoder, tokens, size)
+    with pytest.raises(UserError, match="--init other is no file, .*KeyError"):
+        load_weights("other")
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("part, encoder_rate, head_rate", [("none", 0, 0), ("head", 0, 0.01),
+                                                           ("all", 0.001, 0.01)])
+def test_an_encoder_is_tuned_at_a_tenth_of_the_rate_of_its_head_or_not_at_all(
+        captioned, clip, part, encoder_rate, head_rate):
+    cfg = replace(TINY, init=clip, tune=part, steps=1, warmup=1, decay=0.0, lr=0.01, share=0.5)
+    before = train_cls.initial_model(cfg, captioned.classes, 3)
+    make, synthetic = fit if part == "all" else tune, coloured([1, 0], captioned.classes, 1)
+    after = make(captioned, synthetic, cfg, "classifier.pt")
+    for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
+        if name.startswith(("head", "encoder.image")):       # the first step is lr sign(gradient)
+            rate = head_rate if name.startswith("head") else encoder_rate
+            assert (p - q).abs().max().item() == pytest.approx(rate, rel=0.02), name
+    again, _, saved = train_cls.load("classifier.pt", "classifier")
+    same_weights(again, after)
+    assert saved["classes"] == ["river", "trees"]
+    if part == "head":                                       # is trained on features
+        cfg = replace(cfg, steps=6, augment="none")
+        features = [replace(scenes, images=outputs(before.features, scenes.images))
+                    for scenes in (captioned, synthetic)]
+        head = fit(*features, cfg, model=before.head)
+        same_weights(tune(captioned, synthetic, cfg, "other.pt").head, head)
+
+
+# ---- the command line
+
+SMALL = "--size 16 --patch 8 --dim 16 --depth 1 --heads 2".split()
+STEPS = "--steps 8 --batch 16 --warmup 2".split()
+
+
+@pytest.mark.parametrize("model", train_cls.MODELS)
+def test_from_a_mixture_to_scores_and_predictions(tmp_path, launch, model):
+    data.draw_tree(tmp_path / "t", 5, size=16)
+    data.draw_tree(tmp_path / "s", 2, seed=1, size=16)
+    flags = "--data t --out c --synthetic s --share 0.5 --per-class 2".split()
+    done = launch(train_cls, *flags, *SMALL, *STEPS, "--model", model, "--test")
+    counted, first, second, test, _ = done.stdout.splitlines()
+    assert counted == "16 real, 16 synthetic images of 8 classes"
+    assert first.startswith("val: accuracy ") and ", macro-F1 " in first
+    assert second.startswith("F1 per class: beach ") and second.count(",") == 7
+    assert test.startswith("test: accuracy ")
+    done = launch(train_cls, "--predict", "t", "--out", "c")     # other flags are in the checkpoint
+    assert done.returncode == 0 and "40 pictures of t" in done.stdout
+    with open("c/predictions.csv") as file:
         header, *rows = csv.reader(file)
     assert header == ["picture", "predicted", "probability"]
-    scenes = data.read_folder(root, 16, cache=tmp_path / "cache")
-    probability, predicted = train_cls.outputs(made[-1][0], scenes.images).softmax(1).max(1)
-    assert [row[0] for row in rows] == scenes.names
-    assert [row[1] for row in rows] == [scenes.classes[k] for k in predicted]
-    assert_close(torch.tensor([float(row[2]) for row in rows]), probability, rtol=0, atol=1e-4)
-    assert len({row[1] for row in rows}) > 1
+    scenes, (model, *_) = data.read("t", 16), train_cls.load("c/classifier.pt", "classifier")
+    probability, predicted = outputs(model, scenes.images).softmax(1).max(1)
+    names, classes, numbers = zip(*rows, strict=True)
+    assert [*names] == scenes.names
+    assert [*classes] == [scenes.classes[k] for k in predicted]
+    assert [float(p) for p in numbers] == pytest.approx(probability.tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", [dict(model="linear"), dict(tune="head"), dict(tune="none")])
-def test_what_takes_no_steps_does_not_write_over_another_run_either(tmp_path, kind):
-    real, path = numbered(20), tmp_path / "c" / "classifier.pt"
-    if "tune" in kind:
-        kind = kind | dict(init=str(tmp_path / "clip.pt"))
-        train_cls.fit_clip(replace(real, captions=[("a river",)] * len(real)), TINY, tmp_path / "clip.pt")
-    cfg = replace(TINY, **kind)
-    for _ in range(2):                                       # its own it does
-        train_cls.begin_and_tune(real, None, cfg, path)
-    whole = path.read_bytes()
-    with pytest.raises(Problem, match="another seed"):
-        train_cls.begin_and_tune(real, None, replace(cfg, seed=1), path)
-    with pytest.raises(Problem, match="another images"):
-        train_cls.begin_and_tune(real[torch.arange(1, len(real))], None, cfg, path)
-    assert path.read_bytes() == whole
+def test_a_synthetic_tree_has_the_class_numbers_of_the_real_one(tmp_path):
+    (data.draw_tree(tmp_path / "s", 1) / "beach" / "beach_001.jpg").unlink()
+    cfg, kinds = Script(data="t", synthetic="s", share=0.5), sorted(data.SCENES)
+    scenes = train_cls.read_synthetic(cfg, kinds)
+    assert scenes.classes == kinds and scenes.labels.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    with pytest.raises(UserError, match=f"t lacks: {kinds[-1]}"):
+        train_cls.read_synthetic(cfg, kinds[:-1])
+    with pytest.raises(UserError, match="--synthetic t is --data itself"):
+        train_cls.read_synthetic(replace(cfg, synthetic="t"), kinds)
 
 
-def test_what_cannot_be_predicted_is_one_line_and_leaves_the_table_as_it_was(tmp_path, launch):
-    root, out = data.draw_tree(tmp_path / "t", 5, size=16), ["--out", tmp_path / "c"]
-    pictures, table = tmp_path / "new", tmp_path / "c" / "predictions.csv"
-    pictures.mkdir()
+def test_from_captions_to_a_tuned_classifier(tmp_path, launch):
+    images = []
+    (tmp_path / "t").mkdir()
+    for k, part in enumerate(["train"] * 8 + ["val", "test"] * 2):
+        name, kind = f"{k}.png", ["river", "forest"][k % 2]
+        Image.new("RGB", (8, 8), (20 * k, 0, 0)).save(f"t/{name}")
+        images.append(dict(filename=name, split=part, sentences=[dict(raw=f"a {kind}")]))
+    (tmp_path / "t/dataset.json").write_text(json.dumps(dict(images=images)))
+    flags = ["--data", "t", *STEPS]
+    done = launch(train_cls, *flags, *SMALL, "--out", "clip", "--learn", "clip")
+    assert done.stdout.startswith("zero-shot") and "\nval: accuracy" in done.stdout
+    assert "test:" not in done.stdout
+    assert launch(train_cls, *flags, *SMALL, "--out", "mae", "--learn", "mae").returncode == 0
+    for part, start in (("none", "clip"), ("head", "clip"), ("all", "clip"), ("all", "mae")):
+        init = ["--init", f"{start}/{start}.pt", "--tune", part, "--out", part + start]
+        assert "val: accuracy" in launch(train_cls, *flags, *init).stdout
+        done = launch(train_cls, "--predict", "t/0.png", "--out", part + start)
+        assert done.stdout.startswith("1 pictures of t/0.png")
+    for start, reason in (("t/dataset.json", "cannot be read"), ("mae/mae.pt", "is not a CLIP")):
+        done = launch(train_cls, *flags, "--init", start, "--tune", "none")
+        assert done.returncode == 2 and reason in done.stderr
 
-    def refusal():
-        done = launch(train_cls, "--predict", pictures, *out)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-        return done.stderr
 
-    assert "no checkpoint" in refusal()
-    launch(train_cls, "--data", root, *out, *SMALL)
-    assert "no pictures in" in refusal() and not table.exists()
-    (root / "river" / "river_001.jpg").rename(pictures / "a.jpg")
-    (pictures / "b.png").write_bytes(b"broken")
-    assert "b.png" in refusal() and "--skip-broken" in refusal() and not table.exists()
-    assert launch(train_cls, "--predict", pictures, *out, "--skip-broken").returncode == 0
-    assert table.read_text().splitlines()[1].startswith("a.jpg,") and table.read_text().count("\n") == 2
+@pytest.mark.parametrize("kw, reason", [
+    (dict(synthetic="t"), "need each other"), (dict(share=0.5), "need each other"),
+    (dict(augment="copypaste"), "needs masks"), (dict(augment="blur"), "unknown augmentation"),
+    (dict(learn="clip", augment="cutmix"), "sentences untrue"), (dict(patch=5), "patches of 5 px"),
+    (dict(learn="mae", init="x"), "leave out --init"), (dict(tune="some"), "all, head, none"),
+    (dict(learn="clip", model="linear"), "not for --model linear"), (dict(share=2.0), "--share 2"),
+    (dict(learn="mae", model="resnet"), "not for --model resnet"), (dict(model="mlp"), "resnet")])
+def test_settings_that_cannot_work_are_refused(kw, reason):
+    with pytest.raises(ValueError, match=reason):
+        Script(**kw)
 
 
-def test_the_weakest_class_named_is_one_that_was_tested(tmp_path, launch, monkeypatch):
-    root, split = data.draw_tree(tmp_path / "t", 5, size=16), data.split
-
-    def without_beaches(scenes):
-        parts = split(scenes)
-        return parts | dict(val=parts["val"][scenes.labels[parts["val"]] > 0])
-
-    monkeypatch.setattr(data, "split", without_beaches)
-    flags = "--size 16 --patch 8 --dim 16 --depth 1 --heads 2 --steps 2 --batch 8".split()
-    said = launch(train_cls, "--data", root, "--out", tmp_path / "x", *flags).stdout
-    assert "on 7 images; weakest class " in said and "weakest class beach" not in said
+def test_clip_needs_sentences_and_one_process(monkeypatch):
+    with pytest.raises(UserError, match="caption set"):
+        fit_clip(numbered(4), TINY)
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    with pytest.raises(UserError, match="one process"):
+        train_cls.main(Script(data="nowhere", learn="clip"))

@@ -1,5 +1,5 @@
-"""unet.py against its formulas, and: what goes in decides what comes out, nothing is built in vain."""
-import copy
+"""unet.py against its formulas, and: every input changes the output, no part is without use."""
+import math
 from dataclasses import replace
 from itertools import combinations
 
@@ -11,12 +11,14 @@ from torch.testing import assert_close
 
 import data
 import unet
-from unet import Block, Condition, UNet, Words, timestep_embedding
-from vit import Text
+from unet import Block, Condition, Metadata, TextCondition, UNet, timestep_embedding
+from vit import TextEncoder
+
+EVERYONE = torch.tensor([True, True, True])
 
 
 def awake(**kw):
-    """A small U-Net whose zero-initialised layers have been moved, as after some training."""
+    """A small U-Net, all of whose weights have been moved, also those that start at 0."""
     torch.manual_seed(0)
     model = UNet(**{"classes": 3, "width": 16, "mults": (1, 2), "blocks": 1, **kw})
     with torch.no_grad():
@@ -32,7 +34,7 @@ def inputs(B=2, C=3, H=16, W=16):
 # ---- the formulas
 
 def norm(layer, x):
-    """Wu & He 2018, Eq. 7, 8 groups: each to mean 0 and variance 1, then each channel scaled and shifted."""
+    """Wu & He 2018, Eq. 7: 8 groups, each to mean 0, variance 1; then channels scaled, shifted."""
     groups = x.unflatten(1, (8, -1)).flatten(2)
     centred = groups - groups.mean(2, keepdim=True)
     normed = centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt()
@@ -51,41 +53,50 @@ def silu(x):
     return x / (1 + (-x).exp())
 
 
-def block_by_hand(block, x, emb, words=None):
-    """Dhariwal & Nichol 2021, section 4.4: AdaGN(h, y) = y_s GroupNorm(h) + y_b; here y_s is 1 + scale.
+def block_by_hand(block, x, emb, text=None):
+    """Dhariwal & Nichol 2021: AdaGN(h, y) = y_s GroupNorm(h) + y_b; here y_s is 1 + scale.
 
-    Words (B, M, D) are keys and values beside the pixels: Nichol et al. 2021, section 2.3.
+    The tokens of a text (B, L, D) are keys and values beside the pixels: Nichol et al. 2021.
     """
     scale, shift = linear(block.scale_shift, silu(emb))[:, :, None, None].chunk(2, dim=1)
     h = conv(block.conv1, silu(norm(block.norm1, x)))
     h = conv(block.conv2, silu((1 + scale) * norm(block.norm2, h) + shift))
     x = h + (x if isinstance(block.skip, nn.Identity) else conv(block.skip, x))
     if block.attention:
-        tokens = norm(block.norm3, x).flatten(2).mT
-        q, k, v = linear(block.attention.qkv, tokens).chunk(3, dim=-1)
-        if words is not None:
-            _, *more = linear(block.attention.qkv, linear(block.words, words)).chunk(3, dim=-1)
-            k, v = (torch.cat(pair, 1) for pair in zip((k, v), more, strict=True))
-        seen = linear(block.attention.out, (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v)      # of one head
-        x = x + seen.mT.view_as(x)
+        pixels = norm(block.norm3, x).flatten(2).mT
+        q, k, v = linear(block.attention.qkv, pixels).chunk(3, dim=-1)
+        if text is not None:
+            tokens = linear(block.project_text, text)
+            _, k_text, v_text = linear(block.attention.qkv, tokens).chunk(3, dim=-1)
+            k, v = torch.cat([k, k_text], 1), torch.cat([v, v_text], 1)
+        seen = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v                       # of one head
+        x = x + linear(block.attention.out, seen).mT.view_as(x)
     return x
 
 
 def unet_by_hand(model, x, t, y):
-    """Ho et al. 2020, appendix B: down, across and up, each block up seeing the one at its height down."""
-    angle = t[:, None] * torch.tensor([10_000 ** (-k / 8) for k in range(8)])                    # width 16
-    first, _, last = model.time
-    emb = linear(last, silu(linear(first, torch.cat([angle.sin(), angle.cos()], 1)))) + model.label.weight[y]
+    """Ho et al. 2020, appendix B: a block on the way up also sees that of its height going down."""
+    angle = t[:, None] * torch.tensor([10_000 ** (-k / 8) for k in range(8)])        # width 16
+    first, _, last = model.time_embedding
+    time = linear(last, silu(linear(first, torch.cat([angle.sin(), angle.cos()], 1))))
+    emb = time + model.class_embedding.weight[y]
+    (fine_down,), (coarse_down,) = (level["blocks"] for level in model.down)
+    (coarse_up,), (fine_up,) = (level["blocks"] for level in model.up)
+
     h = conv(model.stem, F.pixel_unshuffle(x, model.patch))
-    (fine,), (coarse,) = (level.blocks for level in model.down)
-    a = block_by_hand(fine, h, emb)
-    b = block_by_hand(coarse, conv(model.down[0].resize, a, stride=2), emb)
+    a = block_by_hand(fine_down, h, emb)
+    b = block_by_hand(coarse_down, conv(model.down[0]["resize"], a, stride=2), emb)
     h = block_by_hand(model.mid, b, emb)
-    (coarse,), (fine,) = (level.blocks for level in model.up)
-    h = block_by_hand(coarse, torch.cat([h, b], 1), emb)
-    h = conv(model.up[1].resize[1], h.repeat_interleave(2, 2).repeat_interleave(2, 3))           # nearest
-    h = block_by_hand(fine, torch.cat([h, a], 1), emb)
+    h = block_by_hand(coarse_up, torch.cat([h, b], 1), emb)
+    h = h.repeat_interleave(2, 2).repeat_interleave(2, 3)                            # nearest
+    h = block_by_hand(fine_up, torch.cat([conv(model.up[1]["resize"][1], h), a], 1), emb)
     return F.pixel_shuffle(conv(model.head[2], silu(norm(model.head[0], h))), model.patch)
+
+
+def test_time_embedding_is_sines_and_cosines_of_geometric_frequencies():
+    w = 10_000 ** (-torch.arange(4) / 4)
+    expected = [torch.cat([(t * w).sin(), (t * w).cos()]) for t in (0, 7)]
+    assert_close(timestep_embedding(torch.tensor([0, 7]), 8), torch.stack(expected))
 
 
 @pytest.mark.parametrize("channels, heads", [(32, 1), (64, 1), (128, 2), (256, 4)])
@@ -93,254 +104,187 @@ def test_a_head_of_attention_is_64_channels_wide(channels, heads):
     assert Block(16, channels, 8, attention=True).attention.heads == heads
 
 
-@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("attention, text", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("c_in", [16, 24])
-def test_a_block_is_two_convolutions_the_embedding_between_and_attention_after(c_in, attention, in_float64):
+def test_a_block_is_two_convolutions_with_adagn_then_attention(c_in, attention, text, in_float64):
     torch.manual_seed(0)
-    block = Block(c_in, 16, 12, attention)
+    block = Block(c_in, 16, 12, attention, text)
     for p in block.parameters():
         nn.init.normal_(p, std=0.3)
-    x, emb = torch.randn(2, c_in, 6, 4), torch.randn(2, 12)
-    assert_close(block(x, emb), block_by_hand(block, x, emb))
+    x, emb, tokens = torch.randn(2, c_in, 6, 4), torch.randn(2, 12), torch.randn(2, 5, 12)
+    mask = torch.tensor([True, True, True, False, False]).expand(2, -1)
+    out = block(x, emb, tokens, mask) if text else block(x, emb)
+    assert_close(out, block_by_hand(block, x, emb, tokens[:, :3] if text else None))
 
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_the_whole_is_blocks_down_and_up_with_skips_between_them(patch, in_float64):
     model, (x, t, cond) = awake(patch=patch), inputs()
-    cond.y[1] = -1                                                       # the last row of the classes
+    cond.y[1] = -1                                                   # the last row: the null class
     assert_close(model(x, t, cond), unet_by_hand(model, x, t, cond.y))
+
+
+def test_a_text_is_read_up_to_its_end_and_embedded_as_the_sum_of_its_tokens():
+    torch.manual_seed(0)
+    module, ids = TextCondition(encoder(), 6), torch.tensor([[7, 4, 8, 0], [7, 1, 2, 8], [-1] * 4])
+    tokens, mask, embedding = module(ids)
+    assert mask.tolist() == [[True, True, True, False], [True] * 4, [True, False, False, False]]
+    for k, end in ((0, 2), (1, 3)):
+        features = linear(module.project, module.encoder(ids[k:k + 1, :end + 1]))[0]
+        assert_close(tokens[k, :end + 1], features)
+        assert_close(embedding[k], features.sum(0) / len(features) ** 0.5)
+    assert_close(tokens[2, 0], linear(module.project, module.missing))
+    assert_close(embedding[2], tokens[2, 0])
+
+
+def test_metadata_are_scaled_to_the_range_of_the_training_images_and_become_sinusoids():
+    metadata = Metadata(3, 8, 16)
+    metadata.fit(torch.tensor([[0.0, 3, math.nan], [math.nan, 1, math.nan], [5, 2, math.nan]]))
+    seen = []
+    metadata.layers = nn.Sequential(nn.Identity())
+    metadata.layers.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    metadata(torch.tensor([[2.5, math.nan, 0.25]]))                  # in 0 .. 5, 1 .. 3 and 0 .. 1
+    assert_close(seen[0][0, :8], timestep_embedding(torch.tensor([500.0]), 8)[0])
+    assert_close(seen[0][0, 8:16], metadata.missing[1].detach())
+    assert_close(seen[0][0, 16:], timestep_embedding(torch.tensor([250.0]), 8)[0])
+
+
+def test_norms_keep_the_precision_of_their_input_and_are_group_norm():
+    device = data.pick_device()
+    layer, x = unet.Norm(8, 16).to(device), torch.randn(2, 16, 4, 4, device=device) + 3
+    with torch.autocast(device.type, torch.bfloat16):
+        half = layer(x.bfloat16())                      # on a GPU, autocast would make this float32
+    assert half.dtype == torch.bfloat16
+    assert_close(half.float(), layer(x), rtol=0, atol=0.05)
+    assert_close(layer(x), F.group_norm(x, 8, layer.weight, layer.bias))
 
 
 # ---- what follows
 
+def without_gradient(model):
+    return [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
 @pytest.mark.parametrize("channels, H, W, patch", [
     (3, 16, 16, 1), (1, 8, 24, 1), (4, 16, 32, 2), (7, 32, 16, 4)])
-def test_any_channels_and_sides_that_fit_come_back_in_their_shape(channels, H, W, patch):
+def test_any_channels_and_sides_come_back_in_their_shape_first_as_zeros(channels, H, W, patch):
     x, t, cond = inputs(2, channels, H, W)
     assert awake(channels=channels, patch=patch)(x, t, cond).shape == x.shape
-
-
-def test_it_starts_by_predicting_nothing():
-    torch.manual_seed(0)
-    out = UNet(3, width=16, mults=(1, 2), blocks=1)(*inputs())
-    assert_close(out, torch.zeros_like(out))
-
-
-def test_time_class_and_image_each_change_the_answer():
-    model, (x, t, cond) = awake(), inputs()
-    base = model(x, t, cond)
-    for other in (model(x, t + 1, cond), model(x, t, Condition((cond.y + 1) % 3)), model(x + 0.1, t, cond)):
-        assert ((other - base).abs().amax((1, 2, 3)) > 1e-4).all()
-
-
-def test_a_hidden_class_leaves_no_trace():
-    model, (x, t, _) = awake(), inputs()
-    a, b = (Condition(torch.tensor(y)).hide(torch.tensor([True, False])) for y in ([0, 1], [2, 1]))
-    assert_close(model(x, t, a), model(x, t, b))
-    assert (model(x, t, a) != model(x, t, Condition(torch.tensor([0, 1]))))[0].any()
-
-
-def test_condition_and_null_is_itself_and_then_nothing():
-    assert Condition(torch.tensor([2, 0])).and_null().y.tolist() == [2, 0, -1, -1]
+    before_training = UNet(3, channels, width=16, mults=(1, 2), blocks=1, patch=patch)
+    assert not before_training(x, t, cond).any()
 
 
 def test_every_parameter_gets_a_gradient():
     model, (x, t, _) = awake(blocks=2, mults=(1, 2, 2)), inputs(4)
     model(x, t, Condition(torch.tensor([0, 1, 2, -1]))).square().mean().backward()
-    rows = {name: p.grad.flatten(1).abs().sum(1) for name, p in model.named_parameters() if p.ndim > 1}
-    assert not [name for name, row in rows.items() if not (row > 0).all()]           # scale and shift alike
-    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without_gradient(model)
+    for name, p in model.named_parameters():
+        assert p.ndim == 1 or p.grad.flatten(1).any(1).all(), name              # scale and shift
 
 
-def test_images_of_a_batch_do_not_see_each_other():
-    model, (x, t, cond) = awake(), inputs(3)
-    alone = model(x[1:2], t[1:2], Condition(cond.y[1:2]))
-    assert_close(model(x, t, cond)[1:2], alone, rtol=1e-4, atol=1e-5)
-
-
-def test_a_deep_copy_is_independent():
-    model, (x, t, cond) = awake(), inputs()
-    twin, before = copy.deepcopy(model), model(x, t, cond)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-    assert_close(twin(x, t, cond), before)
-
-
-def test_timestep_embedding_is_sines_and_cosines_of_geometric_frequencies():
-    e = timestep_embedding(torch.tensor([0, 7]), 8)
-    w = 10_000 ** (-torch.arange(4) / 4)
-    assert_close(e, torch.stack([torch.cat([(t * w).sin(), (t * w).cos()]) for t in (0, 7)]))
-
-
-def test_bad_sizes_are_told():
+def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="divisible by 8"):
         UNet(3, width=20)
-    with pytest.raises(AssertionError, match="divisible by 4"):
-        awake(mults=(1, 2, 2))(*inputs(H=18))
+    for sides in (dict(H=18), dict(W=18)):
+        with pytest.raises(AssertionError, match="divisible by 4"):
+            awake(mults=(1, 2, 2))(*inputs(**sides))
 
 
 def test_the_demo_prints_the_shapes_on_the_way_through(capsys):
     unet.main()
-    said = capsys.readouterr().out
-    assert "mid              (2, 256, 16, 16) -> (2, 256, 16, 16)" in said
-    assert said.endswith("UNet             (2, 3, 64, 64) -> (2, 3, 64, 64)\n")
+    out = capsys.readouterr().out
+    assert "class_embedding  (2,) -> (2, 256)" in out
+    assert "mid              (2, 256, 16, 16) -> (2, 256, 16, 16)" in out
+    assert out.endswith("head             (2, 64, 64, 64) -> (2, 3, 64, 64)\n")
 
 
-def test_norms_keep_the_precision_of_their_input_and_are_group_norm():
-    device = data.pick_device()
-    norm, x = unet.Norm(16).to(device), torch.randn(2, 16, 4, 4, device=device) + 3
-    with torch.autocast(device.type, torch.bfloat16):
-        half = norm(x.bfloat16())                       # on a GPU, autocast would make this float32
-    plain = nn.functional.group_norm(x, 8, norm.weight, norm.bias)
-    assert half.dtype == torch.bfloat16
-    assert_close(half.float(), plain, rtol=0, atol=0.05)
-    assert_close(norm(x), plain)
+# ---- conditions
+
+def encoder():
+    return TextEncoder(9, length=12, dim=8, depth=1, heads=2)
 
 
-# ---- numbers and hints
-
-def tower(V=9):
-    return Text(V, length=12, dim=8, depth=1, heads=2)
-
-
-def told(B=3):
-    """A U-Net that is told three numbers, a hint of two channels and a text, and inputs for it."""
-    model, (x, t, cond) = awake(hint=2, numbers=3, text=tower()), inputs(B)
-    cond.text = torch.tensor([[7, 1, 2, 3, 8], [7, 4, 8, 0, 0], [7, 1, 8, 0, 0]]).repeat(B // 3, 1)
-    model.numbers.fit(torch.tensor([[0.0, -5, 10], [1, 5, 20]]))
-    cond.numbers = torch.rand(B, 3) * torch.tensor([1.0, 10, 10]) + torch.tensor([0.0, -5, 10])
-    cond.hint = torch.rand(B, 2, 16, 16)
+def conditioned():
+    """A U-Net conditioned on everything, and inputs of 3 images for it."""
+    model, (x, t, cond) = awake(control=2, metadata=3, text=encoder()), inputs(3)
+    cond.text = torch.tensor([[7, 1, 2, 3, 8], [7, 4, 8, 0, 0], [7, 1, 8, 0, 0]])
+    model.metadata.fit(torch.tensor([[0.0, -5, 10], [1, 5, 20]]))
+    cond.metadata = torch.rand(3, 3) * torch.tensor([1.0, 10, 10]) + torch.tensor([0.0, -5, 10])
+    cond.control = torch.rand(3, 2, 16, 16)
     return model, x, t, cond
 
 
-@pytest.mark.parametrize("part", ["y", "numbers", "hint", "text"])
-def test_each_part_of_a_condition_changes_the_answer_and_hidden_it_leaves_no_trace(part):
-    model, x, t, cond = told()
+@pytest.mark.parametrize("part", ["y", "metadata", "control", "text"])
+def test_each_part_of_a_condition_changes_the_output_and_once_dropped_leaves_no_trace(part):
+    model, x, t, cond = conditioned()
     base, value = model(x, t, cond), getattr(cond, part)
     changed = dict(y=(value + 1) % 3, text=torch.where(value == 8, 8, (value + 2) % 7))
     other = replace(cond, **{part: changed.get(part, 0.5 * value + 0.2)})
     assert ((model(x, t, other) - base).abs().amax((1, 2, 3)) > 1e-4).all()
-    everyone = torch.tensor([True, True, True])
-    assert_close(model(x, t, other.hide(everyone)), model(x, t, cond.hide(everyone)))
-    assert (model(x, t, cond.hide(everyone)) - base).abs().max() > 1e-4
+    assert_close(model(x, t, other.drop(EVERYONE)), model(x, t, cond.drop(EVERYONE)))
+    alone = replace(cond, **{part: getattr(cond.drop(EVERYONE), part)})
+    assert ((model(x, t, alone) - base).abs().amax((1, 2, 3)) > 1e-4).all()
 
 
 @pytest.mark.parametrize("L", [1, 5, 9])
-def test_a_text_not_told_has_no_length_and_one_that_is_told_may_be_padded(L):
-    model, x, t, cond = told()
+def test_a_missing_text_has_no_length_and_a_text_may_be_padded(L):
+    model, x, t, cond = conditioned()
     wide = F.pad(cond.text, (0, 7))
-    assert_close(model(x, t, replace(cond, text=wide)), model(x, t, cond))
-    assert_close(model(x, t, replace(cond, text=wide[1:2].expand(3, -1)))[1], model(x, t, cond)[1])
-    wide[1, 3:] = 5                                                      # what stands in place of padding
-    assert_close(model(x, t, replace(cond, text=wide)), model(x, t, cond))
-    hidden = cond.hide(torch.tensor([True, True, True])).text
-    assert_close(model(x, t, replace(cond, text=hidden)),
-                 model(x, t, replace(cond, text=torch.full((3, L), -1))))
+    base = model(x, t, cond)
+    assert_close(model(x, t, replace(cond, text=wide)), base)
+    assert_close(model(x, t, replace(cond, text=wide[1:2].expand(3, -1)))[1], base[1])
+    wide[1, 3:] = 5                                                  # in place of padding
+    assert_close(model(x, t, replace(cond, text=wide)), base)
+    dropped = replace(cond, text=cond.drop(EVERYONE).text)
+    assert_close(model(x, t, dropped), model(x, t, replace(cond, text=torch.full((3, L), -1))))
 
 
-def test_words_are_the_features_up_to_the_end_and_the_text_is_their_sum():
-    torch.manual_seed(0)
-    words, ids = Words(tower(), 6), torch.tensor([[7, 4, 8, 0], [7, 1, 2, 8], [-1, -1, -1, -1]])
-    tokens, count, whole = words(ids)
-    assert count.tolist() == [[True, True, True, False], [True] * 4, [True, False, False, False]]
-    for k, end in ((0, 2), (1, 3)):
-        read = linear(words.project, words.tower(ids[k:k + 1, :end + 1]))[0]
-        assert_close(tokens[k, :end + 1], read)
-        assert_close(whole[k], read.sum(0) / len(read) ** 0.5)
-    assert_close(tokens[2, 0], linear(words.project, words.untold))
-    assert_close(whole[2], tokens[2, 0])
-
-
-def test_pixels_look_at_the_words_that_count_as_at_pixels(in_float64):
-    torch.manual_seed(0)
-    block = Block(16, 16, 12, attention=True, text=True)
-    for p in block.parameters():
-        nn.init.normal_(p, std=0.3)
-    x, emb, words = torch.randn(2, 16, 6, 4), torch.randn(2, 12), torch.randn(2, 5, 12)
-    count = torch.tensor([True, True, True, False, False]).expand(2, -1)
-    assert_close(block(x, emb, (words, count)), block_by_hand(block, x, emb, words[:, :3]))
-
-
-def test_the_text_reaches_the_embedding_and_every_attention_and_the_tower_learns():
-    model, x, t, cond = told()
+def test_a_text_acts_through_every_attention_and_through_the_embedding_alone():
+    model, x, t, cond = conditioned()
     model(x, t, cond).square().mean().backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert silent == ["numbers.untold", "text.untold"]                   # all three were told something
-    assert sum(name.endswith("words.weight") for name, _ in model.named_parameters()) == 3
+    assert without_gradient(model) == ["metadata.missing", "text.missing"]      # nothing is missing
+    into_attention = [p for name, p in model.named_parameters() if "project_text.weight" in name]
+    assert len(into_attention) == 3
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if ".words." in name:
-                p.zero_()
+        for p in into_attention:
+            p.zero_()
     other = replace(cond, text=torch.where((cond.text > 0) & (cond.text < 7), 5, cond.text))
     assert ((model(x, t, other) - model(x, t, cond)).abs().amax((1, 2, 3)) > 1e-4).all()
 
 
-def test_each_number_alone_may_be_missing():
-    model, x, t, cond = told()
-    base = model(x, t, cond)
-    answers = [base]
+def test_each_metadata_value_may_be_missing_alone_and_a_control_image_is_then_not_grey():
+    model, x, t, cond = conditioned()
+    conditions = [cond, *(replace(cond, control=k * cond.control) for k in (0, math.nan))]
     for k in range(3):
-        less = cond.numbers.clone()
-        less[:, k] = float("nan")
-        answers.append(model(x, t, replace(cond, numbers=less)))
-        assert answers[-1].isfinite().all()
-    for a, b in combinations(answers, 2):
-        assert (a - b).abs().max() > 1e-4
+        absent = torch.arange(3) == k
+        conditions.append(replace(cond, metadata=cond.metadata.masked_fill(absent, math.nan)))
+    outputs = [model(x, t, condition) for condition in conditions]
+    for a, b in combinations(outputs, 2):
+        assert (a - b).abs().max() > 1e-4 and b.isfinite().all()
 
 
-def test_a_hint_that_is_not_told_differs_from_one_of_grey():
-    model, x, t, cond = told()
-    grey, hidden = replace(cond, hint=0 * cond.hint), replace(cond, hint=float("nan") * cond.hint)
-    assert (model(x, t, grey) - model(x, t, hidden)).abs().max() > 1e-4
+def test_every_part_is_indexed_dropped_and_followed_by_the_null_condition_alike():
+    _, _, _, cond = conditioned()
+    dropped, both = cond.drop(torch.tensor([False, True, False])), cond.and_null()
+    for name in ("y", "metadata", "control", "text"):
+        value, part, doubled = (getattr(z, name) for z in (cond, dropped, both))
+        gone = torch.isnan if value.is_floating_point() else torch.tensor(-1).eq
+        for index in (slice(1, 3), torch.tensor([1, 2])):
+            assert torch.equal(getattr(cond[index], name), value[1:])
+        assert gone(part[1]).all() and torch.equal(part[[0, 2]], value[[0, 2]])
+        assert torch.equal(doubled[:3], value) and gone(doubled[3:]).all() and len(doubled) == 6
+    assert Condition(cond.y).and_null().control is None
 
 
-def test_numbers_are_scaled_to_the_range_of_the_training_images():
-    numbers = unet.Numbers(2, 8, 16)
-    numbers.fit(torch.tensor([[0.0, 3], [float("nan"), 1], [5, 2]]))
-    assert numbers.least.tolist() == [0, 1] and numbers.most.tolist() == [5, 3]
-    seen = []
-    numbers.layers = nn.Sequential(nn.Identity())
-    numbers.layers.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    numbers(torch.tensor([[2.5, float("nan")]]))
-    assert_close(seen[0][0, :8], timestep_embedding(torch.tensor([500.0]), 8)[0])
-    assert_close(seen[0][0, 8:], numbers.untold[1].detach())
-
-
-def test_a_number_that_no_training_image_tells_keeps_the_range_from_0_to_1():
-    numbers = unet.Numbers(2, 8, 16)
-    numbers.fit(torch.tensor([[float("nan"), 4], [float("nan"), 2]]))
-    assert numbers.least.tolist() == [0, 2] and numbers.most.tolist() == [1, 4]
-
-
-def test_every_part_is_sliced_hidden_and_followed_by_nothing_alike():
-    _, _, _, cond = told()
-    for index in (slice(1, 3), torch.tensor([1, 2])):
-        part = cond[index]
-        assert_close((part.y, part.numbers, part.hint), (cond.y[1:], cond.numbers[1:], cond.hint[1:]))
-        assert_close(part.text, cond.text[1:])
-    hidden = cond.hide(torch.tensor([False, True, False]))
-    assert hidden.y.tolist() == [0, -1, 2] and (hidden.text[1] == -1).all()
-    assert (hidden.text == cond.text)[[0, 2]].all()
-    for a, b in ((hidden.numbers, cond.numbers), (hidden.hint, cond.hint)):
-        assert a[1].isnan().all() and (a[[0, 2]] == b[[0, 2]]).all()
-    both = cond.and_null()
-    assert both.y.tolist() == [0, 1, 2, -1, -1, -1] and both.numbers[3:].isnan().all()
-    assert (both.text[:3] == cond.text).all() and (both.text[3:] == -1).all()
-    assert (both.hint[:3] == cond.hint).all() and both.hint[3:].isnan().all()
-    assert Condition(cond.y).and_null().hint is None
-
-
-def test_each_part_and_each_number_is_hidden_alone():
-    cond = Condition(torch.zeros(4000, dtype=torch.long), torch.zeros(4000, 3), torch.zeros(4000, 2, 1, 1),
-                     torch.zeros(4000, 2, dtype=torch.long))
-    hidden = cond.hide_each(0.2, torch.Generator().manual_seed(0))
-    gone = torch.cat([(hidden.y < 0)[:, None], hidden.numbers.isnan(), hidden.hint.isnan().flatten(1),
-                      hidden.text < 0], 1)
-    gone = gone.double()
+def test_drop_each_drops_each_part_and_each_metadata_value_by_itself():
+    y, text = torch.zeros(4000, dtype=torch.long), torch.zeros(4000, 2, dtype=torch.long)
+    cond = Condition(y, torch.zeros(4000, 3), torch.zeros(4000, 2, 1, 1), text)
+    dropped = cond.drop_each(0.2, torch.Generator().manual_seed(0))
+    gone = torch.cat([(dropped.y < 0)[:, None], dropped.metadata.isnan(),
+                      dropped.control.isnan().flatten(1), dropped.text < 0], 1).double()
     assert_close(gone.mean(0), torch.full((8,), 0.2).double(), atol=0.03, rtol=0)
     together = torch.corrcoef(gone.T)
-    for a, b in ((4, 5), (6, 7)):                            # the channels of a hint, the tokens of a text
+    for a, b in ((4, 5), (6, 7)):                   # channels of a control image, tokens of a text
         assert together[a, b] == pytest.approx(1)
         together[a, b] = together[b, a] = 0
     assert (together - torch.eye(8)).abs().max() < 0.06
