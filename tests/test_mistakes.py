@@ -103,7 +103,7 @@ experiment | SMOKE --data xbd --hold-out moon | moon
 experiment | SMOKE --data good --init cls/classifier.pt | cls/classifier.pt
 experiment | SMOKE --data good --out exp | exp/scenes/2/seed0/real.json
 train_cls | CLS --data one --steps 2 --out one-class | one | train_cls.py: refuse a single class
-experiment | SMOKE --data one --dry-run | one | experiment.py: refuse a single class
+experiment | SMOKE --data one --dry-run | one
 experiment | --counts 4,x --task scenes | --counts | experiment.py: the line names no flag
 """
 
