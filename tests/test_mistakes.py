@@ -90,20 +90,20 @@ train_cls | --data good --init gen.pt | gen.pt
 train_cls | --data good --init cls/classifier.pt --tune none | cls/classifier.pt
 train_cls | --predict good --out x | x/classifier.pt
 train_cls | --predict good --out wrong | wrong/classifier.pt
-experiment | --arms moon | --arms moon
-experiment | --study moon | --study moon
-experiment | --counts 4 | --counts 4
-experiment | --counts=-1 --task scenes | -1
-experiment | --size 20 | --size 20
-experiment | --data good --task scenes | --data
-experiment | --init gen.pt --task buildings | --init
+experiment | --dry-run --arms moon | --arms moon
+experiment | --dry-run --study moon | --study moon
+experiment | --dry-run --counts 4 | --counts 4
+experiment | --dry-run --counts=-1 --task scenes | -1
+experiment | --dry-run --size 20 | --size 20
+experiment | --dry-run --data good --task scenes | --data
+experiment | --dry-run --init gen.pt --task buildings | --init
 experiment | SMOKE --data good --counts 99 | 99
 experiment | SMOKE --data good --arms balanced | balanced
 experiment | SMOKE --data xbd --hold-out moon | moon
 experiment | SMOKE --data good --init cls/classifier.pt | cls/classifier.pt
 experiment | SMOKE --data good --out exp | exp/scenes/2/seed0/real.json
 train_cls | CLS --data one --steps 2 --out one-class | one | train_cls.py: refuse a single class
-experiment | SMOKE --data one --dry-run | one | experiment.py: refuse a single class
+experiment | SMOKE --data one --dry-run | one
 experiment | --counts 4,x --task scenes | --counts | experiment.py: the line names no flag
 """
 
