@@ -944,6 +944,8 @@ def atomic(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:             # RuntimeError: torch.save, on a full disk
+        raise UserError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -983,8 +985,8 @@ def cached(path, make):
     content = make()
     try:
         save(path, content)
-    except OSError as error:                             # of a folder that cannot be written
-        print(f"{path} cannot be kept ({error}): it is made again next time", file=sys.stderr)
+    except UserError as error:                           # of a folder that cannot be written
+        print(f"{error}: it is made again next time", file=sys.stderr)
         return content
     return load(path, mmap=True)
 

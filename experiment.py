@@ -822,8 +822,9 @@ class Config(data.Settings):
             raise ValueError(f"--counts {self.counts}: of which --task, scenes or buildings?")
         if self.size % 8:
             raise ValueError(f"--size {self.size} is not a multiple of 8")
-        if min(self.resolved("scenes").counts) < 0:          # also refuses sizes that do not fit
-            raise ValueError(f"--counts {self.counts}: below 0")
+        if self.counts and not re.fullmatch(r"\d+(,\d+)*", self.counts):
+            raise ValueError(f"--counts {self.counts}: give whole numbers, by comma")
+        self.resolved("scenes")                              # refuses sizes that do not fit
 
     def tasks(self):
         """Return the names of the tasks to run."""

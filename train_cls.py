@@ -659,6 +659,8 @@ def main(cfg):
         return score(model, scenes, parts, cfg.test)
 
     check_init(cfg.init, scenes, parts)
+    if len(scenes.classes) < 2:
+        raise UserError(f"{cfg.data} has one class, {scenes.classes[0]}: it takes two or more")
     synthetic = read_synthetic(cfg, scenes, parts)
     print(f"{len(real)} real, {len(synthetic or [])} synthetic images "
           f"of {len(scenes.classes)} classes")
