@@ -100,11 +100,11 @@ TENSORS = "images", "labels", "groups", "official", "metadata"       # of Scenes
 def split(scenes, seed=0, hold_out=""):
     """Split into train, val and test: {"train": (n,) int64 indices, "val": ..., "test": ...}.
 
-    Official parts are kept. A group (doubles, or all buildings of a tile) is never cut. The
-    other groups are divided 3 : 1 : 1 by seed, or 3 : 1 beside an official test part: class by
-    class, but tiles all together. Beside an official train part they are left out.
+    Official parts are kept (of xBD the folder test/). A group (doubles, or the buildings of a tile)
+    is never cut. Groups without a part are divided 3 : 1 : 1 by seed, or 3 : 1 if there is a test
+    part: class by class, but tiles all together. With an official train part they are left out.
     hold_out, a disaster of xBD, becomes the test part. All other images then go into train or val,
-    also those of the official test folder.
+    also those of the folder test/.
     """
     official = scenes.official
     if hold_out:
@@ -134,7 +134,7 @@ def split(scenes, seed=0, hold_out=""):
                 part_of |= dict.fromkeys(chunk.tolist(), part)
 
     part = torch.tensor([part_of[group] for group in groups])            # now for each image
-    kept = (official == part) | ((official == NO_PART) & divide_rest)    # no double of a test image
+    kept = (official == part) | ((official == NO_PART) & divide_rest)    # no double across parts
     parts = {name: (kept & (part == k)).nonzero().flatten() for k, name in enumerate(PARTS)}
     check_classes(scenes, parts["train"])
     for name, index in parts.items():
@@ -146,7 +146,7 @@ def split(scenes, seed=0, hold_out=""):
 
 def shuffled(scenes, units, images, seed):
     """Shuffle units (n,), images or groups, by seed: [the units of class 0, those of class 1, ...].
-    images (n,) has an image of each unit. A tile has several classes: the list is [all units].
+    images (n,): one of each unit, for its class. Tiles have several: the list is [all units].
     """
     if scenes.tiles:
         return [units[torch.randperm(len(units), generator=rng(seed))]]
@@ -199,15 +199,15 @@ def same_pictures(a, b):
     """Find the same pictures by fingerprints a (N, 192) and b (M, 192): indices i and j, (P,) each.
 
     Measured on the 2,100 pictures of UC Merced: as JPEG of 128 px and as TIFF of 64 px they differ
-    by at most 1.9, at JPEG quality 50 by at most 1.3. Two pictures of it that are not the same
-    differ by 2.2 or more (bare fields; half of the pictures have none nearer than 20).
+    by at most 1.9, at JPEG quality 50 by at most 1.3. Different pictures differ by 2.2 or more
+    (bare fields; the nearest to half of the pictures is 20 or more away).
     """
     a, b = a.float(), b.float()
     order = b.mean(1).argsort()
     mean = b.mean(1)[order].contiguous()
     pairs = [torch.zeros(2, 0, dtype=torch.int64)]
     for rows in a.mean(1).argsort().split(256):
-        # Compare only pictures of about the same mean, which differs no more than they do.
+        # Means differ no more than pictures do: compare only those of near means.
         low, high = a[rows].mean(1).aminmax()
         limits = torch.stack([low - SAME_PICTURE, high + SAME_PICTURE])
         near = order[slice(*torch.searchsorted(mean, limits).tolist())]
@@ -283,8 +283,8 @@ def read_rows(root, rows, size, skip_broken=False, cache="runs/cache"):
     classes = sorted(set(labels))
     labels = torch.tensor([classes.index(label) for label in labels])
     if TRAIN in parts and len(set(parts) - {NO_PART}) < 3:
-        print(f"{root.name} has no train, val and test part: val, or else test, is the test part, "
-              "and val is a quarter of the rest")
+        print(f"{root.name} lacks a part of train, val, test: the one beside train is test, "
+              "and a quarter of train is val")
         parts = [TEST if part > TRAIN else NO_PART for part in parts]
     return Scenes(**content, **read_metadata(root, content["names"]), labels=labels,
                   classes=classes, official=torch.tensor(parts), captions=list(captions))

@@ -12,7 +12,8 @@ Both are the same. A step multiplies a^2 by 1 - beta. It turns s^2, the variance
 
 The process p removes the noise. It needs many steps, because a network trained by squared error
 answers with the mean of all images that may have become x_t. At high noise this mean is a blur. A
-small step towards it leaves fewer images possible, and the next guess is sharper.
+small step towards it leaves fewer images possible, and the next guess is sharper. New noise makes
+up for the variance that a mean lacks. Samplers without it take 12 steps instead of 1,000.
 
     x0   an image in [-1, 1], (B, C, H, W), or the network's guess of it
     x    the noisy image x_t                   eps  normal noise N(0, I)
@@ -43,9 +44,23 @@ def linear_abar(T):
 def cosine_abar(T):
     """Return the schedule of Nichol & Dhariwal 2021 (2102.09672), Eq. 17: a squared cosine."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
-    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # .008: the first beta is not tiny
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # .008, else beta starts tiny
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)                 # f ends at 0: beta would be 1
     return (1 - beta).cumprod(0)
+
+
+def flow_abar(T):
+    """Return the schedule of rectified flow, Liu et al. 2023 (2209.03003), for u = (t+1) / (T+1).
+
+    x = (1 - u) x0 + u eps, divided so that a^2 + s^2 = 1. Flow models predict eps - x0, which is
+    (a + s) v - (a - s) x. The Euler step of a flow is the step of DDIM.
+    """
+    u = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
+    return (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
+
+
+SCHEDULES = {"cosine": cosine_abar, "linear": linear_abar, "flow": flow_abar}
+PREDICTS = ("v", "eps", "x0")           # given x_t, each of them determines the other two
 
 
 class Diffusion(nn.Module):
@@ -72,7 +87,7 @@ class Diffusion(nn.Module):
 
         x0 = (x - s eps) / a, so at high noise, where a is small, an error in eps is a huge one in
         x0. eps = (x - a x0) / s, so at low noise it is the other way round. v, Salimans & Ho 2022
-        (2202.00512), is about -x0 at high noise and eps at low noise, always what x hides.
+        (2202.00512), is about -x0 at high noise and eps at low noise, the part that x hides.
         """
         v = self.sqrt_abar[t] * eps - self.sqrt_1m_abar[t] * x0
         return {"v": v, "eps": eps, "x0": x0}[self.predict]
@@ -100,8 +115,8 @@ class Diffusion(nn.Module):
     def weight(self, t):
         """Return the weight of the error at t, (B,): one loss, whatever the network predicts.
 
-        It is min(SNR, gamma) times the squared error of x0, where SNR = (a / s)^2. As x = a x0 +
-        s eps, the same error is a / s as large in eps, and 1 / s in v: `scale` divides by the
+        It is min(SNR, gamma) times the squared error of x0, where SNR = (a / s)^2. As x is given,
+        an error of 1 in x0 is one of a / s in eps and of 1 / s in v: `scale` divides by the
         square. With gamma = inf it is the plain error of eps, L_simple (Ho et al. Eq. 14). A finite
         gamma limits the weight of low noise: min-SNR, Hang et al. 2023 (2303.09556).
         """
@@ -113,7 +128,7 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def sample_ddpm(self, model, cond, randn):
-        """Return images (B, C, H, W) by Algorithm 2 in T steps; randn() draws noise like x0."""
+        """Return images (B, C, H, W) by Algorithm 2, in T steps; randn() draws such noise."""
         x = randn()
         for t in reversed(range(self.T)):
             abar = self.abar[t].item()
@@ -123,9 +138,10 @@ class Diffusion(nn.Module):
             x0 = self.x0_from(x, out, math.sqrt(abar), math.sqrt(1 - abar))      # the guess
 
             # Two things are known of x_{t-1}. It is sqrt(abar_prev) x0 plus noise of variance
-            # 1 - abar_prev. As q led from it to x, it is x / sqrt(1 - beta) plus noise of variance
+            # 1 - abar_prev. And as q made x of it, it is x / sqrt(1 - beta) plus noise of variance
             # beta / (1 - beta). Weigh each by the inverse of its variance: this is the mean, Ho et
-            # al. Eq. 7 (in Algorithm 2 with eps for x0). sigma^2 is the variance that is left.
+            # al. Eq. 7 (Algorithm 2 writes it with eps). sigma^2, the variance of it, is 1 over the
+            # sum of the inverses (the smaller of the two choices that the paper offers).
             mean = math.sqrt(abar_prev) * beta / (1 - abar) * x0
             mean += math.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar) * x
             sigma = math.sqrt((1 - abar_prev) / (1 - abar) * beta)
@@ -137,17 +153,17 @@ class Diffusion(nn.Module):
                start=None, known=None):
         """Return images (B, C, H, W) in [-1, 1]; each call of randn() draws N(0, I) like them.
 
-            order=2                   12 steps come as near to the limit as hundreds of DDIM
+            order=2                   12 steps are about as exact as hundreds of DDIM
             order=1, eta=0            DDIM: no new noise, the first x decides the image
-            order=1, eta=1, steps=T   DDPM: with clip=False the same as sample_ddpm
+            order=1, eta=1, steps=T   DDPM: with clip=False, w=1 the same as sample_ddpm
 
         w: see `guided`. start=(x0, t): begin at these images, noised to t (SDEdit, Meng et al.
         2022, 2108.01073). known=(x0, mask): keep x0 where mask (B, 1, H, W) is 1, paint the rest
-        (RePaint, Lugmayr et al. 2022, 2201.09865). Order 2 takes each step twice, which would undo
+        (RePaint, Lugmayr et al. 2022, 2201.09865). Order 2 corrects the last step, which would undo
         new noise and known pixels, so it refuses both.
         """
         if model.training:
-            raise ValueError("call model.eval() first: dropout is still on")
+            raise ValueError("call model.eval() first")
         if order == 2 and (eta or known):
             raise ValueError("order 2 needs eta = 0, and no known pixels")
         ts = self.levels(steps, start[1] if start else None)
@@ -156,7 +172,7 @@ class Diffusion(nn.Module):
         s = [*(1 - self.abar[ts]).sqrt().tolist(), 0.0]
 
         def ddim(x, x0, k, sigma=0.0):
-            """Step to level k + 1, DDIM Eq. 12; of its variance s^2, sigma^2 is for new noise."""
+            """Step to level k + 1, DDIM Eq. 12; leave room for new noise of variance sigma^2."""
             eps = (x - a[k] * x0) / s[k]
             return a[k + 1] * x0 + math.sqrt(s[k + 1] ** 2 - sigma**2) * eps
 
@@ -167,7 +183,7 @@ class Diffusion(nn.Module):
         if start:
             x = a[0] * start[0] + s[0] * x
         x_last = x0_last = None
-        for k, t in enumerate(ts):           # no .item() in here: Python runs ahead of the GPU
+        for k, t in enumerate(ts):           # no .item() in here: it would wait for the GPU
             out = network(x, torch.full((len(x),), t, device=x.device))
             x0 = self.x0_from(x, out, a[k], s[k])
             if clip:
@@ -184,20 +200,20 @@ class Diffusion(nn.Module):
             if sigma > 0:
                 x = x + sigma * randn()
             if known:
-                x0_known, mask = known       # overwrite the known pixels, as noisy as level k + 1
+                x0_known, mask = known       # known pixels are x0_known, noised to level k + 1
                 x = torch.where(mask > 0, a[k + 1] * x0_known + s[k + 1] * randn(), x)
         return x
 
     def levels(self, steps, start=None):
         """Return the t to visit, [int] falling: s / a, noise to signal, falls by equal factors.
 
-        The first is T - 1, pure noise, or `start`, a t. If s / a is above 60 there, the second is
-        at 60. The last is at .01, about a grey level. If steps = T, all t are visited.
+        The first is T - 1, pure noise, or `start`, a t. Above s / a = 60 all is noise, so the
+        second is at 60. The last is at .01, about a grey level. If steps = T, all t are visited.
 
-        Why equal factors: the mean of N pixels has sqrt(N) times less noise than one of them. So
-        large things, like the brightness, are settled at high noise, and details at low noise. With
-        12 even t of the cosine schedule the first step goes from pure noise to s / a = 7, and if
-        the brightness of 64 x 64 RGB images varies by 18 grey levels (std), half of this is lost.
+        Why equal factors: the mean of N pixels has sqrt(N) times less noise than one. So large
+        things, like the brightness, are settled at high noise, and details at low noise: so each
+        scale has its steps. 12 evenly spaced t (cosine) step from pure noise to s / a = 7 at once:
+        if 64 x 64 RGB images vary in brightness by 18 grey levels (std), half of this is lost.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
@@ -211,7 +227,7 @@ class Diffusion(nn.Module):
         ts, t = [], start + 1
         for k, value in enumerate(wanted):
             nearest = (log_ratio - value).abs().argmin().item()
-            t = max(min(nearest, t - 1), steps - 1 - k)      # below the last; the rest still fit
+            t = max(min(nearest, t - 1), steps - 1 - k)      # falling; each later step gets a t
             ts.append(t)
         return ts
 
@@ -220,10 +236,10 @@ class Diffusion(nn.Module):
         """Return a better x at level k, and the x0 to step towards, without calling the network.
 
         A step of DDIM is exact, however long, if the guess x0 is the same all the way. But it is
-        not. So the last step is taken again, with the mean of the guesses at its ends (corrector of
-        UniPC-1, Zhao et al. 2023, 2302.04867). And the next one goes towards the guess in its
-        middle, expected from the line through the last two guesses (DPM-Solver++ 2M, Lu et al.
-        2022, 2211.01095). Time is log(a / s), in which the steps are even.
+        not. So correct the last step: take it again, with the mean of the guesses at its ends (as
+        UniPC-1 does, Zhao et al. 2023, 2302.04867). And predict for the next one the guess in its
+        middle, on the line through the last two guesses (DPM-Solver++ 2M, Lu et al. 2022,
+        2211.01095). Time is log(a / s), where the levels are evenly spaced.
         """
         if k == 0:
             return x, x0
@@ -238,9 +254,9 @@ def guided(model, x, t, cond, w):
     """Return the output with classifier-free guidance: Ho & Salimans 2022 (2207.12598), Eq. 6.
 
     Go w times the way from the output without the condition to the one with it (w is their w + 1).
-    As eps is -s times the gradient of log p(x), this is the eps of p(x) p(cond | x)^w: with w > 1
-    images show their condition more clearly, and vary less. And each step is twice the work, as
-    cond.and_null() is cond and then, in the same batch, as many dropped ones, (2 B).
+    The best eps is -s times the gradient of log p(x_t): noise points away from likely images. So
+    this is the eps of p(x_t) p(cond | x_t)^w: with w > 1 images show their condition more clearly,
+    and vary less. A step is twice the work: cond.and_null() is cond, then as many dropped, (2 B).
     """
     if w == 1:
         return model(x, t, cond).to(x.dtype)                 # a network may compute in bfloat16
@@ -290,12 +306,12 @@ def train_toy(steps, y):
 
 
 def dots(points):
-    """Draw points (B, 2, 1, 1), even ones in blue, odd ones in red, as an image (3, 128, 128)."""
+    """Draw points (B, 2, 1, 1) of classes 0, 1, 0, 1 ... in blue and red: image (3, 128, 128)."""
     image = torch.ones(3, 130, 130)
     column, row = (points.flatten(1) / 3 * 128 + 65).long().clamp(0, 129).T
     image[:2, row[::2], column[::2]] = -1
     image[1:, row[1::2], column[1::2]] = -1
-    return image[:, 1:-1, 1:-1]                     # less an edge with all that lies outside
+    return image[:, 1:-1, 1:-1]                     # without the edge, where outliers lie
 
 
 def main(path="runs/ddpm.png", steps=1500):
@@ -334,24 +350,10 @@ def main(path="runs/ddpm.png", steps=1500):
     print(f"look at {path}")
 
 
-# ---- to be skipped at first: the schedule of flows, and a CUDA graph
-
-def flow_abar(T):
-    """Return the schedule of rectified flow, Liu et al. 2023 (2209.03003), for u = (t+1) / (T+1).
-
-    x = (1 - u) x0 + u eps, divided so that a^2 + s^2 = 1. Flow models predict eps - x0, which is
-    (a + s) v - (a - s) x. The Euler step of a flow is the step of DDIM.
-    """
-    u = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
-    return (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
-
-
-SCHEDULES = {"cosine": cosine_abar, "linear": linear_abar, "flow": flow_abar}
-PREDICTS = ("v", "eps", "x0")           # given x_t, each of them determines the other two
-
+# ---- to be skipped at first: a CUDA graph
 
 class Replay:
-    """A network whose kernels are recorded at its second call, and from then on launched at once.
+    """A network whose kernels are recorded at its second call, and then launched together.
 
     Python takes longer to launch the kernels of a small network than a GPU to run them. The first
     call sets up cuDNN and cuBLAS, which must not be recorded. A graph reads and writes fixed

@@ -10,11 +10,12 @@ many tiles), trains a generator on exactly these, and makes synthetic images wit
 seed and arm it trains the same classifier, scores it on the test split, and estimates what one arm
 gains over another. Three rules make this fair:
 
-    equal budget   All classifiers take the same number of steps and of images per step. A synthetic
-                   image takes the place of a real one and never comes on top.
+    equal budget   All networks take the same number of steps and of images per step. A synthetic
+                   image takes the place of a real one and never comes on top. (The steps of the
+                   generator are not counted.)
     no leak        A generator sees the chosen images alone. Nothing is chosen on test images.
-    paired         A seed fixes the training images, initial weights and batches of all arms, which
-                   are compared seed by seed and test image by test image.
+    paired         All arms of a seed share training images, initial weights and batches. They are
+                   compared seed by seed and test image by test image.
 
 A stopped experiment goes on when its command is repeated: every finished classifier has left a JSON
 file in --out, every generator a checkpoint, and every set of synthetic images a .pt file.
@@ -68,12 +69,12 @@ class Arm:
     share: float = 0.0               # probability that a drawn real image is replaced
     augment: str = "none"            # augmentations by name, of real images and replacements
     balance: bool = False            # draw all classes equally often, however rare they are
-    model: str = "vit"               # one of train_cls.MODELS, or as in CLIP_ARMS
-    pretrain: bool = False           # replacements first, then real images, in as many steps
+    model: str = "vit"               # one of train_cls.MODELS, "clip" or "zero-shot"
+    pretrain: bool = False           # only replacements in the first `share` of the steps
     shuffle: bool = False            # each replacement gets the label of another one
     clip_filter: bool = False        # CLIP selects the replacements, and softens their labels
     guidance: float | None = None    # guidance scale of the generator (None: that of --scale)
-    generated: int = 0               # synthetic, or at most fresh, images per class (0: --scale)
+    generated: int = 0               # replacements per class, at most (0: that of --scale)
     strength: float = 0.0            # sampling starts from real images, noised by this share of T
 
 
@@ -173,6 +174,11 @@ class Run(NamedTuple):
         folder = COMPARISONS[self.task].folder(self.count) / f"seed{self.seed}"
         return folder / f"{self.arm.replace(': ', ' - ')}.json"
 
+    def settings(self):
+        """Return all that decides its row, but the code."""
+        comparison = COMPARISONS[self.task]
+        return comparison.settings | dict(arm=asdict(comparison.arms[self.arm]))
+
     def read(self):
         """Return its row if it is finished, else None. UserError if it had other settings."""
         if not self.path().exists():
@@ -180,7 +186,7 @@ class Run(NamedTuple):
         with data.one_line_error(self.path()):
             row = json.loads(self.path().read_bytes())
             old = row["settings"]
-        for name, value in COMPARISONS[self.task].settings.items():
+        for name, value in self.settings().items():
             if old.get(name) != value:
                 raise UserError(f"{self.path()} has another {name}: give another --out, or move it")
         return row
@@ -207,7 +213,7 @@ class Comparison:
 
     @functools.cached_property
     def settings(self):
-        """Everything that decides a row besides its Run, as JSON stores it."""
+        """Everything that decides a row besides its Run and its Arm, as JSON stores it."""
         scale, init = asdict(self.scale), self.cfg.init
         for name in ("counts", "seeds", "arms", "drawn"):
             del scale[name]
@@ -309,11 +315,11 @@ def load_comparisons(cfg):
 
 @functools.lru_cache(1)                          # only the last one: its images may be large
 def choose_subset(comparison, count, draw):
-    """Choose the training images of a count and a draw. RuntimeError if one is for testing."""
+    """Choose the training images of a count and a draw. RuntimeError if they share a test group."""
     train, groups = comparison.parts["train"], comparison.scenes.groups
     chosen = data.choose(comparison.scenes, train, count, draw)
     if torch.isin(comparison.test.groups, groups[train]).any():
-        raise RuntimeError("a training image, its double or its neighbour is in the test split")
+        raise RuntimeError("a group of images is in both the train and the test split")
     rest = train[~torch.isin(groups[train], groups[chosen])]
     rest = rest[torch.randperm(len(rest), generator=data.rng(draw))]
     out = comparison.folder(count) / f"draw{draw}"
@@ -362,7 +368,7 @@ def train_and_score(run):
     title = f"{run.arm}, {comparison.amount(run.count)}, seed {run.seed}"
     model, images = fit(comparison, arm, cfg, images, soft, title)
     K, shift = len(test.classes), 0.0
-    if arm.balance:                              # how rare the classes really are, chosen on val
+    if arm.balance:                              # undo some of the balance: how much, val says
         logits = train_cls.outputs(model, images["val"].images).log_softmax(1)
         frequency = subset.real.labels.bincount(minlength=K)
         shift = train_cls.adjust_logits(logits, comparison.val.labels, frequency)
@@ -379,7 +385,7 @@ def train_and_score(run):
     row |= {f"F1 {name}": float(value)
             for name, value in zip(test.classes, f1(counts["test"]), strict=True)}
     row |= dict(answers=answers["test"].tolist(), seconds=round(time.perf_counter() - start, 1),
-                device=str(data.pick_device()), commit=commit(), settings=comparison.settings)
+                device=str(data.pick_device()), commit=commit(), settings=run.settings())
     data.write(run.path(), json.dumps(row))
     return row
 
@@ -542,8 +548,8 @@ def gain(scores, values):
         V_seeds    = var(scores) / S
         V_images   = var(image means) / G - V_residual,  at least 0
 
-    The residual varies with both at once and is in both variances that can be measured. V_seeds
-    keeps it, V_images does not: it counts once. With Student's t the interval is mean +- half,
+    Both measured variances, of scores and of image means, contain the residual. V_images drops it,
+    so that it counts once. With Student's t the interval is mean +- half,
 
         half = sqrt(t(S - 1)^2 V_seeds + t(G - 1)^2 V_images)
 
@@ -551,17 +557,17 @@ def gain(scores, values):
     means 1 .67 .33 0. V_residual = .833 / 6 / 12 = .0116, V_seeds = .0625 / 3 = .0208, V_images =
     .185 / 4 - .0116 = .0347, half = sqrt(4.303^2 .0208 + 3.182^2 .0347) = .859: .50 +- .86.
 
-    In simulations with 3 seeds or more the interval holds the true gain in 93 to 98.5 % of cases.
+    In simulations with 3 to 8 seeds the interval holds the true gain in 93 to 98.5 % of cases.
     """
     (S, G), of_image = values.shape, values.mean(0)
     residual = values - values.mean(1, keepdims=True) - of_image + values.mean()
     V_residual = (residual**2).sum() / ((S - 1) * (G - 1)) / (S * G)
     V_seeds = scores.var(ddof=1) / S
     V_images = max(of_image.var(ddof=1) / G - V_residual, 0)
-    if np.ptp(scores) < 1e-9:                    # scores of a few seeds that agree, agree by chance
+    if np.ptp(scores) < 1e-9:                    # a few equal scores are equal by chance
         V_seeds = V_residual
 
-    # Half the width at each level: p is the level at which it is the mean.
+    # Half the width at each level. p is the level at which it equals |mean|.
     half = np.sqrt(student(S - 1) ** 2 * V_seeds + student(G - 1) ** 2 * V_images)
     mean = float(scores.mean())
     p = float(np.interp(abs(mean), half[::-1], LEVELS[::-1])) if mean else 1.0
@@ -570,7 +576,7 @@ def gain(scores, values):
 
 @functools.cache
 def student(dof):
-    """Return the t that |T| exceeds with probability p, for each p of LEVELS. T is Student's t.
+    """Return the two-sided critical value of Student's t for each p of LEVELS.
 
     Substitute t = sqrt(dof) / tan(angle): the density is sin(angle)^(dof - 1) but for a factor, and
     p is its integral from angle 0, where t is infinite, on. At pi / 2 t is 0 and p is 1.
@@ -585,7 +591,7 @@ def holm(ps):
     """Return p-values, in their order, corrected for being so many (Holm 1979).
 
     The smallest is multiplied by their number, the next by one less, and so on. None ends above 1
-    or below a smaller one. Rejecting those up to .05 errs anywhere in at most 5 % of cases.
+    or below the one before. If those below .05 are claimed, any is false in at most 5 % of cases.
     """
     ps = np.asarray(ps, dtype=float)
     order, corrected = ps.argsort(), np.empty_like(ps)
@@ -595,7 +601,7 @@ def holm(ps):
 
 
 def difference(comparison, arm, base, count):
-    """Return the Gain of arm over base. None if they differ in seeds, or for one seed or group."""
+    """Return the Gain of arm over base. None without the same seeds, 2 of them, and 2 groups."""
     rows, base_rows = comparison.rows_of(arm, count), comparison.rows_of(base, count)
     S, test = len(rows), comparison.test
     paired = [row["seed"] for row in rows] == [row["seed"] for row in base_rows]
@@ -616,7 +622,7 @@ def commonest(comparison):
 
 
 def linear_baseline(comparison, count):
-    """Return the score (%) of the best linear classifier, or of the commonest class if higher.
+    """Return the score (%) of the best linear arm, or of the commonest class if that is higher.
 
     A network below it has not learned the task: its arms differ in how fast they begin to learn.
     """
@@ -658,7 +664,7 @@ def verdict(comparison, claim, p):
     if max(scores) < linear_baseline(comparison, claim.count):
         return "below the linear baseline"
     if p >= 0.05:
-        return "no difference"
+        return "no difference shown"
     return "helps" if claim.gain.mean > 0 else "hurts"
 
 
@@ -666,7 +672,7 @@ def verdict(comparison, claim, p):
 
 CELLS = 6            # images are compared in 6 x 6 cells: in finer ones a blurred one seems near
 FLAT = 2.0           # grey levels: an image that deviates so little over its cells is half noise
-ALARM = 0.01         # p below which we say that it has: wrong in at most one of 100 comparisons
+ALARM = 0.01         # p below which we say so: by chance in one of 100, if they are new
 
 
 class NearDuplicates(NamedTuple):
@@ -755,7 +761,7 @@ class Scale:
     arms: tuple = ()                 # the arms that are run by default (empty: all)
 
 
-# augment="none": a generator that saw turned images would bring this to arms without augmentation.
+# augment="none", else synthetic images would bring turns into arms without augmentation.
 _SMOKE = Scale(
     counts=(4, 8), seeds=2, redraw=True, generated=8, sampling_steps=4, guidance=1.5, drawn=30,
     gen=train_gen.Config(size=16, width=16, mults=(1, 2), blocks=1, steps=10, batch=16, warmup=5,
@@ -842,7 +848,7 @@ class Config(data.Settings):
         default = "medium" if self.data and torch.cuda.is_available() else "small"
         scale = SCALES[task][self.scale or default]
         counts = data.integers(self.counts) if self.counts else scale.counts
-        # The patch grows with the image, by powers of 2, so that there are about as many tokens.
+        # The patch doubles as the image does: the number of tokens stays about equal.
         size = self.size or scale.gen.size
         growth = 2.0 ** round(math.log2(size / scale.gen.size))
         patch = math.gcd(size, max(2, int(scale.cls.patch * growth)))
@@ -858,6 +864,9 @@ class Config(data.Settings):
         """Return the arms of a task that are asked for, {name: Arm}, with those of studies last."""
         asked = listed(self.arms) or default or ["all"]
         arms = {name: arm for name, arm in task.arms.items() if name in asked or "all" in asked}
+        if arms:                                 # every verdict needs the linear baseline
+            arms |= {name: arm for name, arm in task.arms.items()
+                     if arm.model == "linear" and not arm.source}
         for study in listed(self.study):
             for name, change in STUDIES[study].items():
                 if task.rare_only or change.get("augment") != "copypaste":   # scenes have no masks
@@ -868,25 +877,29 @@ class Config(data.Settings):
 # ---- the page
 
 SUBJECTS = {"generator": ("synthetic images", ""),
-            "fresh": ("as many fresh real images", " (the upper bound: a perfect generator)"),
+            "fresh": ("fresh real images instead", " (the upper bound: a perfect generator)"),
             "copies": ("copies of the real images", " (the negative control: nothing new)")}
-CLAIMS = ("A claim compares two arms, which are ways to train the classifier. p is the probability "
-          "of a gain so far from 0 if there were none, corrected by Holm's method for the number "
-          "of claims (on synthetic images, and others). There is no verdict if both arms are below "
-          "the linear baseline: a linear classifier on colours and edges, or the commonest class. "
+CLAIMS = ("A claim compares two arms, which are ways to train the classifier. p says how often "
+          "chance alone gives a gain so far from 0, after Holm's correction (of the claims on "
+          "synthetic images and, apart, of the controls). No interval is corrected. There is no "
+          "verdict if both arms are below the linear baseline: the best linear classifier on "
+          "colours and edges, or the commonest class. "
           "This holds for {} at {} px, {} test images in {} groups, {} seeds with {}; generators "
-          "of {} steps, {} synthetic images per class, classifiers of {} steps. Doubles ({} images "
-          "are the same picture as another one) and tiles stay in one part, so that no test image "
-          "has its double in training. {}")
+          "of {} steps, {} synthetic images per class, classifiers of {} steps. A picture and its "
+          "doubles{} stay in one part, so that no test image has a double in training. {}")
 
 
 def answers(comparison, found):
     """Return the answer in words, a paragraph per number of real images; found are the claims()."""
     paragraphs, base = [], dict(comparison.task.claims)[comparison.task.main_arm]
+    seeds = len({run.seed for run in comparison.rows})
+    if seeds < comparison.scale.seeds:
+        paragraphs.append(f"Unfinished, after {seeds} of {comparison.scale.seeds} seeds:")
     for count in comparison.scale.counts:
         here = [claim for claim in found if claim.count == count]
         here = [claim for claim in here if claim.base == base] or here
-        sentences = [sentence(comparison, claim, explain=not paragraphs) for claim in here]
+        explain = count == comparison.scale.counts[0]
+        sentences = [sentence(comparison, claim, explain) for claim in here]
         near = comparison.near_duplicates.get(count)
         if near and near.p < ALARM:
             sentences.append(f"{100 * near.found / near.total:.1f} % of the synthetic images are "
@@ -894,7 +907,7 @@ def answers(comparison, found):
         if here:
             sentences[0] = f"with {comparison.amount(count)}, {sentences[0]}"
             paragraphs.append(" ".join(f"{text[0].upper()}{text[1:]}." for text in sentences))
-    return paragraphs or ["No answer yet: it takes two seeds of two arms that a claim compares."]
+    return paragraphs or ["No answer yet: a claim needs two seeds of both its arms."]
 
 
 def sentence(comparison, claim, explain):
@@ -906,9 +919,9 @@ def sentence(comparison, claim, explain):
         subject += f", {claim.arm} against {claim.base},"
     return f"{subject} " + {
         "helps": f"add {points.lstrip('+')}", "hurts": f"cost {points.lstrip('-')}",
-        "no difference": f"made no difference that {seeds} seeds could show: {points}",
+        "no difference shown": f"made no difference that {seeds} seeds could show: {points}",
         "too few seeds": f"get no verdict, as it takes three seeds: {points}",
-        "below the linear baseline": f"get no verdict, being below the linear baseline: {points}",
+        "below the linear baseline": f"get no verdict, as the linear baseline is higher: {points}",
     }[claim.verdict]
 
 
@@ -917,8 +930,8 @@ def claim_table(comparison, found):
     rows = []
     for claim in found:
         name = comparison.label(f"{claim.arm} against {claim.base}", claim.count)
-        rows.append([name, claim.verdict, claim.gain.text(), f"{claim.p:.2g}"])
-    return ["claim", "verdict", f"points of {comparison.metric} [95 %]", "p after Holm"], rows
+        rows.append([name, claim.gain.text(), claim.verdict, f"{claim.p:.2g}"])
+    return ["claim", f"points of {comparison.metric} [95 %]", "verdict", "p after Holm"], rows
 
 
 def arms_table(comparison):
@@ -941,7 +954,7 @@ def arms_table(comparison):
             rows.append(cells + [f"{mean:.1f}" for mean in means])
     return ["arm", *(f"{score}, %" for score in task.scores),
             *(f"points of {comparison.metric} against {base}" for base in task.bases),
-            "on its real images, %", *(f"{column}, %" for column in columns)], rows
+            "score in training, %", *(f"{column}, %" for column in columns)], rows
 
 
 def write_page(comparisons):
@@ -951,8 +964,10 @@ def write_page(comparisons):
         if comparison.rows:
             body += task_html(comparison)
             rows += comparison.rows.values()
+    commits = sorted({row["commit"] for row in rows})
     body += [tag("h2", "Run it again"), tag("pre", shlex.join(["python", *sys.argv])),
-             tag("p", f"torch {torch.__version__}. Every run is a row of results.csv.")]
+             tag("p", f"torch {torch.__version__}, commit {', '.join(commits)}. Every run is a row "
+                 "of results.csv.")]
     data.write(out / "report.html", HEAD + "\n".join(body))
     header = list(dict.fromkeys(name for row in rows for name in row if name != "answers"))
     cells = [[row.get(name, "") for name in header] for row in rows]
@@ -967,17 +982,20 @@ def task_html(comparison):
     body += [interval_plot(comparison, found)] if found else []
     for count, near in comparison.near_duplicates.items():
         body += synthetic_html(comparison, count, near)
-    draws = "training images and a generator each" if scale.redraw else "the same training images"
+    draws = "images and a generator each" if scale.redraw else "the same training images"
     drawn = "Drawn pictures test the method; they say nothing about the world."
     scenes = comparison.scenes
-    doubles = 0 if scenes.tiles else len(scenes) - len(scenes.groups.unique())
+    doubles = f" ({len(scenes) - len(scenes.groups.unique())} found)"
+    if scenes.tiles:
+        doubles = ", and the buildings of a tile,"
     conditions = CLAIMS.format(
         comparison.title, scale.cls.size, len(test), len(test.groups.unique()), scale.seeds, draws,
         scale.gen.steps, scale.generated, scale.cls.steps, doubles,
         "" if comparison.cfg.data else drawn)
     return [*body, tag("h3", "Claims"), table(*claim_table(comparison, found)),
             tag("p", conditions), tag("h3", "All arms"), table(*arms_table(comparison)),
-            tag("p", "±: standard deviation over the seeds. These gains are not corrected.")]
+            tag("p", "±: standard deviation over the seeds. Arms with fresh images are run "
+                 "for seeds that leave as many of them as there are real ones.")]
 
 
 def synthetic_html(comparison, count, near):
@@ -985,21 +1003,21 @@ def synthetic_html(comparison, count, near):
     subset, rows = choose_subset(comparison, count, 0), []
     synthetic = synthesize(subset, comparison.task.arms[comparison.task.main_arm])
     for c in synthetic.labels.unique():
-        pair = [scenes.images[scenes.labels == c][:6] for scenes in (subset.real, synthetic)]
-        rows.append([synthetic.classes[c], *pair])
+        real, made = (scenes.images[scenes.labels == c][:8] for scenes in (subset.real, synthetic))
+        rows += [[f"{synthetic.classes[c]}: real", real], ["synthetic", made]]
     body = [tag("h3", f"Synthetic images, with {comparison.amount(count)}"),
-            table(["class", "real training images", "synthetic images"], rows)]
+            table(["", "real training images, and images of the first generator"], rows)]
     if not near:
         return body
-    answer = ("The generator has memorised training images" if near.p < ALARM else
+    answer = ("There are signs of memorised training images" if near.p < ALARM else
               "No sign of memorised training images" if near.least_p < ALARM else
               "Too few images to say whether the generator has memorised training images")
     found, expected = 100 * near.found / near.total, 100 * near.expected / near.total
     text = (f"{answer}: {found:.1f} % of {near.total} synthetic images are near-duplicates, nearer "
-            "to a training image of their class than any held-out real image is. If they were new, "
-            f"{expected:.1f} % would be (p {near.p:.2g}). Near means correlated in {CELLS} x "
-            f"{CELLS} cells, whatever light, turn or flip. The nearest pairs:")
-    pairs = [["synthetic", near.synthetic], ["nearest real", near.nearest]]
+            "to a training image than all held-out ones of their class. Of real images that it has "
+            f"not seen, {expected:.1f} % would be (p {near.p:.2g}). Nearness is correlation in "
+            f"{CELLS} x {CELLS} cells, in any light, turn or flip. The nearest pairs:")
+    pairs = [["synthetic", near.synthetic[:8]], ["nearest real", near.nearest[:8]]]
     return [*body, tag("p", text), table(["", ""], pairs)]
 
 
@@ -1023,8 +1041,8 @@ def interval_plot(comparison, found):
         y = 40 * k + 26
         parts.append(f'<text x="4" y="{y - 12}">{name}</text><path stroke-width="3" '
                      f'd="M{x(left)} {y}H{x(right)}M{x(mean)} {y - 6}v12"/>')
-    caption = (f"Gain in {comparison.metric}, in points: a bar at the mean, a line for the interval"
-               ", which in 95 of 100 cases holds the gain over all seeds and test images.")
+    caption = (f"Gain in {comparison.metric}, in points: the mean (a bar) and its 95 % interval (a "
+               "line), for other seeds and test images of this kind.")
     return (f'<figure><svg viewBox="0 0 600 {foot + 20}" role="img">{"".join(parts)}</svg>'
             f"{tag('figcaption', caption)}</figure>")
 

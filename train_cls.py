@@ -29,7 +29,7 @@ from data import UserError, flag
 from vit import LENGTH, Convolutions, Patches, TextEncoder, ViT, head, mean_token, word_tokens, zero
 
 MODELS = "vit", "patches", "resnet", "linear"     # patches: a ViT whose stem has no convolutions
-ENCODER_LR_SCALE = 0.1                            # a pretrained encoder learns so much slower
+ENCODER_LR_SCALE = 0.1                            # on the learning rate of a pretrained encoder
 
 
 @dataclass
@@ -209,12 +209,12 @@ def identity_of(cfg, real, synthetic=None, soft=None):
     """Return all that decides the weights of a run: its settings, images and soft labels."""
     images = [scenes.digest for scenes in (real, synthetic) if scenes]
     soft = soft is not None and soft.tolist()
-    seen = [data.fingerprint(scenes.images).numpy().tobytes() for scenes in (real, synthetic)
+    seen = [data.fingerprint(scenes.images).numpy().tobytes().hex() for scenes in (real, synthetic)
             if scenes and scenes.images.ndim == 4]                 # not of features, (N, D)
     if Path(cfg.init).is_file():
         seen.append(data.load(cfg.init)["seen"])
     return dict(config=data.settings_of(cfg, Config), classes=real.classes, images=images,
-                soft=soft, channels=real.images.shape[1], tiles=real.tiles, seen=b"".join(seen))
+                soft=soft, channels=real.images.shape[1], tiles=real.tiles, seen="".join(seen))
 
 
 def as_float(x):
@@ -508,7 +508,7 @@ def check_init(path, scenes, parts):
     if not Path(path).is_file():                                   # published weights do not say
         return
     seen = load(path, "clip", "classifier", "mae")[2]["seen"]
-    prints = torch.frombuffer(bytearray(seen), dtype=torch.uint8).view(-1, 192)
+    prints = torch.frombuffer(bytearray.fromhex(seen), dtype=torch.uint8).view(-1, 192)
     _, names = data.leaks(prints, scenes, parts)
     if names:
         raise UserError(f"--init {path} was trained on {len(names)} of the val and test pictures "

@@ -41,7 +41,7 @@ def lowres(x, factor=4):
 def edges(x, threshold=0.15):
     """Return (B, 1, H, W): 1 where the grey of x (B, 3, H, W) in [-1, 1] has an edge, -1 elsewhere.
 
-    An edge rises by more than `threshold` per pixel, by Sobel's central differences.
+    At an edge the grey changes by more than `threshold` per pixel, by Sobel's differences.
     """
     grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     sobel = x.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8          # d/dx; transposed, d/dy
@@ -51,8 +51,8 @@ def edges(x, threshold=0.15):
 
 CONTROLS = {"lowres": lowres, "edges": edges}
 CONDITIONS = "pre", "mask", *CONTROLS, "metadata", "text", "class"
-ABOUT = "classes", "channels", "metadata_names", "words"    # of a Generator, in its checkpoint
-SAVE_SECONDS = 120                                          # so much of a killed run may be lost
+ABOUT = "classes", "channels", "metadata_names", "words"    # of a Generator, kept in checkpoints
+SAVE_SECONDS = 120                                          # a killed run loses at most this
 
 
 @dataclass
@@ -72,8 +72,8 @@ class Config(data.Settings):
     lr: float = flag(2e-4, "peak learning rate", 1e-9)
     warmup: int = flag(500, "steps until the peak learning rate", 0)
     ema: float = flag(0.999, "decay of the averaged weights, which generate", 0, 0.999999)
-    drop: float = flag(0.1, "fraction of images without conditions, and without each alone", 0, 0.9)
-    condition: str = flag("", "pre,mask,lowres,edges,metadata beside the class; text instead of it")
+    drop: float = flag(0.1, "chance to drop all conditions (and each, with --condition)", 0, 0.9)
+    condition: str = flag("", "pre,mask,lowres,edges,metadata add to the class; text replaces it")
     augment: str = flag("hflip,rot90", "augmentations, which the generator learns to imitate")
     seed: int = flag(0, "fixes the choice of images, weights and noise", 0, 2**32 - 1)
 
@@ -81,13 +81,13 @@ class Config(data.Settings):
         super().__post_init__()
         compose(self.augment)                                # ValueError if there is no such name
         SCHEDULES[self.schedule](self.timesteps)             # ValueError if the chain is too short
-        self.conditions = data.listed(self.condition)        # list of names
-        if not set(self.conditions) <= set(CONDITIONS):
+        self.given = data.listed(self.condition)        # list of names
+        if not set(self.given) <= set(CONDITIONS):
             raise ValueError(f"--condition {self.condition}: known are {', '.join(CONDITIONS)}")
         if self.width % 8:
             raise ValueError(f"--width {self.width} must be divisible by 8")
         factor = self.patch * 2 ** (len(self.mults) - 1)
-        if self.size % factor or (self.size % 4 and "lowres" in self.conditions):
+        if self.size % factor or (self.size % 4 and "lowres" in self.given):
             raise ValueError(f"--size {self.size} must be divisible by {factor} for --patch and "
                              "--mults, and lowres divides it by 4")
         if {"cutmix", "copypaste"} & set(data.listed(self.augment)):
@@ -119,13 +119,13 @@ def split_channels(x, names):
     """Split a batch (B, C, H, W) into the images to generate, x0, and their control image.
 
     The channels are RGB, RGB from before the disaster (C = 6, 7), mask of a building (C = 4, 7).
-    The conditions in `names` make up the control image (B, J, H, W), or None; the rest is x0.
+    Control image (B, J, H, W) or None: pre and mask, cut out of x0; lowres, edges of its RGB.
     """
     x0, controls = x, []
     if "mask" in names:
         x0, controls = x0[:, :-1], [x[:, -1:]]
     if "pre" in names:
-        x0 = torch.cat([x0[:, :3], x0[:, 6:]], 1)
+        x0 = torch.cat([x0[:, :3], x0[:, 6:]], 1)           # 6: the mask, if it is not cut
         controls.insert(0, x[:, 3:6])
     controls += [control(x[:, :3]) for name, control in CONTROLS.items() if name in names]
     return x0, torch.cat(controls, 1) if controls else None
@@ -142,7 +142,7 @@ class Generator(nn.Module):
         self.config, self.classes, self.channels = config, classes, channels
         self.metadata_names, self.words = metadata_names, words
         torch.manual_seed(config.seed)
-        x0, control = split_channels(torch.zeros(1, channels, 8, 8), config.conditions)
+        x0, control = split_channels(torch.zeros(1, channels, 8, 8), config.given)
         control_channels = 0 if control is None else control.shape[1]
         heads = max(1, config.width // 32)
         encoder = TextEncoder(len(words) + 3, LENGTH, 2 * config.width, 2, heads) if words else None
@@ -152,11 +152,11 @@ class Generator(nn.Module):
         self.to(data.pick_device(), memory_format=torch.channels_last)      # a quarter faster
 
     def condition(self, y, scenes=None, texts=None, turn=0):
-        """Return the Condition of N images of classes y, -1 if missing, but for the control image.
+        """Return the Condition of N images, without control image; y (N,): classes, -1 if missing.
 
-        scenes: N Scenes, for metadata and captions. turn: the sentence of each. texts [N]: instead.
+        scenes: N Scenes, for metadata and captions. turn: which caption. texts [N] replace them.
         """
-        device, names = data.pick_device(), self.config.conditions
+        device, names = data.pick_device(), self.config.given
         if "text" in names and "class" not in names:
             y = torch.full_like(y, -1)
         cond = Condition(y.to(device))
@@ -174,11 +174,11 @@ def new_generator(real, cfg):
     C = real.images.shape[1]
     lacks = dict(pre=C < 6, mask=C not in (4, 7), text=not all(real.captions),
                  metadata=real.metadata.isnan().all())
-    if missing := [name for name in cfg.conditions if lacks.get(name)]:
+    if missing := [name for name in cfg.given if lacks.get(name)]:
         raise UserError(f"--condition {', '.join(missing)}: the data have none; pre and mask are "
                         "of an xBD tree, text of a caption set, metadata of xBD or metadata.csv")
-    metadata_names = list(real.metadata_names) if "metadata" in cfg.conditions else []
-    words = vocabulary(map(" ".join, real.captions)) if "text" in cfg.conditions else []
+    metadata_names = list(real.metadata_names) if "metadata" in cfg.given else []
+    words = vocabulary(map(" ".join, real.captions)) if "text" in cfg.given else []
     generator = Generator(cfg, real.classes, C, metadata_names, words)
     if metadata_names:
         generator.network.metadata.fit(real.metadata)
@@ -192,18 +192,18 @@ def draw_batch(images, condition, augment, cfg, rng):
     rows = torch.randint(len(images), [data.own_share(cfg.batch)], device=rng.device, generator=rng)
     x, _ = augment(data.to_float(images[rows]), None, rng)
     cond = condition[rows]
-    x0, cond.control = split_channels(x, cfg.conditions)
-    if cfg.conditions:
-        cond = cond.drop_each(cfg.drop, rng)                # later, any of them may be missing
+    x0, cond.control = split_channels(x, cfg.given)
+    if cfg.given:
+        cond = cond.drop_each(cfg.drop, rng)                # so any may be missing at sampling
     return x0, cond
 
 
 def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
     """Train on real (Scenes) by cfg (Config). Returns a Generator with averaged weights.
 
-    Every `every` steps it logs the mean loss, saves `preview` images per class (both beside path)
-    and a checkpoint at path; the checkpoint also every two minutes. A killed run goes on from it,
-    to the same weights and log (on a CPU to the bit), as randomness follows from (seed, step).
+    Every `every` steps it logs the mean loss and saves `preview` images per class, beside path,
+    and at path a checkpoint, that also every two minutes. A killed run goes on from it, to the same
+    weights and log (on a CPU to the bit), as randomness follows from (seed, step).
     """
     device, augment = data.pick_device(), compose(cfg.augment)
     generator = new_generator(real, cfg)
@@ -214,13 +214,13 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
     turns = max(map(len, real.captions)) if generator.words else 1
     conditions = [generator.condition(real.labels, real, turn=turn) for turn in range(turns)]
 
-    parts = dict(model=model, ema=averaged, optimizer=optimizer)
-    identity = dict(config=data.settings_of(cfg, Config), images=real.digest)
+    state = dict(model=model, ema=averaged, optimizer=optimizer)
+    identity = dict(config=data.settings_of(cfg, Config), images=real.digest,
+                    metadata=real.metadata.numpy().tobytes().hex())
     identity |= {name: getattr(generator, name) for name in ABOUT}
-    saved = data.resume(path, "generator", identity, parts, dict(step=0, log=[], loss_sum=0.0))
+    saved = data.resume(path, "generator", identity, state, dict(step=0, log=[], loss_sum=0.0))
     done, log, last_save = saved["step"], saved["log"], time.monotonic()
     loss_sum = torch.tensor(saved["loss_sum"], device=device)       # since the last line of the log
-
     for step in data.progress(range(done, cfg.steps), title, cfg.steps, initial=done):
         rng = data.step_rng(cfg.seed, step, device)
         x0, cond = draw_batch(images, conditions[step % turns], augment, cfg, rng)
@@ -252,7 +252,7 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
                 if is_log_step and preview:
                     save_samples(generator, real, preview, path, step + 1)
                 data.save_csv(Path(path).with_suffix(".csv"), ["step", "loss"], log)
-                data.save_checkpoint(path, "generator", identity, step + 1, parts, log=log,
+                data.save_checkpoint(path, "generator", identity, step + 1, state, log=log,
                                      loss_sum=loss_sum.item())
             last_save = time.monotonic()
     return generator
@@ -261,8 +261,8 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
 def save_samples(generator, real, preview, path, step):
     """Save a grid of `preview` images per class beside path, always from the same noise."""
     y, cfg = real.labels.unique().repeat_interleave(preview), generator.config
-    sampling_steps, guidance = min(12, cfg.timesteps), 1.5 if cfg.drop else 1.0
-    images = generate(generator, y, 0, sampling_steps, guidance, examples(real, y))
+    steps, guidance = min(12, cfg.timesteps), (1.5 if cfg.drop else 1.0)
+    images = generate(generator, y, 0, steps, guidance, examples(real, y))
     grid = data.grid(images, preview, zoom=max(1, 64 // cfg.size))
     data.save_picture(grid, Path(path).with_name(f"samples-{step:06d}.png"))
 
@@ -314,7 +314,7 @@ def generate(generator, y, seed, sampling_steps=12, guidance=1.5, reference=None
         cond = condition[part]
         if reference is not None:
             x = data.to_float(reference.images[part]).to(device)
-            x0, cond.control = split_channels(x, cfg.conditions)
+            x0, cond.control = split_channels(x, cfg.given)
         if strength:
             options["start"] = x0, round(strength * (cfg.timesteps - 1))
         if inpaint is not None:
@@ -357,7 +357,7 @@ def requests(cfg, generator):
 def read_reference(cfg, generator):
     """Return the Scenes of --reference, or None. Raises UserError if the generator needs others."""
     C, names, size = generator.channels, generator.metadata_names, generator.config.size
-    needs = [name for name in generator.config.conditions if name not in ("text", "class")]
+    needs = [name for name in generator.config.given if name not in ("text", "class")]
     if bool(needs or cfg.strength or cfg.inpaint) != bool(cfg.reference):
         raise UserError(f"--reference is {'not needed' if cfg.reference else 'missing'}: it is for "
                         f"--strength, --inpaint and what {cfg.sample} needs: {needs or 'nothing'}")
@@ -418,7 +418,7 @@ def main(cfg):
         raise UserError("--sample runs in one process: start it with python, not with torchrun")
     if cfg.sample:
         return sample(cfg)
-    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken, pre="pre" in cfg.conditions, mask=True)
+    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken, pre="pre" in cfg.given, mask=True)
     index = data.split(scenes)["train"]
     index = data.choose(scenes, index, cfg.per_class, cfg.seed) if cfg.per_class else index
     path = Path(cfg.out) / "generator.pt"

@@ -485,6 +485,7 @@ def test_from_captions_to_a_tuned_classifier(tmp_path, launch):
         name, kind = f"{k}.png", ["river", "forest"][k % 2]
         Image.new("RGB", (8, 8), (20 * k, 0, 0)).save(f"t/{name}")
         images.append(dict(filename=name, split=part, sentences=[dict(raw=f"a {kind}")]))
+        data.write(f"t/txtclasses/{kind}.txt", " ".join(f"{i}.png" for i in range(k % 2, 12, 2)))
     (tmp_path / "t/dataset.json").write_text(json.dumps(dict(images=images)))
     flags = ["--data", "t", *STEPS]
     done = launch(train_cls, *flags, *SMALL, "--out", "clip", "--learn", "clip")
