@@ -22,13 +22,12 @@ def plant(root, layout, part="train", codes=("png",), numbers=range(40)):
     """Write pictures of noise as class folders, a caption set or tiles of xBD."""
     for k in numbers:
         label, code = data.DAMAGE[k % 4], codes[k % len(codes)]
-        side, name = SIDES[code], f"{part}-{code}_{k:08d}"
-        path = Path(root, part, label, f"{name}.{code}")
+        side, path = SIDES[code], Path(root, part, label, f"{part}-{code}_{k:08d}.{code}")
         if layout == "captions":
-            data.write(f"{root}/txtclasses-{name}/{label}.txt", path.name)
+            data.write(f"{root}/txtclasses-{path.stem}/{label}.txt", path.name)
         if layout == "tiles":
-            path = Path(root, part, f"images/{name}_post_disaster.png")
-            tile(Path(root), name, [house(label, side / 4 * np.array([1, 1, 3, 3]))], part, side)
+            tile(Path(root), path.stem, [house(label, side / 4 * np.r_[1, 1, 3, 3])], part, side)
+            path = Path(root, part, f"images/{path.stem}_post_disaster.png")
         noise = np.random.default_rng(k).integers(60, 200, (8, 8, 3), np.uint8)
         data.save_picture(Image.fromarray(noise).resize((side, side)), path, quality=70)
     if layout == "captions":
