@@ -212,7 +212,7 @@ def same_pictures(a, b):
         limits = torch.stack([low - SAME_PICTURE, high + SAME_PICTURE])
         near = order[slice(*torch.searchsorted(mean, limits).tolist())]
         distance = torch.cdist(a[rows], b[near]) / a.shape[1] ** 0.5
-        i, j = (distance <= SAME_PICTURE).nonzero(as_tuple=True)
+        i, j = (distance < SAME_PICTURE).nonzero(as_tuple=True)
         pairs.append(torch.stack([rows[i], near[j]]))
     return torch.cat(pairs, 1)
 
@@ -389,12 +389,7 @@ def folder_rows(root):
     if in_parts and names:
         raise UserError(f"{root} has parts, as {in_parts[0]}, and beside them {names[0]}: "
                         "put each picture in a class folder of a part")
-    if in_parts:
-        rows = {}
-        for name in in_parts:
-            part, label, _ = name.split("/")
-            rows[name] = label, PART_NAMES[part.lower()], ()
-        return rows
+    names = in_parts or names
     if not names:
         hint = f"; did you mean {root / deeper[0].split('/')[0]}?" if deeper else ""
         raise UserError(f"{root} has no folders with pictures, one for each class{hint}; "
@@ -404,11 +399,14 @@ def folder_rows(root):
         path = root / f"resisc45-{part}.txt"
         if path.exists():
             part_of |= dict.fromkeys(path.read_text().split(), k)
-    pairs = [name.split("/") for name in names]
-    for label in sorted({label for label, _ in pairs}):
-        if label.lower() in NO_CLASSES or any((root / label).glob("*.pt")):
-            raise UserError(f"{root / label} is no class: give a tree with a folder for each class")
-    return {f"{label}/{file}": (label, part_of.get(file, NO_PART), ()) for label, file in pairs}
+    for folder in sorted({(root / name).parent for name in names}):
+        if folder.name.lower() in (*NO_CLASSES, *PART_NAMES) or any(folder.glob("*.pt")):
+            raise UserError(f"{folder} is no class: give a tree with a folder for each class")
+    rows = {}
+    for name in names:
+        part, label, file = f"/{name}".rsplit("/", 2)
+        rows[name] = label, PART_NAMES.get(part[1:].lower(), part_of.get(file, NO_PART)), ()
+    return rows
 
 
 # ---- sources: captions
@@ -559,7 +557,8 @@ def crop_tile(tile, files, size, pre, mask):
     margin = 1 + math.ceil(beyond)
     times = ("post", "pre") if pre else ("post",)
     pictures = [tile_picture(files[f"{time}.png"], extent, margin) for time in times]
-    small = np.array(pictures[0].resize((64, 64), Image.BOX))
+    inner = margin, margin, margin + extent[0], margin + extent[1]
+    small = np.array(pictures[0].resize((64, 64), Image.BOX, inner))
     tile_print = fingerprint(rearrange(torch.from_numpy(small), "h w c -> 1 c h w"))
     crops = []
     for uid, subtype, rings, square in usable:
@@ -985,7 +984,7 @@ def cached(path, make):
     content = make()
     try:
         save(path, content)
-    except UserError as error:                           # of a folder that cannot be written
+    except (UserError, OSError) as error:                # of a folder that cannot be written
         print(f"{error}: it is made again next time", file=sys.stderr)
         return content
     return load(path, mmap=True)

@@ -374,7 +374,7 @@ def read_mask(path, size):
     """Return where a picture is white, (size, size) bool."""
     white = data.read_pictures(path, size).images[0].float().mean(0) > 127
     with Image.open(path) as pil:
-        if pil.has_transparency_data:
+        if pil.convert("RGBA").getextrema()[3][0] < 255:
             raise UserError(f"--inpaint {path} is transparent: make it white where to paint")
     if not white.any():
         raise UserError(f"--inpaint {path} is black all over: make it white where to paint")

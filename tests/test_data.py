@@ -77,6 +77,7 @@ def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
         rise = 2.0 * (step + 1) / 10
         fall = 2.0 * (1 + math.cos(math.pi * (step - 10) / 100)) / 2
         assert data.lr_at(step, cfg) == pytest.approx(rise if step < 10 else fall)
+    assert data.lr_at(2, SimpleNamespace(lr=2.0, warmup=10, steps=4)) == 2     # at half of the run
 
 
 def test_random_numbers_follow_from_the_whole_key():
@@ -99,11 +100,10 @@ def test_decode_takes_the_upright_central_square_and_reduces_it_with_antialiasin
     assert (found == np.asarray(square).transpose(2, 0, 1)).all() and found.dtype == np.uint8
     assert abs(found.astype(int) - 127)[:, 2:-2, 2:-2].max() < 6              # grey, no pattern
     assert (data.decode(tmp_path / "turned.png", 8) == found).all()
-    path = data.draw_tree(tmp_path / "t", 1, size=256) / "forest/forest_001.jpg"
-    with Image.open(path) as whole:
-        slow = np.asarray(whole.resize((100, 100), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    error = data.decode(path, 100).astype(float) - slow          # a JPEG decoder reduces it first
-    assert np.sqrt((error**2).mean()) < 2.5                      # grey levels
+    for side in (256, 257):                                      # a JPEG decoder may reduce it
+        path = data.draw_tree(tmp_path / str(side), 1, size=side) / "forest/forest_001.jpg"
+        slow = np.asarray(Image.open(path).resize((32, 32)), float).transpose(2, 0, 1)
+        assert np.sqrt(((data.decode(path, 32) - slow)**2).mean()) < 2.5      # grey levels
 
 
 def test_every_kind_of_picture_becomes_rgb_and_more_than_8_bits_are_refused(tmp_path):
@@ -463,19 +463,16 @@ def test_drawn_damage_is_as_frequent_as_stated_and_shows_after_the_disaster(draw
 
 # ---- folders and captions
 
-def test_a_class_is_a_folder_and_doubles_are_a_group(tmp_path, read, capsys):
+def test_a_class_is_a_folder_and_what_is_no_double_a_group(tmp_path, read, capsys):
     root = tree(tmp_path / "t", ("river", "beach", "forest"))
-    Image.open(root / "beach/beach_1.png").save(root / "river/copy.jpg", quality=95, subsampling=0)
     pictures(root, "river/.hidden.png", ".trash/x.png", "river/deep/y.png", "top.png")
     found = read(root, 20)
-    assert found.classes == ["beach", "forest", "river"] and len(found) == 19
+    assert found.classes == ["beach", "forest", "river"] and found.groups.tolist() == [*range(18)]
     for image, label, name in zip(found.images, found.labels, found.names, strict=True):
         assert found.classes[label] == name.split("/")[0]
         assert (data.decode(root / name, 20) == image.numpy()).all()
-    assert found.names[12] == "river/copy.jpg" and found.groups[12] == found.groups[1]
-    assert len(found.groups.unique()) == 18
     (root / "river/river_2.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"1 of 19 .*river_2\.png.*--skip-broken"):
+    with pytest.raises(UserError, match=r"1 of 18 .*river_2\.png.*--skip-broken"):
         read(root)
     assert "river/river_2.png" not in read(root, skip_broken=True).names
     assert "river_2.png" in capsys.readouterr().err
@@ -546,9 +543,11 @@ def test_a_caption_set_gives_sentences_parts_and_classes(tmp_path, read, content
     root = pictures(tmp_path / "t", *names, "imgs/without_a_sentence.png")
     (root / file).write_text(json.dumps(content))
     if "rsicd" in file:
-        (root / "txtclasses_rsicd").mkdir()
-        for name, files in dict(river="a_1.png\nelse.png\n", forest="7.png", beach="8.png").items():
-            (root / f"txtclasses_rsicd/{name}.txt").write_text(files)
+        data.write(root / "txtclasses_rsicd/forest.txt", "7.png")
+        with pytest.raises(UserError, match="2 pictures of .* in no class list, a_1.png first"):
+            read(root)
+        for name, files in dict(river="a_1.png\nelse.png\n", beach="8.png").items():
+            data.write(root / f"txtclasses_rsicd/{name}.txt", files)
     for _ in range(2):                                           # then from the cache
         found = read(root)
         assert found.names == names and found.official.tolist() == official

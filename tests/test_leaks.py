@@ -1,0 +1,94 @@
+"""Nothing that is tested was trained on, whichever way it came in; no guess is silent."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_data import house, karpathy, pictures, tile
+
+import data
+import experiment
+import train_cls
+import train_gen
+
+SIDES = dict(png=64, jpg=64, tif=40, bmp=150)            # of pictures, by their encodings
+CLS = train_cls, "--size 16 --patch 8 --dim 16 --depth 1 --heads 1 --steps 2 --batch 4 --data"
+GEN, PLAN = (train_gen, "--data"), (experiment, "--scale smoke --counts 2 --dry-run --data")
+
+
+def plant(root, layout, part="train", codes=("png",), numbers=range(40)):
+    """Write pictures of noise as class folders, a caption set or tiles of xBD."""
+    for k in numbers:
+        label, code = data.DAMAGE[k % 4], codes[k % len(codes)]
+        side, path = SIDES[code], Path(root, part, label, f"{part}-{code}_{k:08d}.{code}")
+        if layout == "captions":
+            data.write(f"{root}/txtclasses-{path.stem}/{label}.txt", path.name)
+        if layout == "tiles":
+            tile(Path(root), path.stem, [house(label, side / 4 * np.r_[1, 1, 3, 3])], part, side)
+            path = Path(root, part, f"images/{path.stem}_post_disaster.png")
+        noise = np.random.default_rng(k).integers(60, 200, (8, 8, 3), np.uint8)
+        data.save_picture(Image.fromarray(noise).resize((side, side)), path, quality=70)
+    if layout == "captions":
+        entries = [(path.name, path.parts[1], "x") for path in Path(root).glob("*/*/*.*")]
+        data.write(f"{root}/dataset.json", json.dumps(karpathy(*entries)))
+
+
+@pytest.fixture
+def run(launch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda script, *flags: launch(script, *" ".join(flags).split())
+
+
+@pytest.mark.parametrize("layout, other, learn, weights, said", [
+    ("folders", "captions", "clip", "a/clip.pt", "40 pictures of other, classified by c/"),
+    ("captions", "tiles", "mae", "a/mae.pt", "c/classifier.pt classifies whole pictures"),
+    ("tiles", "folders", "classes", "a/classifier.pt", "c/classifier.pt classifies crops of")])
+def test_no_picture_is_trained_on_and_tested(layout, other, learn, weights, said, run, monkeypatch):
+    plant("real", layout)
+    plant("copy", layout, codes=[*SIDES])
+    plant("other", other, codes=["jpg"])
+    plant("new", "folders", numbers=range(40, 80))
+    done = run(*CLS, "real --synthetic copy --share .5 --model linear --test --out c")
+    assert "left out 16 of 40 pictures of copy, " in done.stderr and done.stderr.count(", ") == 3
+    scores = [float(text[:5]) for text in done.stdout.split("accuracy ")[1:]]
+    assert len(scores) == 2 and sum(scores) < 1          # by chance 0.25 each
+    assert said in str(run(train_cls, "--predict other --out c"))
+    for flags in (f"other --learn {learn} --out a", f"new --init {weights} --out b"):
+        assert run(*CLS, flags).returncode == 0
+    for path in (weights, "b/classifier.pt"):            # b: trained from a, on new pictures
+        for script in (CLS, PLAN)[:1 + (layout != "tiles")]:
+            assert f"{path} was trained on" in run(*script, "real --init", path).stderr
+    assert run(*CLS, "real --init c/classifier.pt").returncode == 0
+    plant("real", layout, "test", [*SIDES, "png"], range(3, 40, 4))
+    for script in (CLS, GEN, PLAN):                      # doubles of all that train has of a class
+        assert "no image to train on is destroyed" in run(*script, "real").stderr
+    found = data.read("real", 20, cache="k")
+    pairs = {(name.split("_")[1][:8], k) for name, k in zip(found.names, found.groups.tolist())}
+    assert len(pairs) == len(found.groups.unique()) == 40 == len(found) - 10
+    monkeypatch.setattr(data, "__file__", __file__)      # other code reads anew; no folder, too
+    assert data.read("real", 20, cache=__file__).digest == data.read("real", 20, cache="k").digest
+    assert len([*Path("k").iterdir()]) == 2
+
+
+@pytest.mark.parametrize("folders, text", [
+    ("Train/a Train/b Test/a", "12 train, 4 val, 8 test"), ("images masks", "t/masks is no class"),
+    ("train/a validation/a", "6 train, 2 val, 8 test"), ("a run", "t/run is no class"),
+    ("TRAINING/a Valid/a testing/a", "8 train, 8 val, 8 test"), ("train/a b", "beside them b"),
+    ("Train/a Train/Masks", "t/Train/Masks is no class"), ("train test", "t/test is no class")])
+def test_parts_of_a_set_and_own_output_are_no_classes(folders, text, run):
+    pictures(Path("t"), *[f"{folder}/{k}.png" for folder in folders.split() for k in range(8)])
+    data.write("t/run/classifier.pt", "")
+    assert text in str(run(data, "--data t --size 8"))
+
+
+def test_a_mask_must_be_white_somewhere_and_a_run_outlasts_its_reader(run):
+    for colour, text in (((255, 255, 255, 0), "is transparent"), ("black", "is black")):
+        Image.new("RGBA", (9, 9), colour).save("m.png")
+        with pytest.raises(data.UserError, match=text):
+            train_gen.read_mask("m.png", 8)
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stream in (open(writer, "w"), None):
+        print("more\nand more", file=data.Lasting(stream), flush=True)
