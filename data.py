@@ -197,12 +197,16 @@ def fingerprint(images):
 
 def same_pictures(a, b):
     """Find the same pictures by fingerprints a (N, 192) and b (M, 192): indices i and j, (P,) each.
+    Turned and flipped copies, which are often kept beside the pictures, are the same, too.
 
     Measured on the 2,100 pictures of UC Merced: as JPEG of 128 px and as TIFF of 64 px they differ
     by at most 1.9, at JPEG quality 50 by at most 1.3. Two pictures of it that are not the same
     differ by 2.2 or more (bare fields; half of the pictures have none nearer than 20).
     """
-    a, b = a.float(), b.float()
+    M, b = len(b), rearrange(b, "m (c h w) -> m c h w", h=8, w=8)
+    quarters = [torch.rot90(b, k, (2, 3)) for k in range(4)]
+    b = torch.cat(quarters + [quarter.flip(3) for quarter in quarters])  # 8 M, and M times itself
+    a, b = a.float(), b.flatten(1).float()
     order = b.mean(1).argsort()
     mean = b.mean(1)[order].contiguous()
     pairs = [torch.zeros(2, 0, dtype=torch.int64)]
@@ -213,7 +217,7 @@ def same_pictures(a, b):
         near = order[slice(*torch.searchsorted(mean, limits).tolist())]
         distance = torch.cdist(a[rows], b[near]) / a.shape[1] ** 0.5
         i, j = (distance <= SAME_PICTURE).nonzero(as_tuple=True)
-        pairs.append(torch.stack([rows[i], near[j]]))
+        pairs.append(torch.stack([rows[i], near[j] % M]))
     return torch.cat(pairs, 1)
 
 

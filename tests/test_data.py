@@ -481,6 +481,23 @@ def test_a_class_is_a_folder_and_doubles_are_a_group(tmp_path, read, capsys):
     assert "river_2.png" in capsys.readouterr().err
 
 
+def test_turned_and_flipped_copies_are_doubles(tmp_path, read):
+    random = np.random.default_rng(0)
+    for k in range(4):
+        cells = random.integers(0, 256, (8, 8, 3), np.uint8)
+        pil = Image.fromarray(cells).resize((40, 40), Image.NEAREST)
+        for way in range(8):
+            copy = pil.rotate(90 * (way % 4))
+            if way > 3:
+                copy = copy.transpose(Image.FLIP_LEFT_RIGHT)
+            data.save_picture(copy, tmp_path / f"{'ab'[k % 2]}/{k}-{way}.png")
+    scenes = read(tmp_path, 24)
+    picture_of = [name.split("/")[1][0] for name in scenes.names]
+    for group in scenes.groups.unique():
+        members = (scenes.groups == group).nonzero().flatten().tolist()
+        assert len(members) == 8 and len({picture_of[k] for k in members}) == 1
+
+
 def test_pictures_may_have_no_class_and_metadata_are_nan_where_unknown(tmp_path, read):
     names = "a/1.png", "b/2.PNG", "b/deep/3.jpg"
     root = pictures(tmp_path / "t", *names, ".hidden.png", ".bin/4.png")
