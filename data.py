@@ -7,6 +7,7 @@ it is (RESISC45 at 64 px: 387 MB), so a batch is an index draw, and there are no
 """
 import argparse
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -296,9 +297,9 @@ def read_rows(root, rows, size, skip_broken=False, cache="runs/cache"):
 
 def below(root, pattern):
     """List the pictures below root that match the pattern, sorted: ["river/river_001.jpg", ...]."""
-    files = sorted(path for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
-    names = [path.relative_to(root).as_posix() for path in files]
-    return [name for name in names if "/." not in f"/{name}"]        # no hidden files and folders
+    found = glob.glob(pattern, root_dir=root, recursive=True)            # follows links; none hidden
+    paths = sorted(path for path in map(Path, found) if path.suffix.lower() in SUFFIXES)
+    return [path.as_posix() for path in paths]
 
 
 def decode(path, size):
@@ -359,7 +360,7 @@ def cached_tree(make, root, files, cache, **settings):
 # ---- sources: a folder per class
 
 PART_NAMES = dict(train=0, training=0, val=1, valid=1, validation=1, test=2, testing=2)
-NO_CLASSES = "masks", "labels", "annotations", "gt"      # nor is a folder with a checkpoint
+NO_CLASSES = "mask masks label labels target targets annotations gt".split()     # nor with .pt
 ADDRESS = ("https://hf.co/datasets/isaaccorley/resisc45/resolve/"
            "883edc0eee77b2c84225472f10f126e3ed83fa6e/")
 RESISC45 = {"NWPU-RESISC45.zip": "75206b2e16446591afa88e2628744886",           # {file: its md5}
@@ -388,31 +389,33 @@ def folder_rows(root):
 
     The parts are folders (PART_NAMES), or in RESISC45 lists.
     """
-    names, deeper = below(root, "*/*"), below(root, "*/*/*")
-    in_parts = [name for name in deeper if name.split("/")[0].lower() in PART_NAMES]
-    if in_parts and names:
-        raise UserError(f"{root} has parts, as {in_parts[0]}, and beside them {names[0]}: "
-                        "put each picture in a class folder of a part")
-    if in_parts:
-        rows = {}
-        for name in in_parts:
-            part, label, _ = name.split("/")
-            rows[name] = label, PART_NAMES[part.lower()], ()
-        return rows
-    if not names:
-        hint = f"; did you mean {root / deeper[0].split('/')[0]}?" if deeper else ""
-        raise UserError(f"{root} has no folders with pictures, one for each class{hint}; "
-                        "python data.py --help tells how to get or to draw some")
-    part_of = {}                                         # {"river_001.jpg": its place in PARTS}
+    names = below(root, "*/**/*")
+    in_parts = any(name.split("/")[0].lower() in PART_NAMES for name in names)
+    part_of = {}                                         # {"river_001": its place in PARTS}
     for k, part in enumerate(PARTS):
         path = root / f"resisc45-{part}.txt"
         if path.exists():
-            part_of |= dict.fromkeys(path.read_text().split(), k)
-    pairs = [name.split("/") for name in names]
-    for label in sorted({label for label, _ in pairs}):
-        if label.lower() in NO_CLASSES or any((root / label).glob("*.pt")):
-            raise UserError(f"{root / label} is no class: give a tree with a folder for each class")
-    return {f"{label}/{file}": (label, part_of.get(file, NO_PART), ()) for label, file in pairs}
+            part_of |= {Path(line).stem: k for line in path.read_text().split()}
+    rows, others = {}, []
+    for name in names:
+        *above, label, file = name.split("/")
+        first = above[0].lower() if above else ""
+        if len(above) == in_parts and (first in PART_NAMES) == in_parts:
+            rows[name] = label, PART_NAMES.get(first, part_of.get(Path(file).stem, NO_PART)), ()
+        else:
+            others.append(name)
+    if not rows:
+        hint = f"; did you mean {root / others[0].split('/')[0]}?" if others else ""
+        raise UserError(f"{root} has no folders with pictures, one for each class{hint}; "
+                        "python data.py --help tells how to get or to draw some")
+    firsts = {name.split("/")[0] for name in names}
+    others += [name for name in glob.glob("*/", root_dir=root) if name[:-1] not in firsts]
+    if others:
+        print(f"left out of {root}, {len(others)} not in a class folder: {preview(others)}")
+    for folder in sorted({(root / name).parent for name in rows}):
+        if folder.name.lower() in NO_CLASSES or any(folder.glob("*.pt")):
+            raise UserError(f"{folder} is no class: give a tree with a folder for each class")
+    return rows
 
 
 # ---- sources: captions
@@ -471,7 +474,7 @@ def caption_rows(path, skip_broken=False):
 
 # ---- sources: xBD, a crop around each building (Gupta et al. 2019, arXiv 1911.09296)
 
-FOLDERS = "train", "tier3", "test", "hold"
+FOLDERS = "train", "tier1", "tier3", "test", "hold"
 DAMAGE = ["no-damage", "minor-damage", "major-damage", "destroyed"]
 UNKNOWN = "un-classified"                # no class, for example under a cloud
 CONTEXT = 0.5                            # share of its longer side shown around a building

@@ -481,6 +481,33 @@ def test_a_class_is_a_folder_and_doubles_are_a_group(tmp_path, read, capsys):
     assert "river_2.png" in capsys.readouterr().err
 
 
+def test_what_is_in_no_class_folder_is_named_and_parts_are_no_classes(tmp_path, read, capsys):
+    root = tree(tmp_path / "nested", ("beach", "forest"))
+    pictures(root, "river/river/1.png")
+    (root / "empty").mkdir()
+    assert read(root).classes == ["beach", "forest"]
+    assert "2 not in a class folder: river/river/1.png, empty/" in capsys.readouterr().out
+
+    root = tree(tmp_path / "parts/train", ("beach", "forest")).parent
+    shutil.copytree(root / "train", root / "holdout")
+    read(root)
+    assert "12 not in a class folder: holdout/beach/beach_0.png" in capsys.readouterr().out
+    for classes in (("images", "gt"), ("images", "targets"), ("A", "label")):
+        tree(tmp_path / "-".join(classes) / "train", classes)
+        for root in (tmp_path / "-".join(classes), tmp_path / "-".join(classes) / "train"):
+            with pytest.raises(UserError, match="is no class"):
+                read(root)
+
+
+def test_links_are_followed(tmp_path, read):
+    root = tree(tmp_path / "t", ("beach", "forest"))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/forest").symlink_to("../t/forest")
+    assert read(tmp_path / "links").classes == ["forest"]
+    found = data.read_pictures(tmp_path / "links", 8, cache=tmp_path / "cache")
+    assert len(found) == len(list((root / "forest").iterdir()))
+
+
 def test_turned_and_flipped_copies_are_doubles(tmp_path, read):
     random = np.random.default_rng(0)
     for k in range(4):
@@ -518,7 +545,7 @@ def test_resisc45_is_downloaded_once_and_a_wrong_md5_is_refused(tmp_path, launch
     tree(tmp_path / "NWPU-RESISC45", count=4)
     shutil.make_archive(tmp_path / "NWPU-RESISC45", "zip", tmp_path, "NWPU-RESISC45")
     for k, part in enumerate(("test", "train", "val")):          # the fourth is in no list
-        (tmp_path / f"resisc45-{part}.txt").write_text(f"forest_{k}.png\nriver_{k}.png\n")
+        (tmp_path / f"resisc45-{part}.txt").write_text(f"forest_{k}.JPG\nriver/river_{k}.png\n")
     sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest()
             for path in [*tmp_path.glob("*.zip"), *tmp_path.glob("*.txt")]}
     monkeypatch.setattr(data, "RESISC45", sums)
