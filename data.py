@@ -137,6 +137,10 @@ def split(scenes, seed=0, hold_out=""):
     part = torch.tensor([part_of[group] for group in groups])            # now for each image
     kept = (official == part) | ((official == NO_PART) & divide_rest)    # no double of a test image
     parts = {name: (kept & (part == k)).nonzero().flatten() for k, name in enumerate(PARTS)}
+    if not kept.all():
+        names = [scenes.names[k] for k in (~kept).nonzero().flatten().tolist()]
+        print(f"left out {len(names)} of {len(scenes)} images, which are in no part, or doubles of "
+              f"val or test images: {preview(names)}")
     check_classes(scenes, parts["train"])
     for name, index in parts.items():
         if len(index) == 0:
@@ -255,6 +259,8 @@ def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache
     if is_xbd(root):
         return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
     captions = [*root.glob("dataset*.json"), *root.glob("captions.json")]
+    if len(captions) > 1:
+        raise UserError(f"{root} has {preview(captions)}: keep one of them here")
     rows = caption_rows(captions[0], skip_broken) if captions else folder_rows(root)
     return read_rows(root, rows, size, skip_broken, cache)
 
@@ -305,7 +311,7 @@ def below(root, pattern):
 def decode(path, size):
     """Decode the central square of a picture, reduced with antialiasing: (3, size, size) uint8."""
     with Image.open(path, formats=FORMATS) as pil:
-        if pil.mode.startswith(("I", "F")):              # Pillow would clip 16 bits to 255, white
+        if pil.mode[0] in "IF" or ";16" in str(pil.tile):        # read as white, or nearly black
             raise ValueError("more than 8 bits per channel: convert it")
         if pil.width % 8 == pil.height % 8 == 0:         # else it would stretch the last column
             pil.draft("RGB", (2 * size, 2 * size))       # a JPEG decoder may reduce large pictures
@@ -455,7 +461,12 @@ def caption_rows(path, skip_broken=False):
     if numbered.keys() == {file for file, *_ in entries}:            # UCM-Captions
         label_of = numbered
 
-    name_of = {name.split("/")[-1]: name for name in below(path.parent, "**/*")}
+    names = below(path.parent, "**/*")
+    places = Counter(name.split("/")[-1] for name in names)
+    twice = [file for file, *_ in entries if places[file] > 1]
+    if twice:
+        raise UserError(f"{path} names {twice[0]}, which is in several folders: keep one of them")
+    name_of = {name.split("/")[-1]: name for name in names} | {name: name for name in names}
     missing = [file for file, *_ in entries if file not in name_of]
     if missing and not (skip_broken and len(missing) < len(entries)):
         raise UserError(f"{len(missing)} pictures of {path} are not below its folder, {missing[0]} "
@@ -1167,7 +1178,8 @@ class Lasting:
     def write(self, text):
         """Write text at once, or to nowhere."""
         try:
-            self.stream.write(text)
+            encoding = self.stream.encoding or "utf-8"           # of a pipe, it may lack letters
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
             self.stream.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())

@@ -1,13 +1,16 @@
 """data.py: pixels are exact, splits do not leak, every layout is read as its authors meant it."""
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
 import runpy
 import shutil
+import struct
 import sys
 import threading
+import zlib
 from collections import Counter
 from dataclasses import fields, replace
 from functools import partial
@@ -117,6 +120,13 @@ def test_every_kind_of_picture_becomes_rgb_and_more_than_8_bits_are_refused(tmp_
         Image.fromarray(ramp.astype(kind)).save(tmp_path / "deep.tif")
         with pytest.raises(ValueError, match="8 bits"):
             data.decode(tmp_path / "deep.tif", 16)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)),         # 16 bits of RGB
+              (b"IDAT", zlib.compress(bytes(16 * (1 + 16 * 6)))), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(content)) + kind + content
+              + struct.pack(">I", zlib.crc32(kind + content)) for kind, content in chunks]
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    with pytest.raises(ValueError, match="8 bits"):
+        data.decode(tmp_path / "deep.png", 16)
 
 
 def test_a_mask_is_saved_as_opacity_and_a_grid_has_white_lines(tmp_path):
@@ -601,6 +611,27 @@ def test_a_caption_set_gives_sentences_parts_and_classes(tmp_path, read, content
         assert (data.decode(root / names[2], 8) == found.images[2].numpy()).all()
 
 
+def test_captions_say_which_picture_and_which_list_they_mean(tmp_path, read, capsys):
+    root = pictures(tmp_path / "t", *[f"{part}/{k}.png" for part in data.PARTS for k in range(2)])
+    def entries(*names):
+        sentences = [dict(raw="a river")]
+        images = [dict(filename=name, split=part, sentences=sentences) for part, name in names]
+        return json.dumps(dict(images=images))
+
+    (root / "dataset.json").write_text(entries(*[(part, "0.png") for part in data.PARTS]))
+    with pytest.raises(UserError, match="0.png, which is in several folders"):
+        read(root)
+    names = [(part, f"{part}/{k}.png") for part in data.PARTS for k in range(2)]
+    (root / "dataset.json").write_text(entries(*names))
+    shutil.copy(root / "test/0.png", root / "train/0.png")
+    parts = data.split(read(root))
+    assert [len(index) for index in parts.values()] == [1, 2, 2]
+    assert "left out 1 of 6 images" in capsys.readouterr().out
+    (root / "dataset_new.json").write_text("{}")
+    with pytest.raises(UserError, match="keep one of them"):
+        read(root)
+
+
 def test_ucm_captions_are_numbered_in_the_order_of_the_classes_of_uc_merced(tmp_path, read):
     kinds = {1: "agricultural", 100: "agricultural", 101: "airplane", 2000: "storagetanks",
              2001: "tenniscourt", 2100: "tenniscourt"}
@@ -682,3 +713,10 @@ def test_data_py_draws_a_tree_and_shows_what_is_in_it(tmp_path, launch, monkeypa
     with Image.open("x.png") as sheet:
         assert sheet.size == (10 * 18, 4 * 18)                   # ten in a row
     assert "8 tiles" in launch(data, "--data", "x", "--size", 16, "--draw", 8, "--xbd").stdout
+
+
+def test_a_pipe_that_lacks_letters_gets_question_marks():
+    for encoding, expected in (("ascii", "Flu? ? 1"), ("utf-8", "Fluß ± 1")):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding)
+        data.Lasting(stream).write("Fluß ± 1")
+        assert stream.buffer.getvalue().decode(encoding) == expected
