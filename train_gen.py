@@ -217,6 +217,7 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
     parts = dict(model=model, ema=averaged, optimizer=optimizer)
     identity = dict(config=data.settings_of(cfg, Config), images=real.digest)
     identity |= {name: getattr(generator, name) for name in ABOUT}
+    seen = data.fingerprint(real.images).numpy().tobytes()
     saved = data.resume(path, "generator", identity, parts, dict(step=0, log=[], loss_sum=0.0))
     done, log, last_save = saved["step"], saved["log"], time.monotonic()
     loss_sum = torch.tensor(saved["loss_sum"], device=device)       # since the last line of the log
@@ -253,7 +254,7 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
                     save_samples(generator, real, preview, path, step + 1)
                 data.save_csv(Path(path).with_suffix(".csv"), ["step", "loss"], log)
                 data.save_checkpoint(path, "generator", identity, step + 1, parts, log=log,
-                                     loss_sum=loss_sum.item())
+                                     loss_sum=loss_sum.item(), seen=seen)
             last_save = time.monotonic()
     return generator
 
@@ -404,6 +405,8 @@ def sample(cfg):
         reference = reference[index.repeat(len(rows))]
     if cfg.inpaint:
         inpaint = read_mask(cfg.inpaint, size).expand(len(names), 1, -1, -1)
+    saved = data.load_checkpoint(cfg.sample, "generator")   # what it has seen goes with its images
+    data.save(out / f"generator-{saved['images']}.pt", dict(kind="generator", seen=saved["seen"]))
     images = generate(generator, torch.tensor(classes), cfg.seed, cfg.sampling_steps, cfg.guidance,
                       reference, cfg.strength, inpaint, texts)
     for k, (name, image) in enumerate(zip(names, images, strict=True), 1):
