@@ -137,8 +137,9 @@ def split(scenes, seed=0, hold_out=""):
     part = torch.tensor([part_of[group] for group in groups])            # now for each image
     kept = (official == part) | ((official == NO_PART) & divide_rest)    # no double of a test image
     parts = {name: (kept & (part == k)).nonzero().flatten() for k, name in enumerate(PARTS)}
-    if not kept.all():
-        names = [scenes.names[k] for k in (~kept).nonzero().flatten().tolist()]
+    unused = (~kept | (part == NO_PART)).nonzero().flatten().tolist()
+    if unused:
+        names = [scenes.names[k] for k in unused]
         print(f"left out {len(names)} of {len(scenes)} images, which are in no part, or doubles of "
               f"val or test images: {preview(names)}")
     check_classes(scenes, parts["train"])

@@ -627,6 +627,8 @@ def test_captions_say_which_picture_and_which_list_they_mean(tmp_path, read, cap
     parts = data.split(read(root))
     assert [len(index) for index in parts.values()] == [1, 2, 2]
     assert "left out 1 of 6 images" in capsys.readouterr().out
+    data.split(scenes([0, 1, 2, 3, 4, 5], [0, 1] * 3, [0, 0, 1, 2, -1, -1]))
+    assert "left out 2 of 6 images" in capsys.readouterr().out
     (root / "dataset_new.json").write_text("{}")
     with pytest.raises(UserError, match="keep one of them"):
         read(root)
