@@ -304,7 +304,7 @@ def read_rows(root, rows, size, skip_broken=False, cache="runs/cache"):
 
 def below(root, pattern):
     """List the pictures below root that match the pattern, sorted: ["river/river_001.jpg", ...]."""
-    found = glob.glob(pattern, root_dir=root, recursive=True)            # follows links; none hidden
+    found = glob.glob(pattern, root_dir=root, recursive=True)           # follows links; none hidden
     paths = sorted(path for path in map(Path, found) if path.suffix.lower() in SUFFIXES)
     return [path.as_posix() for path in paths]
 
