@@ -7,6 +7,7 @@ it is (RESISC45 at 64 px: 387 MB), so a batch is an index draw, and there are no
 """
 import argparse
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -136,6 +137,11 @@ def split(scenes, seed=0, hold_out=""):
     part = torch.tensor([part_of[group] for group in groups])            # now for each image
     kept = (official == part) | ((official == NO_PART) & divide_rest)    # no double across parts
     parts = {name: (kept & (part == k)).nonzero().flatten() for k, name in enumerate(PARTS)}
+    unused = (~kept | (part == NO_PART)).nonzero().flatten().tolist()
+    if unused:
+        names = [scenes.names[k] for k in unused]
+        print(f"left out {len(names)} of {len(scenes)} images, which are in no part, or doubles of "
+              f"val or test images: {preview(names)}")
     check_classes(scenes, parts["train"])
     for name, index in parts.items():
         if len(index) == 0:
@@ -197,12 +203,16 @@ def fingerprint(images):
 
 def same_pictures(a, b):
     """Find the same pictures by fingerprints a (N, 192) and b (M, 192): indices i and j, (P,) each.
+    Turned and flipped copies, which are often kept beside the pictures, are the same, too.
 
     Measured on the 2,100 pictures of UC Merced: as JPEG of 128 px and as TIFF of 64 px they differ
     by at most 1.9, at JPEG quality 50 by at most 1.3. Different pictures differ by 2.2 or more
     (bare fields; the nearest to half of the pictures is 20 or more away).
     """
-    a, b = a.float(), b.float()
+    M, b = len(b), rearrange(b, "m (c h w) -> m c h w", h=8, w=8)
+    quarters = [torch.rot90(b, k, (2, 3)) for k in range(4)]
+    b = torch.cat(quarters + [quarter.flip(3) for quarter in quarters])  # 8 M, and M times itself
+    a, b = a.float(), b.flatten(1).float()
     order = b.mean(1).argsort()
     mean = b.mean(1)[order].contiguous()
     pairs = [torch.zeros(2, 0, dtype=torch.int64)]
@@ -213,7 +223,7 @@ def same_pictures(a, b):
         near = order[slice(*torch.searchsorted(mean, limits).tolist())]
         distance = torch.cdist(a[rows], b[near]) / a.shape[1] ** 0.5
         i, j = (distance < SAME_PICTURE).nonzero(as_tuple=True)
-        pairs.append(torch.stack([rows[i], near[j]]))
+        pairs.append(torch.stack([rows[i], near[j] % M]))
     return torch.cat(pairs, 1)
 
 
@@ -250,6 +260,8 @@ def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache
     if is_xbd(root):
         return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
     captions = [*root.glob("dataset*.json"), *root.glob("captions.json")]
+    if len(captions) > 1:
+        raise UserError(f"{root} has {preview(captions)}: keep one of them here")
     rows = caption_rows(captions[0], skip_broken) if captions else folder_rows(root)
     return read_rows(root, rows, size, skip_broken, cache)
 
@@ -292,15 +304,15 @@ def read_rows(root, rows, size, skip_broken=False, cache="runs/cache"):
 
 def below(root, pattern):
     """List the pictures below root that match the pattern, sorted: ["river/river_001.jpg", ...]."""
-    files = sorted(path for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
-    names = [path.relative_to(root).as_posix() for path in files]
-    return [name for name in names if "/." not in f"/{name}"]        # no hidden files and folders
+    found = glob.glob(pattern, root_dir=root, recursive=True)           # follows links; none hidden
+    paths = sorted(path for path in map(Path, found) if path.suffix.lower() in SUFFIXES)
+    return [path.as_posix() for path in paths]
 
 
 def decode(path, size):
     """Decode the central square of a picture, reduced with antialiasing: (3, size, size) uint8."""
     with Image.open(path, formats=FORMATS) as pil:
-        if pil.mode.startswith(("I", "F")):              # Pillow would clip 16 bits to 255, white
+        if pil.mode[0] in "IF" or ";16" in str(pil.tile):        # read as white, or nearly black
             raise ValueError("more than 8 bits per channel: convert it")
         if pil.width % 8 == pil.height % 8 == 0:         # else it would stretch the last column
             pil.draft("RGB", (2 * size, 2 * size))       # a JPEG decoder may reduce large pictures
@@ -355,7 +367,7 @@ def cached_tree(make, root, files, cache, **settings):
 # ---- sources: a folder per class
 
 PART_NAMES = dict(train=0, training=0, val=1, valid=1, validation=1, test=2, testing=2)
-NO_CLASSES = "masks", "labels", "annotations", "gt"      # nor is a folder with a checkpoint
+NO_CLASSES = "mask masks label labels target targets annotations gt".split()     # nor with .pt
 ADDRESS = ("https://hf.co/datasets/isaaccorley/resisc45/resolve/"
            "883edc0eee77b2c84225472f10f126e3ed83fa6e/")
 RESISC45 = {"NWPU-RESISC45.zip": "75206b2e16446591afa88e2628744886",           # {file: its md5}
@@ -384,28 +396,32 @@ def folder_rows(root):
 
     The parts are folders (PART_NAMES), or in RESISC45 lists.
     """
-    names, deeper = below(root, "*/*"), below(root, "*/*/*")
-    in_parts = [name for name in deeper if name.split("/")[0].lower() in PART_NAMES]
-    if in_parts and names:
-        raise UserError(f"{root} has parts, as {in_parts[0]}, and beside them {names[0]}: "
-                        "put each picture in a class folder of a part")
-    names = in_parts or names
-    if not names:
-        hint = f"; did you mean {root / deeper[0].split('/')[0]}?" if deeper else ""
-        raise UserError(f"{root} has no folders with pictures, one for each class{hint}; "
-                        "python data.py --help tells how to get or to draw some")
-    part_of = {}                                         # {"river_001.jpg": its place in PARTS}
+    names = below(root, "*/**/*")
+    in_parts = any(name.split("/")[0].lower() in PART_NAMES for name in names)
+    part_of = {}                                         # {"river_001": its place in PARTS}
     for k, part in enumerate(PARTS):
         path = root / f"resisc45-{part}.txt"
         if path.exists():
-            part_of |= dict.fromkeys(path.read_text().split(), k)
-    for folder in sorted({(root / name).parent for name in names}):
+            part_of |= {Path(line).stem: k for line in path.read_text().split()}
+    rows, others = {}, []
+    for name in names:
+        *above, label, file = name.split("/")
+        first = above[0].lower() if above else ""
+        if len(above) == in_parts and (first in PART_NAMES) == in_parts:
+            rows[name] = label, PART_NAMES.get(first, part_of.get(Path(file).stem, NO_PART)), ()
+        else:
+            others.append(name)
+    if not rows:
+        hint = f"; did you mean {root / others[0].split('/')[0]}?" if others else ""
+        raise UserError(f"{root} has no folders with pictures, one for each class{hint}; "
+                        "python data.py --help tells how to get or to draw some")
+    firsts = {name.split("/")[0] for name in names}
+    others += [name for name in glob.glob("*/", root_dir=root) if name[:-1] not in firsts]
+    if others:
+        print(f"left out of {root}, {len(others)} not in a class folder: {preview(others)}")
+    for folder in sorted({(root / name).parent for name in rows}):
         if folder.name.lower() in (*NO_CLASSES, *PART_NAMES) or any(folder.glob("*.pt")):
             raise UserError(f"{folder} is no class: give a tree with a folder for each class")
-    rows = {}
-    for name in names:
-        part, label, file = f"/{name}".rsplit("/", 2)
-        rows[name] = label, PART_NAMES.get(part[1:].lower(), part_of.get(file, NO_PART)), ()
     return rows
 
 
@@ -446,7 +462,12 @@ def caption_rows(path, skip_broken=False):
     if numbered.keys() == {file for file, *_ in entries}:            # UCM-Captions
         label_of = numbered
 
-    name_of = {name.split("/")[-1]: name for name in below(path.parent, "**/*")}
+    names = below(path.parent, "**/*")
+    places = Counter(name.split("/")[-1] for name in names)
+    twice = [file for file, *_ in entries if places[file] > 1]
+    if twice:
+        raise UserError(f"{path} names {twice[0]}, which is in several folders: keep one of them")
+    name_of = {name.split("/")[-1]: name for name in names} | {name: name for name in names}
     missing = [file for file, *_ in entries if file not in name_of]
     if missing and not (skip_broken and len(missing) < len(entries)):
         raise UserError(f"{len(missing)} pictures of {path} are not below its folder, {missing[0]} "
@@ -465,7 +486,7 @@ def caption_rows(path, skip_broken=False):
 
 # ---- sources: xBD, a crop around each building (Gupta et al. 2019, arXiv 1911.09296)
 
-FOLDERS = "train", "tier3", "test", "hold"
+FOLDERS = "train", "tier1", "tier3", "test", "hold"
 DAMAGE = ["no-damage", "minor-damage", "major-damage", "destroyed"]
 UNKNOWN = "un-classified"                # no class, for example under a cloud
 CONTEXT = 0.5                            # share of its longer side shown around a building
@@ -1159,7 +1180,8 @@ class Lasting:
     def write(self, text):
         """Write text at once, or to nowhere."""
         try:
-            self.stream.write(text)
+            encoding = self.stream.encoding or "utf-8"           # of a pipe, it may lack letters
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
             self.stream.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())

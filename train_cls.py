@@ -504,15 +504,15 @@ def load_weights(path):
 
 
 def check_init(path, scenes, parts):
-    """Raise UserError if the weights at path were trained on val or test pictures of scenes."""
+    """Raise UserError if the checkpoint at path was trained on val or test pictures of scenes."""
     if not Path(path).is_file():                                   # published weights do not say
         return
-    seen = load(path, "clip", "classifier", "mae")[2]["seen"]
+    seen = data.load_checkpoint(path, "clip", "classifier", "mae", "generator")["seen"]
     prints = torch.frombuffer(bytearray.fromhex(seen), dtype=torch.uint8).view(-1, 192)
     _, names = data.leaks(prints, scenes, parts)
     if names:
-        raise UserError(f"--init {path} was trained on {len(names)} of the val and test pictures "
-                        f"({data.preview(names)}): give weights that have not seen them")
+        raise UserError(f"{path} was trained on {len(names)} of the val and test pictures "
+                        f"({data.preview(names)}): give one that has not seen them")
 
 
 class Tuned(nn.Module):
@@ -614,6 +614,8 @@ def read_synthetic(cfg, scenes, parts):
     synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken)
     if unknown := sorted(set(synthetic.classes) - set(classes)):
         raise UserError(f"{cfg.synthetic} has classes that {cfg.data} lacks: {', '.join(unknown)}")
+    for path in Path(cfg.synthetic).glob("generator*.pt"):         # train_gen leaves it there
+        check_init(path, scenes, parts)
     number = torch.tensor([classes.index(name) for name in synthetic.classes])
     leaked, names = data.leaks(data.fingerprint(synthetic.images), scenes, parts)
     if len(leaked):

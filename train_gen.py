@@ -215,8 +215,9 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
     conditions = [generator.condition(real.labels, real, turn=turn) for turn in range(turns)]
 
     state = dict(model=model, ema=averaged, optimizer=optimizer)
+    seen, metadata = data.fingerprint(real.images).numpy(), real.metadata.numpy()
     identity = dict(config=data.settings_of(cfg, Config), images=real.digest,
-                    metadata=real.metadata.numpy().tobytes().hex())
+                    seen=seen.tobytes().hex(), metadata=metadata.tobytes().hex())
     identity |= {name: getattr(generator, name) for name in ABOUT}
     saved = data.resume(path, "generator", identity, state, dict(step=0, log=[], loss_sum=0.0))
     done, log, last_save = saved["step"], saved["log"], time.monotonic()
@@ -404,6 +405,8 @@ def sample(cfg):
         reference = reference[index.repeat(len(rows))]
     if cfg.inpaint:
         inpaint = read_mask(cfg.inpaint, size).expand(len(names), 1, -1, -1)
+    saved = data.load_checkpoint(cfg.sample, "generator")   # what it has seen goes with its images
+    data.save(out / f"generator-{saved['images']}.pt", dict(kind="generator", seen=saved["seen"]))
     images = generate(generator, torch.tensor(classes), cfg.seed, cfg.sampling_steps, cfg.guidance,
                       reference, cfg.strength, inpaint, texts)
     for k, (name, image) in enumerate(zip(names, images, strict=True), 1):

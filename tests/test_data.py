@@ -1,13 +1,16 @@
 """data.py: pixels are exact, splits do not leak, every layout is read as its authors meant it."""
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
 import runpy
 import shutil
+import struct
 import sys
 import threading
+import zlib
 from collections import Counter
 from dataclasses import fields, replace
 from functools import partial
@@ -117,6 +120,13 @@ def test_every_kind_of_picture_becomes_rgb_and_more_than_8_bits_are_refused(tmp_
         Image.fromarray(ramp.astype(kind)).save(tmp_path / "deep.tif")
         with pytest.raises(ValueError, match="8 bits"):
             data.decode(tmp_path / "deep.tif", 16)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)),         # 16 bits of RGB
+              (b"IDAT", zlib.compress(bytes(16 * (1 + 16 * 6)))), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(content)) + kind + content
+              + struct.pack(">I", zlib.crc32(kind + content)) for kind, content in chunks]
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    with pytest.raises(ValueError, match="8 bits"):
+        data.decode(tmp_path / "deep.png", 16)
 
 
 def test_a_mask_is_saved_as_opacity_and_a_grid_has_white_lines(tmp_path):
@@ -478,6 +488,50 @@ def test_a_class_is_a_folder_and_what_is_no_double_a_group(tmp_path, read, capsy
     assert "river_2.png" in capsys.readouterr().err
 
 
+def test_what_is_in_no_class_folder_is_named_and_parts_are_no_classes(tmp_path, read, capsys):
+    root = tree(tmp_path / "nested", ("beach", "forest"))
+    pictures(root, "river/river/1.png")
+    (root / "empty").mkdir()
+    assert read(root).classes == ["beach", "forest"]
+    assert "2 not in a class folder: river/river/1.png, empty/" in capsys.readouterr().out
+
+    root = tree(tmp_path / "parts/train", ("beach", "forest")).parent
+    shutil.copytree(root / "train", root / "holdout")
+    read(root)
+    assert "12 not in a class folder: holdout/beach/beach_0.png" in capsys.readouterr().out
+    for classes in (("images", "gt"), ("images", "targets"), ("A", "label")):
+        tree(tmp_path / "-".join(classes) / "train", classes)
+        for root in (tmp_path / "-".join(classes), tmp_path / "-".join(classes) / "train"):
+            with pytest.raises(UserError, match="is no class"):
+                read(root)
+
+
+def test_links_are_followed(tmp_path, read):
+    root = tree(tmp_path / "t", ("beach", "forest"))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/forest").symlink_to("../t/forest")
+    assert read(tmp_path / "links").classes == ["forest"]
+    found = data.read_pictures(tmp_path / "links", 8, cache=tmp_path / "cache")
+    assert len(found) == len(list((root / "forest").iterdir()))
+
+
+def test_turned_and_flipped_copies_are_doubles(tmp_path, read):
+    random = np.random.default_rng(0)
+    for k in range(4):
+        cells = random.integers(0, 256, (8, 8, 3), np.uint8)
+        pil = Image.fromarray(cells).resize((40, 40), Image.NEAREST)
+        for way in range(8):
+            copy = pil.rotate(90 * (way % 4))
+            if way > 3:
+                copy = copy.transpose(Image.FLIP_LEFT_RIGHT)
+            data.save_picture(copy, tmp_path / f"{'ab'[k % 2]}/{k}-{way}.png")
+    scenes = read(tmp_path, 24)
+    picture_of = [name.split("/")[1][0] for name in scenes.names]
+    for group in scenes.groups.unique():
+        members = (scenes.groups == group).nonzero().flatten().tolist()
+        assert len(members) == 8 and len({picture_of[k] for k in members}) == 1
+
+
 def test_pictures_may_have_no_class_and_metadata_are_nan_where_unknown(tmp_path, read):
     names = "a/1.png", "b/2.PNG", "b/deep/3.jpg"
     root = pictures(tmp_path / "t", *names, ".hidden.png", ".bin/4.png")
@@ -498,7 +552,7 @@ def test_resisc45_is_downloaded_once_and_a_wrong_md5_is_refused(tmp_path, launch
     tree(tmp_path / "NWPU-RESISC45", count=4)
     shutil.make_archive(tmp_path / "NWPU-RESISC45", "zip", tmp_path, "NWPU-RESISC45")
     for k, part in enumerate(("test", "train", "val")):          # the fourth is in no list
-        (tmp_path / f"resisc45-{part}.txt").write_text(f"forest_{k}.png\nriver_{k}.png\n")
+        (tmp_path / f"resisc45-{part}.txt").write_text(f"forest_{k}.JPG\nriver/river_{k}.png\n")
     sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest()
             for path in [*tmp_path.glob("*.zip"), *tmp_path.glob("*.txt")]}
     monkeypatch.setattr(data, "RESISC45", sums)
@@ -554,6 +608,29 @@ def test_a_caption_set_gives_sentences_parts_and_classes(tmp_path, read, content
         assert [found.classes[c] for c in found.labels] == classes
         assert found.captions == [("a river .", "water"), ("trees .",), ("a beach .",)]
         assert (data.decode(root / names[2], 8) == found.images[2].numpy()).all()
+
+
+def test_captions_say_which_picture_and_which_list_they_mean(tmp_path, read, capsys):
+    root = pictures(tmp_path / "t", *[f"{part}/{k}.png" for part in data.PARTS for k in range(2)])
+    def entries(*names):
+        sentences = [dict(raw="a river")]
+        images = [dict(filename=name, split=part, sentences=sentences) for part, name in names]
+        return json.dumps(dict(images=images))
+
+    (root / "dataset.json").write_text(entries(*[(part, "0.png") for part in data.PARTS]))
+    with pytest.raises(UserError, match="0.png, which is in several folders"):
+        read(root)
+    names = [(part, f"{part}/{k}.png") for part in data.PARTS for k in range(2)]
+    (root / "dataset.json").write_text(entries(*names))
+    shutil.copy(root / "test/0.png", root / "train/0.png")
+    parts = data.split(read(root))
+    assert [len(index) for index in parts.values()] == [1, 2, 2]
+    assert "left out 1 of 6 images" in capsys.readouterr().out
+    data.split(scenes([0, 1, 2, 3, 4, 5], [0, 1] * 3, [0, 0, 1, 2, -1, -1]))
+    assert "left out 2 of 6 images" in capsys.readouterr().out
+    (root / "dataset_new.json").write_text("{}")
+    with pytest.raises(UserError, match="keep one of them"):
+        read(root)
 
 
 def test_ucm_captions_are_numbered_in_the_order_of_the_classes_of_uc_merced(tmp_path, read):
@@ -637,3 +714,10 @@ def test_data_py_draws_a_tree_and_shows_what_is_in_it(tmp_path, launch, monkeypa
     with Image.open("x.png") as sheet:
         assert sheet.size == (10 * 18, 4 * 18)                   # ten in a row
     assert "8 tiles" in launch(data, "--data", "x", "--size", 16, "--draw", 8, "--xbd").stdout
+
+
+def test_a_pipe_that_lacks_letters_gets_question_marks():
+    for encoding, expected in (("ascii", "Flu? ? 1"), ("utf-8", "Fluß ± 1")):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding)
+        data.Lasting(stream).write("Fluß ± 1")
+        assert stream.buffer.getvalue().decode(encoding) == expected

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import data
 import train_cls
+import train_gen
 import vit
 from augment import AUGMENTATIONS, compose
 from data import Scenes, UserError
@@ -476,6 +477,21 @@ def test_a_synthetic_tree_has_the_class_numbers_of_the_real_one(tmp_path):
         train_cls.read_synthetic(cfg, replace(real, classes=real.classes[:-1]), parts)
     with pytest.raises(UserError, match="--synthetic t is --data itself"):
         train_cls.read_synthetic(replace(cfg, synthetic="t"), real, parts)
+
+
+def test_images_of_a_generator_that_saw_test_pictures_are_refused(tmp_path, launch):
+    small = "--size 16 --width 8 --mults 1,2 --blocks 1 --steps 1 --batch 2 --warmup 1".split()
+    data.draw_tree(tmp_path / "t", 6, size=16)
+    assert launch(train_gen, "--data", "t", *small, "--out", "g").returncode == 0
+    flags = "--sample g/generator.pt --count 1 --sampling-steps 1 --out s".split()
+    assert launch(train_gen, *flags).returncode == 0
+    flags = "--data t --synthetic s --share 0.5".split()
+    assert launch(train_cls, *flags, *SMALL, *STEPS).returncode == 0
+    for path in tmp_path.glob("t/*/*_001.jpg"):              # the tree changes, and its split
+        path.unlink()
+    refused = launch(train_cls, *flags, *SMALL, *STEPS, "--out", "other")
+    assert refused.returncode == 2 and "s/generator-" in refused.stderr
+    assert "of the val and test pictures" in refused.stderr
 
 
 def test_from_captions_to_a_tuned_classifier(tmp_path, launch):
