@@ -480,10 +480,12 @@ def test_a_synthetic_tree_has_the_class_numbers_of_the_real_one(tmp_path):
 
 def test_from_captions_to_a_tuned_classifier(tmp_path, launch):
     images = []
-    (tmp_path / "t").mkdir()
+    (tmp_path / "t/txtclasses").mkdir(parents=True)
     for k, part in enumerate(["train"] * 8 + ["val", "test"] * 2):
         name, kind = f"{k}.png", ["river", "forest"][k % 2]
         Image.new("RGB", (8, 8), (20 * k, 0, 0)).save(f"t/{name}")
+        with open(f"t/txtclasses/{kind}.txt", "a") as file:
+            file.write(f"{name} ")
         images.append(dict(filename=name, split=part, sentences=[dict(raw=f"a {kind}")]))
     (tmp_path / "t/dataset.json").write_text(json.dumps(dict(images=images)))
     flags = ["--data", "t", *STEPS]
