@@ -466,10 +466,13 @@ def test_from_a_mixture_to_scores_and_predictions(tmp_path, launch, model):
     assert [float(p) for p in numbers] == pytest.approx(probability.tolist(), abs=1e-4)
 
 
-def test_a_synthetic_tree_has_the_class_numbers_of_the_real_one(tmp_path):
+def test_a_synthetic_tree_has_the_class_numbers_and_no_held_out_picture_of_the_real_one(tmp_path):
     (data.draw_tree(tmp_path / "s", 1) / "beach" / "beach_001.jpg").unlink()
     real = data.read(data.draw_tree(tmp_path / "t", 5, seed=1), 8)
     cfg, parts = Script(data="t", synthetic="s", share=0.5, size=8, patch=4), data.split(real)
+    for part in ("val", "test"):                             # leaked, under other names
+        leaked = tmp_path / "t" / real.names[parts[part][0]]
+        (tmp_path / f"s/beach/{part}.jpg").write_bytes(leaked.read_bytes())
     scenes = train_cls.read_synthetic(cfg, real, parts)
     assert scenes.classes == real.classes and scenes.labels.tolist() == [1, 2, 3, 4, 5, 6, 7]
     with pytest.raises(UserError, match=f"t lacks: {real.classes[-1]}"):

@@ -307,6 +307,15 @@ def test_inpainting_keeps_the_known_pixels_exactly_and_changes_the_others(plain)
     assert (off[~inpaint] == 0).all() and (off[inpaint].view(6, 9) > 3).float().mean(1).min() > 0.5
 
 
+def test_samples_are_guided_only_if_the_condition_was_dropped(plain, monkeypatch, tmp_path):
+    scales, images = [], torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr(train_gen, "generate", lambda *args: scales.append(args[4]) or images)
+    for drop in (0.0, 0.1):
+        monkeypatch.setattr(plain, "config", replace(TINY, drop=drop))
+        train_gen.save_samples(plain, halves(2), 1, tmp_path / "g.pt", 1)
+    assert scales == [1.0, 1.5]
+
+
 def test_examples_are_of_these_classes_and_those_of_a_class_take_turns():
     chosen = train_gen.examples(halves(6), torch.tensor([1, 1, 0, 1, 1, 0]))
     assert chosen.names == ["1.png", "3.png", "0.png", "5.png", "1.png", "2.png"]
