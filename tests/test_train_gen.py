@@ -350,6 +350,9 @@ def test_class_folders_are_learned_and_classes_are_sampled(run):
     assert not run(f"--data {tree} --out gen {SMALL} --every 1 --per-class 2")
     written = {path.name for path in Path("gen").iterdir()}
     assert written == {"generator.pt", "generator.csv", "samples-000001.png", "samples-000002.png"}
+    scenes = data.read(tree, 8, mask=True)
+    chosen = data.choose(scenes, data.split(scenes)["train"], 2, 0)
+    assert data.load("gen/generator.pt")["images"] == scenes[chosen].digest
     with Image.open("gen/samples-000002.png") as grid:   # 8 images of 8 classes, in white frames
         assert grid.size == (8 * 8 * 10, 8 * 8 * 10)
     assert not run(f"{SAMPLE} 3 --classes river,forest --seed 5 --guidance 3 --out out")
