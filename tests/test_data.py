@@ -481,6 +481,8 @@ def test_a_class_is_a_folder_and_what_is_no_double_a_group(tmp_path, read, capsy
     for image, label, name in zip(found.images, found.labels, found.names, strict=True):
         assert found.classes[label] == name.split("/")[0]
         assert (data.decode(root / name, 20) == image.numpy()).all()
+    chain = torch.tensor([[0], [1], [2], [9]]).expand(-1, 192)
+    assert data.group_doubles(chain).tolist() == [0, 0, 0, 3]         # doubles of doubles
     (root / "river/river_2.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"1 of 18 .*river_2\.png.*--skip-broken"):
         read(root)
@@ -583,6 +585,7 @@ def karpathy(*images):
 
 KARPATHY = karpathy(("a_1.png", "train", ["a river .", "water"]), ("7.png", "val", ["trees ."]),
                     ("8.png", "test", [" a beach . "]))
+TWO_PARTS = json.loads(json.dumps(KARPATHY).replace('"test"', '"val"'))
 RSICAP = dict(annotations=[dict(filename=name, text_output=text) for name, text in (
     ("a_1.png", "a river ."), ("a_1.png", "water"), ("7.png", "trees ."), ("8.png", "a beach ."))])
 
@@ -590,6 +593,7 @@ RSICAP = dict(annotations=[dict(filename=name, text_output=text) for name, text 
 @pytest.mark.parametrize("content, file, folder, classes, official", [
     (KARPATHY, "dataset_rsicd.json", "RSICD_images", ["river", "forest", "beach"], [0, 1, 2]),
     (KARPATHY, "dataset.json", "deep/imgs", ["scene"] * 3, [0, 1, 2]),
+    (TWO_PARTS, "dataset.json", "images", ["scene"] * 3, [-1, 2, 2]),     # val becomes test
     (RSICAP, "captions.json", "images", ["scene"] * 3, [-1] * 3)])
 def test_a_caption_set_gives_sentences_parts_and_classes(tmp_path, read, content, file, folder,
                                                          classes, official):

@@ -118,6 +118,9 @@ def test_sample_ddpm_is_algorithm_2_as_printed_and_so_is_sample_with_order_1_and
     assert_close(ours, x, rtol=1e-9, atol=1e-9)
     fast = diffusion.sample(wild, TWO, source(2, 1, 2, 2), steps=50, order=1, eta=1, clip=False)
     assert_close(fast, x, rtol=1e-9, atol=1e-9)
+    z = torch.randn(2, 1, 2, 2, requires_grad=True)                      # no graph is kept
+    for sample in (diffusion.sample, diffusion.sample_ddpm):
+        assert not sample(wild, TWO, lambda: z).requires_grad
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4])

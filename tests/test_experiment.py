@@ -248,6 +248,8 @@ def test_arms_of_a_seed_have_the_same_images_weights_batches_and_steps(scenes, b
             assert all(pair == given[0] for pair in given) and given[0][1].steps == 5
     rows = rows_of(scenes.out).values()
     assert {(row["steps"], "linear" in row["arm"]) for row in rows} == {("0", True), ("5", False)}
+    linear = [row for row in rows if row["arm"] == "linear: real"]
+    assert all(float(row["train"]) == 1 > float(row["accuracy"]) for row in linear)
     shares = {arm: given.cfg.share for (_, arm), given in scenes.fitted.items()}
     assert shares["real"] == 0 and shares["synthetic only"] == 1 and shares["real + copies"] == 0.5
 
@@ -270,6 +272,10 @@ def test_fresh_images_are_new_training_images_and_copies_are_the_real_ones(scene
     fresh, copies = fitted[0, "real + fresh real"].pool, fitted[0, "real + copies"].pool
     assert set(fresh.names) <= train - real and fresh.labels.bincount().tolist() == [6] * 8
     assert set(copies.names) == real and len(copies) == 4 * 8
+    groups = comparison.scenes.groups.clone()
+    groups[comparison.parts["train"]] = -1                    # all are doubles: none is new
+    doubles = replace(comparison, scenes=replace(comparison.scenes, groups=groups))
+    assert len(experiment.choose_subset(doubles, 4, 0).fresh) == 0
 
 
 def test_controls_shuffle_labels_or_give_synthetic_images_first(scenes):
@@ -408,6 +414,8 @@ def test_synthetic_images_of_other_settings_are_never_read(scenes, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             comparison = replace(scenes.comparison, scale=changed)
             experiment.synthesize(subset._replace(comparison=comparison), arm)
+    with pytest.raises(ZeroDivisionError):
+        experiment.synthesize(subset._replace(real=subset.real[1:]), arm)
     assert asked[0][4] == 0.0 and asked[1][6] == 0.5 and len(asked[2][1]) == 40 and asked[3][3] == 3
 
 
@@ -449,7 +457,9 @@ def test_clip_arms_tune_a_head_on_features_and_zero_shot_is_what_the_names_of_cl
     assert {row["steps"] for row in comparison.rows.values()} == {0, comparison.scale.cls.steps}
     assert set(comparison.arms) == {"linear: real", *experiment.CLIP_ARMS}
     assert {arm for claim in TASKS["scenes"].claims for arm in claim} >= set(experiment.CLIP_ARMS)
-    kept = [data.load(path) for path in (comparison.out / "features").glob("*.pt")]
+    paths = [*(comparison.out / "features").glob("*.pt")]
+    assert all(comparison.settings["weights"] in path.name for path in paths)
+    kept = [data.load(path) for path in paths]
     assert all(features.shape[1] == 32 for features in kept)              # computed once
     assert len(kept) == len({features.double().sum().item() for features in kept})
     found = experiment.claims(comparison)
@@ -528,6 +538,12 @@ def test_a_verdict_takes_3_seeds_and_an_arm_above_the_baseline(tmp_path, base, a
     assert claim.gain.mean == pytest.approx(arm - base)
 
 
+def test_the_commonest_class_is_that_of_the_training_images(tmp_path):
+    comparison = compared(tmp_path, {})
+    comparison.parts["train"] = torch.arange(2, 80, 4)
+    assert experiment.commonest(comparison) == ("c02", [25.0])
+
+
 def test_p_is_corrected_among_claims_on_synthetic_images_and_among_controls(tmp_path):
     rates = {"real": 0.4, "real + synthetic": 0.5, "real + augmentation": 0.5,
              "real + fresh real": 0.75, "real + copies": 0.6}
@@ -567,7 +583,8 @@ def test_the_answer_is_a_paragraph_per_number_of_images_and_explains_controls_on
     assert second.startswith("With 20 real images per class, synthetic images made no difference")
     assert "upper bound" not in second and "Fresh real images instead add 30.0 points" in second
     below = [replace(claim, verdict="below the linear baseline") for claim in found]
-    assert "get no verdict, as the linear baseline is higher" in experiment.answers(comparison, below)[0]
+    paragraph = experiment.answers(comparison, below)[0]
+    assert "get no verdict, as the linear baseline is higher" in paragraph
     assert experiment.answers(comparison, []) == [
         "No answer yet: a claim needs two seeds of both its arms."]
 
@@ -603,7 +620,9 @@ def test_the_page_needs_nothing_else_and_has_the_answer_first(scenes):
         assert f"<td>{html.escape(arm)}<td" in page
     assert scenes.comparison.near_duplicates[4].total == 48               # of the first draw
     assert page.count("<table") == page.count("<div class=scroll><table") == 4
-    assert re.search(r'#48f4 [0-9.]+%, transparent 0\)">[0-9.]+ ±', page)           # a bar
+    first, second = (100 * row["accuracy"] for row in scenes.comparison.rows_of("linear: real", 4))
+    text = f"{(first + second) / 2:.1f} ± {abs(first - second) / 2**0.5:.1f}"
+    assert re.search(rf'#48f4 [0-9.]+%, transparent 0\)">{text}', page)              # a bar
 
 
 def test_the_plot_puts_an_interval_where_its_axis_says(tmp_path):

@@ -65,7 +65,8 @@ def test_no_picture_is_trained_on_and_tested(layout, other, learn, weights, said
     for script in (CLS, GEN, PLAN):                      # doubles of all that train has of a class
         assert "no image to train on is destroyed" in run(*script, "real").stderr
     found = data.read("real", 20, cache="k")
-    pairs = {(name.split("_")[1][:8], k) for name, k in zip(found.names, found.groups.tolist())}
+    places = [name.split("_")[1][:8] for name in found.names]
+    pairs = set(zip(places, found.groups.tolist(), strict=True))
     assert len(pairs) == len(found.groups.unique()) == 40 == len(found) - 10
     monkeypatch.setattr(data, "__file__", __file__)      # other code reads anew; no folder, too
     assert data.read("real", 20, cache=__file__).digest == data.read("real", 20, cache="k").digest
@@ -75,8 +76,8 @@ def test_no_picture_is_trained_on_and_tested(layout, other, learn, weights, said
 @pytest.mark.parametrize("folders, text", [
     ("Train/a Train/b Test/a", "12 train, 4 val, 8 test"), ("images masks", "t/masks is no class"),
     ("train/a validation/a", "6 train, 2 val, 8 test"), ("a run", "t/run is no class"),
-    ("TRAINING/a Valid/a testing/a", "8 train, 8 val, 8 test"), ("train/a b", "beside them b"),
-    ("Train/a Train/Masks", "t/Train/Masks is no class"), ("train test", "t/test is no class")])
+    ("TRAINING/a Valid/a testing/a", "8 train, 8 val, 8 test"), ("train/a train/b c", "9 not in a class folder: c/0"),
+    ("Train/a Train/Masks", "t/Train/Masks is no class"), ("train test", "no folders with pictures")])
 def test_parts_of_a_set_and_own_output_are_no_classes(folders, text, run):
     pictures(Path("t"), *[f"{folder}/{k}.png" for folder in folders.split() for k in range(8)])
     data.write("t/run/classifier.pt", "")

@@ -429,6 +429,10 @@ def test_an_encoder_is_tuned_at_a_tenth_of_the_rate_of_its_head_or_not_at_all(
     again, _, saved = train_cls.load("classifier.pt", "classifier")
     same_weights(again, after)
     assert saved["classes"] == ["river", "trees"]
+    assert len(saved["seen"]) == 192 * (2 * len(captioned) + 2)          # also what the CLIP saw
+    new = [replace(cfg, init="classifier.pt", seed=seed) for seed in (0, 1)]
+    first, second = (train_cls.initial_model(other, ["a", "b"], 3).head.weight for other in new)
+    assert not torch.equal(first, second)                    # its seed, not that of --init
     if part == "head":                                       # is trained on features
         cfg = replace(cfg, steps=6, augment="none")
         features = [replace(scenes, images=outputs(before.features, scenes.images))
@@ -467,10 +471,13 @@ def test_from_a_mixture_to_scores_and_predictions(tmp_path, launch, model):
     assert [float(p) for p in numbers] == pytest.approx(probability.tolist(), abs=1e-4)
 
 
-def test_a_synthetic_tree_has_the_class_numbers_of_the_real_one(tmp_path):
+def test_a_synthetic_tree_has_the_class_numbers_and_no_held_out_picture_of_the_real_one(tmp_path):
     (data.draw_tree(tmp_path / "s", 1) / "beach" / "beach_001.jpg").unlink()
     real = data.read(data.draw_tree(tmp_path / "t", 5, seed=1), 8)
     cfg, parts = Script(data="t", synthetic="s", share=0.5, size=8, patch=4), data.split(real)
+    for part in ("val", "test"):                             # leaked, under other names
+        leaked = tmp_path / "t" / real.names[parts[part][0]]
+        (tmp_path / f"s/beach/{part}.jpg").write_bytes(leaked.read_bytes())
     scenes = train_cls.read_synthetic(cfg, real, parts)
     assert scenes.classes == real.classes and scenes.labels.tolist() == [1, 2, 3, 4, 5, 6, 7]
     with pytest.raises(UserError, match=f"t lacks: {real.classes[-1]}"):
@@ -496,10 +503,12 @@ def test_images_of_a_generator_that_saw_test_pictures_are_refused(tmp_path, laun
 
 def test_from_captions_to_a_tuned_classifier(tmp_path, launch):
     images = []
-    (tmp_path / "t").mkdir()
+    (tmp_path / "t/txtclasses").mkdir(parents=True)
     for k, part in enumerate(["train"] * 8 + ["val", "test"] * 2):
         name, kind = f"{k}.png", ["river", "forest"][k % 2]
         Image.new("RGB", (8, 8), (20 * k, 0, 0)).save(f"t/{name}")
+        with open(f"t/txtclasses/{kind}.txt", "a") as file:
+            file.write(f"{name} ")
         images.append(dict(filename=name, split=part, sentences=[dict(raw=f"a {kind}")]))
         data.write(f"t/txtclasses/{kind}.txt", " ".join(f"{i}.png" for i in range(k % 2, 12, 2)))
     (tmp_path / "t/dataset.json").write_text(json.dumps(dict(images=images)))

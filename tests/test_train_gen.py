@@ -136,7 +136,7 @@ def test_a_killed_run_ends_as_another_does(tmp_path, monkeypatch, condition, eve
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     train(halves(), TINY, tmp_path / "g.pt")
     for real, cfg, names in ((halves(), replace(TINY, lr=2e-3, steps=7), "steps, lr"),
-                             (halves(noise=0.2), TINY, "images")):
+                             (halves(noise=0.2), TINY, "images, seen")):
         with pytest.raises(UserError, match=f"another {names}:"):
             train(real, cfg, tmp_path / "g.pt")
 
@@ -307,6 +307,15 @@ def test_inpainting_keeps_the_known_pixels_exactly_and_changes_the_others(plain)
     assert (off[~inpaint] == 0).all() and (off[inpaint].view(6, 9) > 3).float().mean(1).min() > 0.5
 
 
+def test_samples_are_guided_only_if_the_condition_was_dropped(plain, monkeypatch, tmp_path):
+    scales, images = [], torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr(train_gen, "generate", lambda *args: scales.append(args[4]) or images)
+    for drop in (0.0, 0.1):
+        monkeypatch.setattr(plain, "config", replace(TINY, drop=drop))
+        train_gen.save_samples(plain, halves(2), 1, tmp_path / "g.pt", 1)
+    assert scales == [1.0, 1.5]
+
+
 def test_examples_are_of_these_classes_and_those_of_a_class_take_turns():
     chosen = train_gen.examples(halves(6), torch.tensor([1, 1, 0, 1, 1, 0]))
     assert chosen.names == ["1.png", "3.png", "0.png", "5.png", "1.png", "2.png"]
@@ -341,6 +350,9 @@ def test_class_folders_are_learned_and_classes_are_sampled(run):
     assert not run(f"--data {tree} --out gen {SMALL} --every 1 --per-class 2")
     written = {path.name for path in Path("gen").iterdir()}
     assert written == {"generator.pt", "generator.csv", "samples-000001.png", "samples-000002.png"}
+    scenes = data.read(tree, 8, mask=True)
+    chosen = data.choose(scenes, data.split(scenes)["train"], 2, 0)
+    assert data.load("gen/generator.pt")["images"] == scenes[chosen].digest
     with Image.open("gen/samples-000002.png") as grid:   # 8 images of 8 classes, in white frames
         assert grid.size == (8 * 8 * 10, 8 * 8 * 10)
     assert not run(f"{SAMPLE} 3 --classes river,forest --seed 5 --guidance 3 --out out")

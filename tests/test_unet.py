@@ -109,12 +109,14 @@ def test_a_head_of_attention_is_64_channels_wide(channels, heads):
 def test_a_block_is_two_convolutions_with_adagn_then_attention(c_in, attention, text, in_float64):
     torch.manual_seed(0)
     block = Block(c_in, 16, 12, attention, text)
-    for p in block.parameters():
-        nn.init.normal_(p, std=0.3)
     x, emb, tokens = torch.randn(2, c_in, 6, 4), torch.randn(2, 12), torch.randn(2, 5, 12)
     mask = torch.tensor([True, True, True, False, False]).expand(2, -1)
-    out = block(x, emb, tokens, mask) if text else block(x, emb)
-    assert_close(out, block_by_hand(block, x, emb, tokens[:, :3] if text else None))
+    given = (x, emb, tokens, mask) if text else (x, emb)
+    assert_close(block(*given), block.skip(x))                       # before training
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.3)
+    by_hand = block_by_hand(block, x, emb, tokens[:, :3] if text else None)
+    assert_close(block(*given), by_hand)
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -126,7 +128,7 @@ def test_the_whole_is_blocks_down_and_up_with_skips_between_them(patch, in_float
 
 def test_a_text_is_read_up_to_its_end_and_embedded_as_the_sum_of_its_tokens():
     torch.manual_seed(0)
-    module, ids = TextCondition(encoder(), 6), torch.tensor([[7, 4, 8, 0], [7, 1, 2, 8], [-1] * 4])
+    module, ids = TextCondition(encoder(), 60), torch.tensor([[7, 4, 8, 0], [7, 1, 2, 8], [-1] * 4])
     tokens, mask, embedding = module(ids)
     assert mask.tolist() == [[True, True, True, False], [True] * 4, [True, False, False, False]]
     for k, end in ((0, 2), (1, 3)):
@@ -135,15 +137,16 @@ def test_a_text_is_read_up_to_its_end_and_embedded_as_the_sum_of_its_tokens():
         assert_close(embedding[k], features.sum(0) / len(features) ** 0.5)
     assert_close(tokens[2, 0], linear(module.project, module.missing))
     assert_close(embedding[2], tokens[2, 0])
+    assert module.project.weight.std() > 0.8 * 8**-0.5               # as large as of a class
 
 
 def test_metadata_are_scaled_to_the_range_of_the_training_images_and_become_sinusoids():
     metadata = Metadata(3, 8, 16)
-    metadata.fit(torch.tensor([[0.0, 3, math.nan], [math.nan, 1, math.nan], [5, 2, math.nan]]))
+    metadata.fit(torch.tensor([[1.0, 3, math.nan], [math.nan, 1, math.nan], [1.5, 2, math.nan]]))
     seen = []
     metadata.layers = nn.Sequential(nn.Identity())
     metadata.layers.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    metadata(torch.tensor([[2.5, math.nan, 0.25]]))                  # in 0 .. 5, 1 .. 3 and 0 .. 1
+    metadata(torch.tensor([[1.25, math.nan, 0.25]]))               # in 1 .. 1.5, 1 .. 3 and 0 .. 1
     assert_close(seen[0][0, :8], timestep_embedding(torch.tensor([500.0]), 8)[0])
     assert_close(seen[0][0, 8:16], metadata.missing[1].detach())
     assert_close(seen[0][0, 16:], timestep_embedding(torch.tensor([250.0]), 8)[0])
@@ -279,7 +282,8 @@ def test_every_part_is_indexed_dropped_and_followed_by_the_null_condition_alike(
 def test_drop_each_drops_each_part_and_each_metadata_value_by_itself():
     y, text = torch.zeros(4000, dtype=torch.long), torch.zeros(4000, 2, dtype=torch.long)
     cond = Condition(y, torch.zeros(4000, 3), torch.zeros(4000, 2, 1, 1), text)
-    dropped = cond.drop_each(0.2, torch.Generator().manual_seed(0))
+    dropped, again = (cond.drop_each(0.2, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(dropped.y, again.y)
     gone = torch.cat([(dropped.y < 0)[:, None], dropped.metadata.isnan(),
                       dropped.control.isnan().flatten(1), dropped.text < 0], 1).double()
     assert_close(gone.mean(0), torch.full((8,), 0.2).double(), atol=0.03, rtol=0)
