@@ -85,11 +85,12 @@ class Scenes:
 
     @cached_property
     def digest(self):
-        """A hash of names, labels, classes, captions and pixels: 12 hexadecimal digits."""
+        """A hash of all but groups and parts: 12 hexadecimal digits."""
         text = repr((self.names, self.labels.tolist(), self.classes, self.images.shape,
                      *filter(None, self.captions)))
         hashed = hashlib.sha256(text.encode())
         hashed.update(self.images.contiguous().numpy())
+        hashed.update(self.metadata.numpy().tobytes())
         return hashed.hexdigest()[:12]
 
 

@@ -215,9 +215,8 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
     conditions = [generator.condition(real.labels, real, turn=turn) for turn in range(turns)]
 
     state = dict(model=model, ema=averaged, optimizer=optimizer)
-    seen, metadata = data.fingerprint(real.images).numpy(), real.metadata.numpy()
     identity = dict(config=data.settings_of(cfg, Config), images=real.digest,
-                    seen=seen.tobytes().hex(), metadata=metadata.tobytes().hex())
+                    seen=data.fingerprint(real.images).numpy().tobytes().hex())
     identity |= {name: getattr(generator, name) for name in ABOUT}
     saved = data.resume(path, "generator", identity, state, dict(step=0, log=[], loss_sum=0.0))
     done, log, last_save = saved["step"], saved["log"], time.monotonic()
