@@ -144,11 +144,6 @@ def test_each_matrix_is_its_formula_on_every_picture(kind, amounts, pictures, ma
     assert torch.equal(out[:, 3 * pictures:], x[:, 3 * pictures:])
 
 
-def test_a_third_of_a_turn_makes_red_green_green_blue_and_blue_red():
-    x = images(2)
-    assert_close(augment.recolour(x, augment.hue_matrix(float64(1 / 3, -2 / 3))), x[:, [2, 0, 1]])
-
-
 @pytest.mark.parametrize("kinds", [KINDS, (*KINDS[2::-1], "hue"), ("hue", *KINDS[:3])])
 def test_a_product_of_matrices_is_the_changes_in_turn_the_last_one_first(kinds):
     expected = x = images(1)[0] * 0.3 - 0.2
@@ -223,6 +218,8 @@ def test_copy_paste_brings_the_object_its_label_and_its_mask():
         assert torch.equal(out[i], expected) and torch.equal(label[i], y[source])
     with pytest.raises(ValueError, match="C = 4 or 7 channels, not 6"):
         compose("hflip,copypaste")(images(C=6), y, seeded())
+    with pytest.raises(ValueError, match="RGB triples and at most one mask, not 5"):
+        compose("color")(images(C=5), None, seeded())
 
 
 def test_each_image_is_the_partner_of_another_one_and_half_of_them_are_pasted():
@@ -252,12 +249,6 @@ def test_every_augmentation_keeps_its_inputs_its_range_and_its_seed(name, no_wai
         if name in MIXING:                                            # there is nothing to mix with
             alone = AUGMENTATIONS[name](x[:1], y[:1], seeded())
             assert torch.equal(alone[0], x[:1]) and torch.equal(alone[1], y[:1])
-
-
-@pytest.mark.parametrize("name", [*AUGMENTATIONS][3:-2])     # the others have few outcomes
-def test_every_image_has_its_own_parameters(name):
-    out, _ = AUGMENTATIONS[name](images(1, 4, 16, 16).repeat(32, 1, 1, 1), None, seeded())
-    assert len(out.unique(dim=0)) > 25
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -350,7 +341,7 @@ def test_cutmix_has_uniform_areas_on_half_of_the_images(monkeypatch):
     assert cy.unique().tolist() == [*range(32)] and cx.unique().tolist() == [*range(64)]
 
 
-# ---- names, mistakes, the contact sheet
+# ---- names, the contact sheet
 
 def test_compose_applies_the_names_in_order_from_one_generator():
     x, y, generator = images(5, 4), torch.eye(5), seeded(3)
@@ -362,19 +353,9 @@ def test_compose_applies_the_names_in_order_from_one_generator():
     assert all(compose(names)(x, y, seeded())[0] is x for names in ("", "none"))
 
 
-def test_mistakes_are_value_errors_that_say_what_is_known():
-    for names in ("hflip,mixup", "hflip,,crop"):
-        with pytest.raises(ValueError, match="unknown augmentation '(mixup)?'; known: hflip, vfl"):
-            compose(names)
-    with pytest.raises(ValueError, match="RGB triples and at most one mask, not 5"):
-        compose("color")(images(C=5), None, seeded())
-
-
 def test_the_script_draws_a_row_for_every_augmentation(tmp_path, launch):
     path, rows = tmp_path / "new" / "sheet.png", 1 + len(AUGMENTATIONS)
     assert launch(augment, "--out", path).returncode == 0
     sheet = np.array(augment.Image.open(path)).reshape(rows, 98, 96 + 8 * 98, 3)
     assert len({row[:, :96].tobytes() for row in sheet}) == rows      # every name and
     assert len({row[:, 96:].tobytes() for row in sheet}) == rows      # every effect is another
-    for refused in (launch(augment, "--out", tmp_path), launch(augment, "--out", "sheet.txt")):
-        assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1

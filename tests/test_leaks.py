@@ -29,6 +29,9 @@ def plant(root, layout, part="train", codes=("png",), numbers=range(40)):
             tile(Path(root), path.stem, [house(label, side / 4 * np.r_[1, 1, 3, 3])], part, side)
             path = Path(root, part, f"images/{path.stem}_post_disaster.png")
         noise = np.random.default_rng(k).integers(60, 200, (8, 8, 3), np.uint8)
+        if part == "test":                               # turned and mirrored, in all eight ways
+            noise = np.rot90(noise, k // 4)
+            noise = noise[:, ::-1] if k > 16 else noise
         data.save_picture(Image.fromarray(noise).resize((side, side)), path, quality=70)
     if layout == "captions":
         entries = [(path.name, path.parts[1], "x") for path in Path(root).glob("*/*/*.*")]
@@ -76,7 +79,10 @@ def test_no_picture_is_trained_on_and_tested(layout, other, learn, weights, said
 @pytest.mark.parametrize("folders, text", [
     ("Train/a Train/b Test/a", "12 train, 4 val, 8 test"), ("images masks", "t/masks is no class"),
     ("train/a validation/a", "6 train, 2 val, 8 test"), ("a run", "t/run is no class"),
-    ("TRAINING/a Valid/a testing/a", "8 train, 8 val, 8 test"), ("train/a train/b c", "9 not in a class folder: c/0"),
+    ("TRAINING/a Valid/a testing/a", "8 train, 8 val, 8 test"),
+    ("train/a train/b c", "9 not in a class folder: c/0"), ("images gt", "t/gt is no class"),
+    ("train/a holdout/a", "9 not in a class folder: holdout/a/0"), ("A label", "is no class"),
+    ("a b c/c", "9 not in a class folder: c/c/0.png"), ("images targets", "targets is no class"),
     ("Train/a Train/Masks", "t/Train/Masks is no class"), ("train test", "no folders with pictures")])
 def test_parts_of_a_set_and_own_output_are_no_classes(folders, text, run):
     pictures(Path("t"), *[f"{folder}/{k}.png" for folder in folders.split() for k in range(8)])

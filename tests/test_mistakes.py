@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data import pictures
 
 import augment
 import data
@@ -50,57 +51,78 @@ data | --data good --out good/x.png | good/x.png
 data | --data good --out x.pdf | x.pdf
 data | --data good --out note/x.png | note
 augment | --out x.txt | x.txt
+augment | --out good | good
 train_gen | --lr nan | --lr nan
 train_gen | --batch 1e3 | --batch
-train_gen | --width 12 | --width 12
+train_gen | --width 12 | divisible by 8
 train_gen | --size 20 | --size 20
 train_gen | --schedule cubic | --schedule cubic
 train_gen | --augment hflip,zoom | zoom
-train_gen | --augment cutmix | cutmix
+train_gen | --augment cutmix | cutmix mixes classes
+train_gen | --augment hflip,,crop | unknown augmentation ''; known: hflip, vflip
+train_gen | --schedule linear --timesteps 20 | T > 20
+train_gen | --size 10 --mults 1,2 --condition lowres | lowres
+train_gen | --condition edgs | known are pre, mask, lowres
 train_gen | GEN --condition pre,mask | pre, mask
 train_gen | GEN --steps 3 --out done | done/generator.pt
+train_gen | GEN --steps 2 --out done | another images, seen, classes:
+train_gen | GEN --steps 2 --out parts | parts/generator.pt cannot be read (KeyError: 'ema')
 train_gen | GEN --lr 1e30 --steps 9 --out x | --lr
 train_gen | --sample none.pt | none.pt
-train_gen | --sample cut.pt | cut.pt
+train_gen | --sample cut.pt | cut.pt cannot be read
 train_gen | --sample bomb.pt | bomb.pt
-train_gen | --sample parts.pt | parts.pt
+train_gen | --sample parts/generator.pt | parts/generator.pt
 train_gen | --sample later.pt | later.pt
 train_gen | --sample cls/classifier.pt | cls/classifier.pt
-train_gen | --sample gen.pt --classes forest,moon | moon
+train_gen | --sample gen.pt --classes forest,moon | no class moon; it knows forest
 train_gen | --sample gen.pt --sampling-steps 2000 | --sampling-steps 2000
-train_gen | --sample gen.pt --reference good | --reference
+train_gen | --sample gen.pt --reference good | is not needed
 train_gen | --sample gen.pt --strength 0.5 | --reference
 train_gen | --sample gen.pt --inpaint none.png --reference good/forest/1.png | none.png
 train_gen | --sample gen.pt --out made | made
 train_gen | --sample sure.pt --guidance 2 | sure.pt
 train_gen | --sample evil.pt | ../x
 train_gen | --sample pre.pt | --reference
-train_gen | --sample pre.pt --reference good | --reference good
+train_gen | --sample pre.pt --reference good | needs 6 channels
 train_gen | --sample text.pt --prompts xyzzy | --prompts
-train_cls | --share 0.5 | --share
+train_cls | --share 0.5 | need each other
 train_cls | --patch 5 | patches of 5
-train_cls | --augment copypaste | copypaste
-train_cls | CLS --learn clip | --learn clip
-train_cls | CLS --share 0.5 --synthetic good | --synthetic good
-train_cls | CLS --share 0.5 --synthetic foreign | moon
-train_cls | CLS --steps 3 --out cls | cls/classifier.pt
+train_cls | --augment copypaste | needs masks
+train_cls | --augment blur | unknown augmentation 'blur'
+train_cls | --synthetic good | need each other
+train_cls | --share 2 --synthetic good | --share 2
+train_cls | --tune some | all, head, none
+train_cls | --model mlp | resnet
+train_cls | --learn clip --augment cutmix | sentences untrue
+train_cls | --learn clip --model linear | not for --model linear
+train_cls | --learn mae --model resnet | not for --model resnet
+train_cls | --learn mae --init x | leave out --init
+train_cls | CLS --learn clip | caption set
+train_cls | CLS --share 0.5 --synthetic good | --synthetic good is --data itself
+train_cls | CLS --share 0.5 --synthetic foreign | good lacks: moon
+train_cls | CLS --steps 3 --out cls | cls/classifier.pt is of a run with another steps:
+train_cls | CLS --steps 2 --out shape | shape/classifier.pt cannot be read (RuntimeError
+train_cls | CLS --steps 2 --out wrong | wrong/classifier.pt is not the checkpoint of a classifier
 train_cls | CLS --lr 1e30 --steps 9 --out x | --lr
 train_cls | --data good --init none.pt | none.pt
 train_cls | --data good --init gen.pt | gen.pt
-train_cls | --data good --init cls/classifier.pt --tune none | cls/classifier.pt
+train_cls | --data good --init cls/classifier.pt --tune none | is not a CLIP
 train_cls | --predict good --out x | x/classifier.pt
 train_cls | --predict good --out wrong | wrong/classifier.pt
-experiment | --dry-run --arms moon | --arms moon
-experiment | --dry-run --study moon | --study moon
-experiment | --dry-run --counts 4 | --counts 4
+experiment | --dry-run --arms real,moon | --arms moon
+experiment | --dry-run --study moon | --study moon: known are share
+experiment | --dry-run --scale huge | --scale huge
+experiment | --dry-run --counts 4 | of which --task
 experiment | --dry-run --counts=-1 --task scenes | -1
 experiment | --dry-run --size 20 | --size 20
 experiment | --dry-run --data good --task scenes | --data
-experiment | --dry-run --init gen.pt --task buildings | --init
-experiment | SMOKE --data good --counts 99 | 99
-experiment | SMOKE --data good --arms balanced | balanced
+experiment | --dry-run --init gen.pt --task buildings | --init is not for buildings
+experiment | SMOKE --data none | none
+experiment | SMOKE --data good --counts 99 | 99 asked
+experiment | SMOKE --data good --arms balanced | none is of
+experiment | SMOKE --data good --hold-out flood | no such event
 experiment | SMOKE --data xbd --hold-out moon | moon
-experiment | SMOKE --data good --init cls/classifier.pt | cls/classifier.pt
+experiment | SMOKE --data good --init cls/classifier.pt | has no text encoder
 experiment | SMOKE --data good --out exp | exp/scenes/2/seed0/real.json
 train_cls | CLS --data one --steps 2 --out one-class | one
 experiment | SMOKE --data one --dry-run | one
@@ -120,12 +142,6 @@ class Bomb:
     def __reduce__(self):
         """Run a command where a pickle of this is read."""
         return os.system, ("touch harmed",)
-
-
-def pictures(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((16, 16), 50).convert("RGB").save(root / name)
 
 
 @pytest.fixture(scope="module")
@@ -159,18 +175,24 @@ def world(tmp_path_factory):
     said = replace(real, captions=[("a river",)] * len(real))
     twice = replace(real, images=torch.cat([real.images] * 2, 1))
     evil = replace(real, classes=["../x", "river"])
+    train = real[data.split(real)["train"]]
     for name, scenes, change in (
-            ("gen", real, {}), ("done/generator", real, {}), ("evil", evil, {}),
+            ("gen", real, {}), ("parts/generator", train, {}), ("done/generator", evil, {}),
+            ("evil", evil, {}),
             ("sure", real, dict(drop=0.0)), ("pre", twice, dict(condition="pre")),
             ("text", said, dict(condition="text"))):
         train_gen.train(scenes, replace(GEN, **change), w / f"{name}.pt")
-    train_cls.fit(real[data.split(real)["train"]], None, CLS, w / "cls/classifier.pt")
+    train_cls.fit(train, None, CLS, w / "cls/classifier.pt")
     good, content = data.load(w / "gen.pt"), (w / "gen.pt").read_bytes()
     (w / "wrong/classifier.pt").write_bytes(content)
     (w / "cut.pt").write_bytes(content[:9999])
     torch.save(good | dict(more=Bomb()), w / "bomb.pt")
     torch.save(good | dict(config=good["config"] | dict(colour=3)), w / "later.pt")
-    torch.save({name: part for name, part in good.items() if name != "ema"}, w / "parts.pt")
+    parts = data.load(w / "parts/generator.pt")
+    del parts["ema"]
+    data.save(w / "parts/generator.pt", parts)
+    model = dict(model={"head.bias": torch.zeros(9)})
+    data.save(w / "shape/classifier.pt", data.load(w / "cls/classifier.pt") | model)
     return w
 
 

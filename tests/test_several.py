@@ -88,11 +88,12 @@ def test_two_processes_train_the_classifier_of_the_formulas(folder):
     assert_close(saved["model"], dict(model.state_dict()), rtol=0, atol=1e-6)
 
 
-def test_sampling_under_torchrun_is_refused(monkeypatch, launch):
+def test_sampling_and_clip_under_torchrun_are_refused(monkeypatch, launch):
     monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(data.dist, "destroy_process_group", lambda: None)
-    refused = launch(train_gen, "--sample", "g.pt")
-    assert refused.returncode == 2 and "one process" in refused.stderr
+    for script, *flags in ((train_gen, "--sample", "g.pt"), (train_cls, "--learn", "clip")):
+        refused = launch(script, *flags)
+        assert refused.returncode == 2 and "one process" in refused.stderr
 
 
 if __name__ == "__main__":

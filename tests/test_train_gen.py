@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from test_data import karpathy
 from torch.testing import assert_close
 
 import data
@@ -133,14 +134,6 @@ def test_a_killed_run_ends_as_another_does(tmp_path, monkeypatch, condition, eve
     assert (tmp_path / "a/g.csv").read_text() == (tmp_path / "b/g.csv").read_text()
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    train(halves(), TINY, tmp_path / "g.pt")
-    for real, cfg, names in ((halves(), replace(TINY, lr=2e-3, steps=7), "steps, lr"),
-                             (halves(noise=0.2), TINY, "images, seen")):
-        with pytest.raises(UserError, match=f"another {names}:"):
-            train(real, cfg, tmp_path / "g.pt")
-
-
 @pytest.mark.parametrize("late, step", [((), 20), ((9,), 8)])
 def test_a_loss_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, late, step):
     monkeypatch.setattr(train_gen, "time", clock(*late))
@@ -152,16 +145,6 @@ def test_a_loss_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, late, ste
 def test_no_step_waits_for_the_device(hasty_steps):
     train(halves(), replace(TINY, augment="hflip,rot90", condition="text"))
     assert hasty_steps == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("kw, message", [
-    (dict(augment="cutmix"), "mixes classes"), (dict(augment="blur"), "blur"),
-    (dict(schedule="linear", timesteps=20), "T > 20"), (dict(width=20), "--width 20"),
-    (dict(size=9), "divisible by 2"), (dict(size=6, condition="lowres"), "lowres"),
-    (dict(condition="edgs"), "known are pre, mask, lowres")])
-def test_bad_settings_are_refused(kw, message):
-    with pytest.raises(ValueError, match=message):
-        replace(TINY, **kw)
 
 
 # ---- control images
@@ -360,8 +343,6 @@ def test_class_folders_are_learned_and_classes_are_sampled(run):
     y = torch.tensor([generator.classes.index(name) for name in ("river", "forest")])
     images = generate(generator, y.repeat_interleave(3), 5, 2, guidance=3.0)
     assert_close(torch.cat([pictures("out/river"), pictures("out/forest")]), images)
-    assert "no class moon; it knows beach" in run(f"{SAMPLE} 1 --classes moon")
-    assert "is not needed" in run(f"{SAMPLE} 1 --reference out/grid.png --out b")
 
 
 def test_buildings_of_a_reference_give_conditions_and_are_changed_a_little_or_in_a_hole(run):
@@ -377,16 +358,14 @@ def test_buildings_of_a_reference_give_conditions_and_are_changed_a_little_or_in
     assert not run(f"{flags} b --inpaint hole.png")
     same = pictures("b/no-damage") == real               # two of each building, in order
     assert same[..., hole[0] == 0].all() and not same[..., 2:5, 2:5].all()
-    assert "needs 7 channels" in run(f"{SAMPLE} 1 --reference hole.png --out c")
 
 
 def test_sentences_of_a_caption_set_and_of_prompts(run):
     images = []
     for k, part in enumerate(["train", "train", "val", "test"]):
         data.save_picture(Image.linear_gradient("L").rotate(50 * k), f"set/{k}.png")
-        sentences = [dict(raw="A left half."), dict(raw="one side")]
-        images.append(dict(filename=f"{k}.png", split=part, sentences=sentences))
-    data.write("set/dataset.json", json.dumps(dict(images=images)))
+        images.append((f"{k}.png", part, ["A left half.", "one side"]))
+    data.write("set/dataset.json", json.dumps(karpathy(*images)))
     data.write("set/txtclasses/left.txt", "0.png 2.png")
     data.write("set/txtclasses/right.txt", "1.png 3.png")
     assert not run(f"--data set --out gen {SMALL} --condition text,class")

@@ -93,12 +93,6 @@ def unet_by_hand(model, x, t, y):
     return F.pixel_shuffle(conv(model.head[2], silu(norm(model.head[0], h))), model.patch)
 
 
-def test_time_embedding_is_sines_and_cosines_of_geometric_frequencies():
-    w = 10_000 ** (-torch.arange(4) / 4)
-    expected = [torch.cat([(t * w).sin(), (t * w).cos()]) for t in (0, 7)]
-    assert_close(timestep_embedding(torch.tensor([0, 7]), 8), torch.stack(expected))
-
-
 @pytest.mark.parametrize("channels, heads", [(32, 1), (64, 1), (128, 2), (256, 4)])
 def test_a_head_of_attention_is_64_channels_wide(channels, heads):
     assert Block(16, channels, 8, attention=True).attention.heads == heads
@@ -186,8 +180,6 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="divisible by 8"):
-        UNet(3, width=20)
     for sides in (dict(H=18), dict(W=18)):
         with pytest.raises(AssertionError, match="divisible by 4"):
             awake(mults=(1, 2, 2))(*inputs(**sides))

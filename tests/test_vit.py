@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from test_unet import linear, without_gradient
 from torch import nn
 from torch.testing import assert_close
 
@@ -39,15 +40,7 @@ def rand64(*shape):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def without_gradient(model):
-    return [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-
-
 # ---- the formulas
-
-def linear(layer, x):
-    return x @ layer.weight.T + layer.bias
-
 
 def layer_norm(layer, x):
     centred = x - x.mean(-1, keepdim=True)
@@ -155,14 +148,6 @@ def test_the_loss_of_mae_is_that_of_the_masked_patches_alone(no_waiting):
     assert without_gradient(model) == ["vit.head.weight", "vit.head.bias"]      # for classes
 
 
-def test_the_loss_of_clip_finds_the_text_of_each_image_and_the_image_of_each_text():
-    """Radford et al. 2021, figure 3."""
-    s, B = rand64(4, 4), 4
-    texts = sum(-math.log(s[i, i].exp() / s[i].exp().sum()) for i in range(B)) / B
-    images = sum(-math.log(s[i, i].exp() / s[:, i].exp().sum()) for i in range(B)) / B
-    assert vit.contrastive(s).item() == pytest.approx((texts + images) / 2)
-
-
 def test_scores_are_cosines_of_image_and_text_which_is_read_at_its_end():
     clip, x = small_clip(), rand64(3, 3, 8, 8)
     tokens = clip.text.embed(IDS) + clip.text.positions
@@ -172,22 +157,6 @@ def test_scores_are_cosines_of_image_and_text_which_is_read_at_its_end():
     texts = torch.stack([tokens[b, end] for b, end in enumerate((3, 6, 1))]) @ clip.project.weight.T
     cosines = F.cosine_similarity(clip.image(x)[:, None], texts[None], dim=-1)
     assert_close(clip(x, IDS), cosines * clip.log_scale.exp())
-
-
-def test_zero_shot_is_the_mean_of_the_unit_vectors_of_prompts_made_a_unit_vector():
-    clip, templates = small_clip(), ["a {}.", "of {}", "the {} !"]
-
-    def encode(texts):
-        ids = [[17, *(1 + len(word) for word in text.split(" ")), 19] for text in texts]
-        return torch.tensor([row + [0] * (7 - len(row)) for row in ids])
-
-    rows = []
-    for name in ("sea ice", "runway"):
-        prompts = [template.replace("{}", name) for template in templates]
-        vectors = [clip.encode_text(encode([prompt]))[0].detach() for prompt in prompts]
-        rows.append(F.normalize(sum(F.normalize(v, dim=0) for v in vectors), dim=0))
-    assert_close(vit.zero_shot(clip, encode, ["sea_ice", "runway"], templates), torch.stack(rows))
-    assert len({*vit.TEMPLATES}) == 18 and "satellite photo of the {}." in vit.TEMPLATES
 
 
 # ---- what follows for the ViT
@@ -228,12 +197,6 @@ def test_a_model_of_masked_images_reads_its_features_by_the_mask():
     model.norm.register_forward_hook(lambda _, args, out: seen.append(out))
     assert_close(model.features(x), vit.mean_token(seen[0], x))
     assert (model.features(x) - seen[0].mean(1)).abs().max() > 0.01
-
-
-def test_every_parameter_gets_a_gradient():
-    model = small(channels=4)
-    model(rand64(3, 4, 16, 16)).square().mean().backward()
-    assert not without_gradient(model)
 
 
 @pytest.mark.parametrize("kw, message", [
