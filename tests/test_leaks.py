@@ -83,7 +83,8 @@ def test_no_picture_is_trained_on_and_tested(layout, other, learn, weights, said
     ("train/a train/b c", "9 not in a class folder: c/0"), ("images gt", "t/gt is no class"),
     ("train/a holdout/a", "9 not in a class folder: holdout/a/0"), ("A label", "is no class"),
     ("a b c/c", "9 not in a class folder: c/c/0.png"), ("images targets", "targets is no class"),
-    ("Train/a Train/Masks", "t/Train/Masks is no class"), ("train test", "no folders with pictures")])
+    ("Train/a Train/Masks", "t/Train/Masks is no class"),
+    ("train test", "no folders with pictures")])
 def test_parts_of_a_set_and_own_output_are_no_classes(folders, text, run):
     pictures(Path("t"), *[f"{folder}/{k}.png" for folder in folders.split() for k in range(8)])
     data.write("t/run/classifier.pt", "")
