@@ -938,10 +938,11 @@ def arms_table(comparison):
     """Return the header and the rows of the table of all arms, below always the commonest class."""
     task, test, (name, trivial) = comparison.task, comparison.test, commonest(comparison)
     columns = [f"F1 {test.classes[c]}" for c in test.labels.unique()]
-    rows = [[f"always {name}", *(f"{score:.1f}" for score in trivial)]]
+    rows = [[f"always {name}", "", *(f"{score:.1f}" for score in trivial)]]
     for count in comparison.scale.counts:
         for arm in comparison.arms:
-            runs, cells = comparison.rows_of(arm, count), [comparison.label(arm, count)]
+            runs, augment = comparison.rows_of(arm, count), comparison.arms[arm].augment
+            cells = [comparison.label(arm, count), "" if augment == "none" else "yes"]
             if not runs:
                 continue
             for column in task.scores:
@@ -952,7 +953,7 @@ def arms_table(comparison):
             cells += [gain.text() if gain else "" for gain in gains]
             means = [comparison.mean(arm, count, column) for column in ("train", *columns)]
             rows.append(cells + [f"{mean:.1f}" for mean in means])
-    return ["arm", *(f"{score}, %" for score in task.scores),
+    return ["arm", "augmented", *(f"{score}, %" for score in task.scores),
             *(f"points of {comparison.metric} against {base}" for base in task.bases),
             "score in training, %", *(f"{column}, %" for column in columns)], rows
 
