@@ -269,6 +269,7 @@ def main(cfg):
     generators = list(dict.fromkeys(                         # their task, count and draw
         run[:3] for run in runs if COMPARISONS[run.task].arms[run.arm].source == "generator"))
     if cfg.init:
+        train_cls.check_init(cfg.init, comparisons[0].scenes, comparisons[0].parts)
         load_clip(comparisons[0])                # fails now, not after an hour, if it is no CLIP
     for comparison in comparisons:
         print_plan(comparison, missing, generators, jobs)
@@ -308,7 +309,6 @@ def load_comparisons(cfg):
             raise UserError(f"--arms {cfg.arms}: none is of {name}; give {', '.join(task.arms)}")
         if len(scenes.labels[parts["test"]].unique()) < 2:
             raise UserError(f"{title}: all test images are of one class: nothing can be compared")
-        train_cls.check_init(cfg.init, scenes, parts)
         COMPARISONS[name] = Comparison(name, task, arms, scale, cfg, title, scenes, parts)
     return list(COMPARISONS.values())
 

@@ -133,7 +133,7 @@ def fit(real, synthetic, cfg, path=None, soft=None, title="classifier", model=No
     if model is None:
         model = initial_model(cfg, real.classes, real.images.shape[1])
     model.to(device, memory_format=torch.channels_last)            # a tenth faster
-    identity = identity_of(cfg, real, synthetic, soft)
+    identity = identity_of(cfg, real, synthetic, soft) if path else {}   # of a checkpoint only
     if isinstance(model, LinearBaseline):                          # is solved, not trained in steps
         model.solve(mixture, cfg.share)
         return save_finished(path, model, identity)
