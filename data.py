@@ -14,10 +14,8 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -72,16 +70,11 @@ class Scenes:
     def __getitem__(self, index):
         """Select images by their indices, (M,) int64, or by a mask, (N,) bool."""
         index = torch.arange(len(self))[index]
-        tensors = {name: getattr(self, name)[index] for name in TENSORS}
+        per_image = "images", "labels", "groups", "official", "metadata"
+        tensors = {name: getattr(self, name)[index] for name in per_image}
         names = [self.names[k] for k in index.tolist()]
         captions = [self.captions[k] for k in index.tolist()]
         return replace(self, **tensors, names=names, captions=captions)
-
-    def __add__(self, other):
-        """Join two selections of one data set."""
-        tensors = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in TENSORS}
-        return replace(self, **tensors, names=self.names + other.names,
-                       captions=self.captions + other.captions)
 
     @cached_property
     def digest(self):
@@ -92,9 +85,6 @@ class Scenes:
         hashed.update(self.images.contiguous().numpy())
         hashed.update(self.metadata.numpy().tobytes())
         return hashed.hexdigest()[:12]
-
-
-TENSORS = "images", "labels", "groups", "official", "metadata"       # of Scenes, a row per image
 
 
 # ---- split: how images get into train, val and test; and choose: some of them to train on
@@ -252,54 +242,47 @@ SUFFIXES = ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif"
 FORMATS = "JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF"    # none that starts a program, as EPS does
 
 
-def read(root, size, skip_broken=False, pre=False, mask=False, cache="runs/cache"):
+def read(root, size, labelled=True, pre=False, mask=False, cache="runs/cache"):
     """Read a data set as Scenes: an xBD tree, a caption set, or a tree with a folder per class.
-    Images are (N, 3, size, size) RGB; in xBD, pre and mask add channels (see read_xbd). skip_broken
-    leaves out pictures that do not decode. What was decoded is kept in the folder `cache`.
+    Images are (N, 3, size, size) RGB; in xBD, pre and mask add channels (see read_xbd). With
+    labelled=False also a file, or a folder of pictures, which all get the class "". What was
+    decoded is kept in the folder `cache`.
     """
     root = Path(root)
     if is_xbd(root):
         return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
+    if not labelled:
+        names = below(root, "**/*")
+        if root.is_file():
+            root, names = root.parent, [root.name]
+        if not names:
+            raise UserError(f"no pictures in {root}: give one ({', '.join(SUFFIXES)}) or a folder")
+        return read_rows(root, dict.fromkeys(names, ("", NO_PART, ())), size, cache)
     captions = [*root.glob("dataset*.json"), *root.glob("captions.json")]
     if len(captions) > 1:
         raise UserError(f"{root} has {preview(captions)}: keep one of them here")
-    rows = caption_rows(captions[0], skip_broken) if captions else folder_rows(root)
-    return read_rows(root, rows, size, skip_broken, cache)
+    rows = caption_rows(captions[0]) if captions else folder_rows(root)
+    return read_rows(root, rows, size, cache)
 
 
-def read_pictures(path, size, skip_broken=False, pre=False, mask=False, cache="runs/cache"):
-    """Read pictures without classes as Scenes: one file, or all in and below a folder; or xBD."""
-    root = Path(path)
-    if is_xbd(root):
-        return read_xbd(root, size, pre=pre, mask=mask, cache=cache)
-    names = below(root, "**/*")
-    if root.is_file():
-        root, names = root.parent, [root.name]
-    if not names:
-        kinds = ", ".join(SUFFIXES)
-        raise UserError(f"no pictures in {root}: give one ({kinds}) or a folder of them")
-    rows = dict.fromkeys(names, ("", NO_PART, ()))
-    return read_rows(root, rows, size, skip_broken, cache)
-
-
-def read_rows(root, rows, size, skip_broken=False, cache="runs/cache"):
+def read_rows(root, rows, size, cache):
     """Read pictures root/name as Scenes; rows are {name: (class, place in PARTS, sentences)}.
     Doubles are one group. Metadata come from root/metadata.csv, if there is one.
     """
     def make():
-        images, names = decode_all(root, list(rows), size, skip_broken)
-        return dict(images=images, names=names, groups=group_doubles(fingerprint(images)))
+        images = decode_all(files, size)
+        return dict(images=images, groups=group_doubles(fingerprint(images)))
 
-    files = [root / name for name in rows]
-    content = cached_tree(make, root, files, cache, size=size, skip_broken=skip_broken)
-    labels, parts, captions = zip(*[rows[name] for name in content["names"]], strict=True)
+    files, names = [root / name for name in rows], list(rows)
+    content = cached_tree(make, root, files, cache, size=size)
+    labels, parts, captions = zip(*rows.values(), strict=True)
     classes = sorted(set(labels))
     labels = torch.tensor([classes.index(label) for label in labels])
     if TRAIN in parts and len(set(parts) - {NO_PART}) < 3:
         print(f"{root.name} lacks a part of train, val, test: the one beside train is test, "
               "and a quarter of train is val")
         parts = [TEST if part > TRAIN else NO_PART for part in parts]
-    return Scenes(**content, **read_metadata(root, content["names"]), labels=labels,
+    return Scenes(**content, **read_metadata(root, names), names=names, labels=labels,
                   classes=classes, official=torch.tensor(parts), captions=list(captions))
 
 
@@ -322,25 +305,21 @@ def decode(path, size):
     return rearrange(np.array(square), "h w c -> c h w")
 
 
-def decode_all(root, names, size, skip_broken=False):
-    """Decode pictures on all cores: images (n, 3, size, size) uint8, and their names.
-    UserError if one does not decode; with skip_broken it is left out, with a message.
-    """
-    def attempt(name):
+def decode_all(paths, size):
+    """Decode pictures on all cores: (N, 3, size, size) uint8. UserError if one does not decode."""
+    def attempt(path):
         try:
-            return torch.from_numpy(decode(root / name, size))
+            return torch.from_numpy(decode(path, size))
         except Exception as error:                       # Pillow raises a dozen kinds
             return error
 
-    results = dict(zip(names, in_threads(attempt, names, f"reading {root.name}"), strict=True))
-    images = {name: result for name, result in results.items() if torch.is_tensor(result)}
-    broken = [f"{root / name}: {results[name]}" for name in names if name not in images]
-    if broken and not (skip_broken and images):
-        raise UserError(f"{len(broken)} of {len(names)} pictures do not decode (the first: "
-                        f"{broken[0]}): mend or remove them, or give --skip-broken")
-    for message in broken:
-        print(f"skipped {message}", file=sys.stderr)
-    return torch.stack(list(images.values())), list(images)
+    results = in_threads(attempt, paths, "reading pictures")
+    broken = [f"{path} ({result})" for path, result in zip(paths, results, strict=True)
+              if isinstance(result, Exception)]
+    if broken:
+        raise UserError(f"{len(broken)} of {len(paths)} pictures do not decode: mend or remove "
+                        f"{preview(broken)}")
+    return torch.stack(results)
 
 
 def read_metadata(root, names):
@@ -369,27 +348,6 @@ def cached_tree(make, root, files, cache, **settings):
 
 PART_NAMES = dict(train=0, training=0, val=1, valid=1, validation=1, test=2, testing=2)
 NO_CLASSES = "mask masks label labels target targets annotations gt".split()     # nor with .pt
-ADDRESS = ("https://hf.co/datasets/isaaccorley/resisc45/resolve/"
-           "883edc0eee77b2c84225472f10f126e3ed83fa6e/")
-RESISC45 = {"NWPU-RESISC45.zip": "75206b2e16446591afa88e2628744886",           # {file: its md5}
-            "resisc45-train.txt": "b5a4c05a37de15e4ca886696a85c403e",
-            "resisc45-val.txt": "a0770cee4c5ca20b8c32bbd61e114805",
-            "resisc45-test.txt": "3dda9e4988b47eb1de9f07993653eb08"}
-
-
-def download(folder):
-    """Fetch RESISC45 (Cheng et al. 2017), 427 MB, and its lists of parts: folder/NWPU-RESISC45."""
-    tree = Path(folder) / "NWPU-RESISC45"
-    for name, md5 in RESISC45.items():
-        path = tree / name if name.endswith("txt") else Path(folder) / name
-        if not path.exists():
-            with atomic(path) as new, open(new, "wb") as file:
-                shutil.copyfileobj(urllib.request.urlopen(ADDRESS + name, timeout=60), file)
-        if hashlib.md5(path.read_bytes()).hexdigest() != md5:
-            raise UserError(f"{path} has not the md5 {md5}: remove it, and try again")
-        if name.endswith("zip"):
-            shutil.unpack_archive(path, folder)
-    print(f"RESISC45 is in {tree}")
 
 
 def folder_rows(root):
@@ -413,9 +371,10 @@ def folder_rows(root):
         else:
             others.append(name)
     if not rows:
-        hint = f"; did you mean {root / others[0].split('/')[0]}?" if others else ""
+        deeper = [name.split("/")[0] for name in others if name.count("/") > 1]
+        hint = f"; did you mean {root / deeper[0]}?" if deeper else ""
         raise UserError(f"{root} has no folders with pictures, one for each class{hint}; "
-                        "python data.py --help tells how to get or to draw some")
+                        "the README tells how to get RESISC45")
     firsts = {name.split("/")[0] for name in names}
     others += [name for name in glob.glob("*/", root_dir=root) if name[:-1] not in firsts]
     if others:
@@ -441,7 +400,7 @@ def in_words(name):
     return known.get(name) or re.sub("(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
 
 
-def caption_rows(path, skip_broken=False):
+def caption_rows(path):
     """List the pictures of a caption set, in the folder of its JSON file or below, for read_rows.
     RSICD (Lu et al. 2018), UCM-Captions and Sydney (Qu et al. 2016), RSICap (Hu et al. 2025).
     """
@@ -458,7 +417,8 @@ def caption_rows(path, skip_broken=False):
 
     label_of = {}                                        # {file: its class}
     for file in path.parent.glob("txtclasses*/*.txt"):   # RSICD: a list of files per class
-        label_of |= dict.fromkeys(file.read_text().split(), file.stem)
+        with one_line_error(file):
+            label_of |= dict.fromkeys(file.read_text("utf-8").split(), file.stem)
     numbered = {f"{n + 1}.tif": UC_MERCED[n // 100].replace(" ", "") for n in range(2100)}
     if numbered.keys() == {file for file, *_ in entries}:            # UCM-Captions
         label_of = numbered
@@ -470,9 +430,10 @@ def caption_rows(path, skip_broken=False):
         raise UserError(f"{path} names {twice[0]}, which is in several folders: keep one of them")
     name_of = {name.split("/")[-1]: name for name in names} | {name: name for name in names}
     missing = [file for file, *_ in entries if file not in name_of]
-    if missing and not (skip_broken and len(missing) < len(entries)):
-        raise UserError(f"{len(missing)} pictures of {path} are not below its folder, {missing[0]} "
-                        "first: unpack them, or give --skip-broken")
+    if len(missing) == len(entries):
+        raise UserError(f"no picture that {path} names is below its folder: unpack them there")
+    if missing:
+        print(f"left out {len(missing)} pictures of {path}, not in its folder: {preview(missing)}")
     unlabelled = [file for file, *_ in entries if label_of and file not in label_of]
     if unlabelled:
         raise UserError(f"{len(unlabelled)} pictures of {path} are in no class list, "
@@ -538,7 +499,7 @@ def crop_tree(root, tiles, size, pre, mask):
     """Crop all buildings of all tiles: the fields of Scenes, and a summary of what is left out."""
     needed = {"post.json", "post.png", "pre.png" if pre else "post.png"}
     whole = [tile for tile, files in tiles.items() if needed <= files.keys()]
-    left_out = Counter({"tiles without all files": len(tiles) - len(whole)})
+    left_out = Counter({"tiles without .png or .json": len(tiles) - len(whole)})
     crops = []
     for buildings, reasons in in_threads(lambda tile: crop_tile(tile, tiles[tile], size, pre, mask),
                                          whole, "cropping buildings"):
@@ -1238,23 +1199,12 @@ class Script(Settings):
     """The flags of this script."""
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, caption set or xBD tree")
     size: int = flag(64, "side to which the pictures are reduced", 1, 1024)
-    draw: int = flag(0, "first draw so many scenes per class, or with --xbd tiles, into it", 0)
-    xbd: bool = flag(False, "with --draw: an xBD-shaped tree")
-    download: str = flag("", "first fetch RESISC45 into this folder: data makes data/NWPU-RESISC45")
     out: str = flag("runs/data.png", "where a sheet of examples goes")
-    skip_broken: bool = flag(False, "leave out pictures that do not decode")
 
 
 def main(cfg):
     """Print how many images a tree has, and save a sheet of examples."""
-    if cfg.download:
-        download(cfg.download)
-    if cfg.draw:
-        if Path(cfg.data).exists():
-            raise UserError(f"{cfg.data} is there already: draw into a new folder")
-        draw = draw_xbd if cfg.xbd else draw_tree
-        draw(cfg.data, cfg.draw)
-    scenes, examples = read(cfg.data, cfg.size, cfg.skip_broken), []
+    scenes, examples = read(cfg.data, cfg.size), []
     for c, name in enumerate(scenes.classes):
         index = (scenes.labels == c).nonzero().flatten()
         print(f"{len(index):7} {name}")

@@ -72,7 +72,7 @@ class Arm:
     model: str = "vit"               # one of train_cls.MODELS, "clip" or "zero-shot"
     pretrain: bool = False           # only replacements in the first `share` of the steps
     shuffle: bool = False            # each replacement gets the label of another one
-    clip_filter: bool = False        # CLIP selects the replacements, and softens their labels
+    clip_filter: bool = False        # keep only the replacements that CLIP recognises
     guidance: float | None = None    # guidance scale of the generator (None: that of --scale)
     generated: int = 0               # replacements per class, at most (0: that of --scale)
     strength: float = 0.0            # sampling starts from real images, noised by this share of T
@@ -250,7 +250,7 @@ class Subset(NamedTuple):
     comparison: Comparison
     real: Scenes                     # the chosen training images
     fresh: Scenes                    # the other ones, without doubles of the chosen
-    out: Path
+    out: Path                        # folder of its generator
     draw: int
 
 
@@ -303,7 +303,7 @@ def load_comparisons(cfg):
             root, title = Path(cfg.out) / f"drawn-{name}-{scale.drawn}", f"drawn {name}"
             (data.draw_xbd if task.rare_only else data.draw_tree)(root, scale.drawn)
         title += f" with {cfg.hold_out} held out" * bool(cfg.hold_out)
-        scenes = data.read(root, scale.cls.size, cfg.skip_broken, mask=True, cache=cache)
+        scenes = data.read(root, scale.cls.size, mask=True, cache=cache)
         parts, arms = data.split(scenes, hold_out=cfg.hold_out), cfg.selected_arms(task, scale.arms)
         if not arms:
             raise UserError(f"--arms {cfg.arms}: none is of {name}; give {', '.join(task.arms)}")
@@ -353,7 +353,7 @@ def make_synthetic(where):
     if draw > 0:                                 # one generator is enough to look at
         return None
     synthetic = synthesize(subset, comparison.task.arms[comparison.task.main_arm])
-    return find_near_duplicates(subset.real, synthetic, held_out=subset.fresh + comparison.val)
+    return find_near_duplicates(subset.real, synthetic, [subset.fresh, comparison.val])
 
 
 def train_and_score(run):
@@ -361,12 +361,12 @@ def train_and_score(run):
     start, comparison = time.perf_counter(), COMPARISONS[run.task]
     arm, test = comparison.arms[run.arm], comparison.test
     subset = choose_subset(comparison, run.count, run.draw)
-    replacing, soft = replacements(subset, arm)
+    replacing = replacements(subset, arm)
     cfg = replace(comparison.scale.cls, seed=run.seed, augment=arm.augment, balance=arm.balance,
                   pretrain=arm.pretrain, share=arm.share if replacing else 0.0)
     images = dict(train=subset.real, replacing=replacing, val=comparison.val, test=test)
     title = f"{run.arm}, {comparison.amount(run.count)}, seed {run.seed}"
-    model, images = fit(comparison, arm, cfg, images, soft, title)
+    model, images = fit(comparison, arm, cfg, images, title)
     K, shift = len(test.classes), 0.0
     if arm.balance:                              # undo some of the balance: how much, val says
         logits = train_cls.outputs(model, images["val"].images).log_softmax(1)
@@ -390,12 +390,11 @@ def train_and_score(run):
     return row
 
 
-def fit(comparison, arm, cfg, images, soft, title):
+def fit(comparison, arm, cfg, images, title):
     """Train on images {part: Scenes or None}. Return model, images; of CLIP the head, features."""
     if arm.model not in ("clip", "zero-shot"):
         cfg = replace(cfg, model=arm.model)
-        model = train_cls.fit(images["train"], images["replacing"], cfg, soft=soft, title=title)
-        return model, images
+        return train_cls.fit(images["train"], images["replacing"], cfg, title=title), images
     clip, weights = load_clip(comparison), comparison.settings["weights"]
     for part, scenes in images.items():
         if scenes:                               # CLIP sees each image once: its features are kept
@@ -403,7 +402,7 @@ def fit(comparison, arm, cfg, images, soft, title):
             compute = functools.partial(train_cls.outputs, clip.features, scenes.images)
             images[part] = replace(scenes, images=data.cached(path, compute))
     if arm.model == "clip":                      # without augmentation: 8 views each gained nothing
-        train_cls.fit(images["train"], images["replacing"], replace(cfg, augment="none"), soft=soft,
+        train_cls.fit(images["train"], images["replacing"], replace(cfg, augment="none"),
                       title=title, model=clip.head)
     return clip.head, images
 
@@ -437,9 +436,9 @@ def synthesize(subset, arm):
 
 
 def replacements(subset, arm):
-    """Return what replaces real images in an arm, Scenes or None; soft labels (N, K) or None."""
+    """Return the images that replace real ones in an arm: Scenes, or None."""
     if not arm.source:
-        return None, None
+        return None
     if arm.source == "generator":
         scenes = synthesize(subset, arm)
     elif arm.source == "copies":
@@ -451,15 +450,11 @@ def replacements(subset, arm):
     if arm.shuffle:
         order = torch.randperm(len(scenes), generator=data.rng(subset.draw))
         scenes = replace(scenes, labels=scenes.labels[order])
-    if not arm.clip_filter:
-        return scenes, None
-
-    # He et al. 2023: keep what CLIP recognises, with half of its answer at temperature 2 as label.
-    logits = train_cls.outputs(load_clip(subset.comparison), scenes.images)
-    target = F.one_hot(scenes.labels, logits.shape[1])
-    recognised = (logits.softmax(1) * target).sum(1) > 1 / logits.shape[1]
-    soft = (target + (logits / 2).softmax(1)) / 2
-    return scenes[recognised], soft[recognised]
+    if arm.clip_filter:                          # He et al. 2023, CF: CLIP must not doubt the class
+        logits = train_cls.outputs(load_clip(subset.comparison), scenes.images)
+        p = logits.softmax(1)[torch.arange(len(scenes)), scenes.labels]
+        scenes = scenes[p > 1 / logits.shape[1]]
+    return scenes
 
 
 def load_clip(comparison):
@@ -689,9 +684,10 @@ class NearDuplicates(NamedTuple):
 def find_near_duplicates(real, synthetic, held_out, most=4000):
     """Count synthetic images nearer to a training image of their class than any held-out image is.
 
-    All are Scenes. The generator was trained on real and never saw held_out. Of each class as many
-    synthetic as held-out images are compared, up to `most` in all; None if there are none. If the s
-    synthetic images are as new as the n held-out ones, they are in random order of nearness:
+    All are Scenes. The generator was trained on real and never saw those of the list held_out. Of
+    each class as many synthetic as held-out images are compared, up to `most` in all; None if there
+    are none. If the s synthetic images are as new as the n held-out ones, they are in random order
+    of nearness:
 
         P(at least k synthetic ones are nearer than all n) = C(s, k) / C(s + n, k)    Rosenbaum 1954
 
@@ -699,8 +695,9 @@ def find_near_duplicates(real, synthetic, held_out, most=4000):
     """
     found, chance, pairs = 0, np.ones(1), []     # chance[k]: probability of k near-duplicates
     for c in synthetic.labels.unique():
-        known, made, others = (scenes.images[scenes.labels == c]
-                               for scenes in (real, synthetic, held_out))
+        known, made, *others = (scenes.images[scenes.labels == c]
+                                for scenes in (real, synthetic, *held_out))
+        others = torch.cat(others)
         s = n = min(len(made), len(others), most // len(real.classes))
         if n == 0:
             continue
@@ -815,7 +812,6 @@ class Config(data.Settings):
     cls_steps: int = flag(0, "optimizer steps of a classifier", 0)
     init: str = flag("", "weights of a CLIP, ours or published: adds the arms of He et al. 2023")
     hold_out: str = flag("", "xBD event to test on: none of its images is trained on")
-    skip_broken: bool = flag(False, "leave out pictures that do not decode")
     jobs: int = flag(0, "processes of one thread each (0: one per core; on a GPU: 1)", 0, 256)
 
     def __post_init__(self):

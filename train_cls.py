@@ -76,11 +76,10 @@ class Mixture:
     Paired arms: a place always draws three random numbers, whatever the share. So runs with equal
     seeds draw the same real images, and differ only where one was replaced.
 
-    real, synthetic: Scenes with the same classes; synthetic may be None. soft (M, K): class
-    probabilities to teach for the M synthetic images, instead of their labels.
+    real, synthetic: Scenes with the same classes; synthetic may be None.
     """
 
-    def __init__(self, real, synthetic, cfg, soft, device):
+    def __init__(self, real, synthetic, cfg, device):
         K, empty = len(real.classes), real[:0]
         synthetic = synthetic or empty
 
@@ -97,8 +96,6 @@ class Mixture:
         self.images = torch.cat([real.images, synthetic.images[order]]).to(device)  # (N, C, H, W)
         self.labels = torch.cat([real.labels, synthetic.labels[order]]).to(device)  # (N,)
         self.targets = F.one_hot(self.labels, K).float()                            # (N, K)
-        if soft is not None:
-            self.targets[len(real):] = soft[order].to(device)
 
     def draw(self, n, share, rng):
         """Return the indices of n images to train on, (n,) int64."""
@@ -122,18 +119,18 @@ class Mixture:
 
 # ---- training
 
-def fit(real, synthetic, cfg, path=None, soft=None, title="classifier", model=None):
+def fit(real, synthetic, cfg, path=None, title="classifier", model=None):
     """Train a classifier on real and synthetic images, and return it in eval mode.
 
-    real, synthetic, soft: see Mixture; features (N, D) may stand in the place of images. path: the
+    real, synthetic: see Mixture; features (N, D) may stand in the place of images. path: the
     checkpoint file, or None to keep none. model: what to train, by default a new one as cfg says.
     """
     device = data.pick_device()
-    mixture = Mixture(real, synthetic, cfg, soft, device)
+    mixture = Mixture(real, synthetic, cfg, device)
     if model is None:
         model = initial_model(cfg, real.classes, real.images.shape[1])
     model.to(device, memory_format=torch.channels_last)            # a tenth faster
-    identity = identity_of(cfg, real, synthetic, soft) if path else {}   # of a checkpoint only
+    identity = identity_of(cfg, real, synthetic) if path else {}   # of a checkpoint only
     if isinstance(model, LinearBaseline):                          # is solved, not trained in steps
         model.solve(mixture, cfg.share)
         return save_finished(path, model, identity)
@@ -205,16 +202,15 @@ def save_finished(path, model, identity):
     return model.eval()
 
 
-def identity_of(cfg, real, synthetic=None, soft=None):
-    """Return all that decides the weights of a run: its settings, images and soft labels."""
-    images = [scenes.digest for scenes in (real, synthetic) if scenes]
-    soft = soft is not None and soft.tolist()
-    seen = [data.fingerprint(scenes.images).numpy().tobytes().hex() for scenes in (real, synthetic)
-            if scenes and scenes.images.ndim == 4]                 # not of features, (N, D)
+def identity_of(cfg, real, synthetic=None):
+    """Return all that decides the weights of a run, and the fingerprints of what it has seen."""
+    sets = [scenes for scenes in (real, synthetic) if scenes]
+    seen = [data.fingerprint(scenes.images).numpy().tobytes() for scenes in sets]
     if Path(cfg.init).is_file():
         seen.append(data.load(cfg.init)["seen"])
-    return dict(config=data.settings_of(cfg, Config), classes=real.classes, images=images,
-                soft=soft, channels=real.images.shape[1], tiles=real.tiles, seen="".join(seen))
+    return dict(config=data.settings_of(cfg, Config), classes=real.classes, tiles=real.tiles,
+                channels=real.images.shape[1], images=[scenes.digest for scenes in sets],
+                seen=b"".join(seen))
 
 
 def as_float(x):
@@ -508,7 +504,7 @@ def check_init(path, scenes, parts):
     if not Path(path).is_file():                                   # published weights do not say
         return
     seen = data.load_checkpoint(path, "clip", "classifier", "mae", "generator")["seen"]
-    prints = torch.frombuffer(bytearray.fromhex(seen), dtype=torch.uint8).view(-1, 192)
+    prints = torch.frombuffer(bytearray(seen), dtype=torch.uint8).view(-1, 192)
     _, names = data.leaks(prints, scenes, parts)
     if names:
         raise UserError(f"{path} was trained on {len(names)} of the val and test pictures "
@@ -563,7 +559,6 @@ class Script(Config):
     """Config, and the flags that only the command line needs."""
     data: str = flag("data/NWPU-RESISC45", "folder per class, caption set or xBD tree")
     synthetic: str = flag("", "synthetic images, a folder per class: see train_gen.py --sample")
-    skip_broken: bool = flag(False, "leave out pictures that do not decode")
     per_class: int = flag(0, "real training images per class, or tiles of xBD (0: all)", 0)
     out: str = flag("runs/cls", "folder of classifier.pt")
     predict: str = flag("", "classify this folder: writes predictions.csv beside classifier.pt")
@@ -589,7 +584,7 @@ def predict_folder(cfg):
     """Classify all pictures in and below the folder cfg.predict, and write predictions.csv."""
     path, table = Path(cfg.out) / "classifier.pt", Path(cfg.out) / "predictions.csv"
     model, trained, saved = load(path, "classifier")
-    scenes = data.read_pictures(cfg.predict, trained.size, cfg.skip_broken)
+    scenes = data.read(cfg.predict, trained.size, labelled=False)
     if scenes.tiles != saved["tiles"]:
         kinds = "whole pictures", "crops of buildings, from an xBD tree with its labels"
         raise UserError(f"{path} classifies {kinds[saved['tiles']]}, and {cfg.predict} "
@@ -611,7 +606,7 @@ def read_synthetic(cfg, scenes, parts):
     classes = scenes.classes
     if Path(cfg.synthetic).resolve() == Path(cfg.data).resolve():
         raise UserError(f"--synthetic {cfg.synthetic} is --data itself, test images and all")
-    synthetic = data.read(cfg.synthetic, cfg.size, cfg.skip_broken)
+    synthetic = data.read(cfg.synthetic, cfg.size)
     if unknown := sorted(set(synthetic.classes) - set(classes)):
         raise UserError(f"{cfg.synthetic} has classes that {cfg.data} lacks: {', '.join(unknown)}")
     for path in Path(cfg.synthetic).glob("generator*.pt"):         # train_gen leaves it there
@@ -645,7 +640,7 @@ def main(cfg):
         raise UserError(f"--learn {cfg.learn} runs in one process: use python, not torchrun")
     if cfg.init:
         cfg = replace(cfg, size=load_weights(cfg.init)[2])
-    scenes, out = data.read(cfg.data, cfg.size, cfg.skip_broken), Path(cfg.out)
+    scenes, out = data.read(cfg.data, cfg.size), Path(cfg.out)
     parts = data.split(scenes)
     index = parts["train"]
     if cfg.per_class:

@@ -98,7 +98,6 @@ class Config(data.Settings):
 class Script(Config):
     """Config, and the settings that only the command line needs."""
     data: str = flag("data/NWPU-RESISC45", "tree with a folder per class, caption set or xBD tree")
-    skip_broken: bool = flag(False, "leave out pictures that do not decode")
     per_class: int = flag(0, "training images per class, or tiles of an xBD tree (0: all)", 0)
     out: str = flag("runs/gen", "folder for generator.pt, its log and samples, or for --sample")
     every: int = flag(1000, "steps between log lines, samples and checkpoints", 1)
@@ -216,7 +215,7 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
 
     state = dict(model=model, ema=averaged, optimizer=optimizer)
     identity = dict(config=data.settings_of(cfg, Config), images=real.digest,
-                    seen=data.fingerprint(real.images).numpy().tobytes().hex())
+                    seen=data.fingerprint(real.images).numpy().tobytes())
     identity |= {name: getattr(generator, name) for name in ABOUT}
     saved = data.resume(path, "generator", identity, state, dict(step=0, log=[], loss_sum=0.0))
     done, log, last_save = saved["step"], saved["log"], time.monotonic()
@@ -363,7 +362,7 @@ def read_reference(cfg, generator):
                         f"--strength, --inpaint and what {cfg.sample} needs: {needs or 'nothing'}")
     if not cfg.reference:
         return None
-    reference = data.read_pictures(cfg.reference, size, cfg.skip_broken, C >= 6, C in (4, 7))
+    reference = data.read(cfg.reference, size, labelled=False, pre=C >= 6, mask=C in (4, 7))
     if reference.images.shape[1] != C or names and list(reference.metadata_names) != names:
         raise UserError(f"--reference {cfg.reference}: {cfg.sample} needs {C} channels (over 3: an "
                         f"xBD tree), and in a metadata.csv: {', '.join(names) or 'nothing'}")
@@ -372,7 +371,7 @@ def read_reference(cfg, generator):
 
 def read_mask(path, size):
     """Return where a picture is white, (size, size) bool."""
-    white = data.read_pictures(path, size).images[0].float().mean(0) > 127
+    white = data.read(path, size, labelled=False).images[0].float().mean(0) > 127
     with Image.open(path) as pil:
         if pil.convert("RGBA").getextrema()[3][0] < 255:
             raise UserError(f"--inpaint {path} is transparent: make it white where to paint")
@@ -420,7 +419,7 @@ def main(cfg):
         raise UserError("--sample runs in one process: start it with python, not with torchrun")
     if cfg.sample:
         return sample(cfg)
-    scenes = data.read(cfg.data, cfg.size, cfg.skip_broken, pre="pre" in cfg.given, mask=True)
+    scenes = data.read(cfg.data, cfg.size, pre="pre" in cfg.given, mask=True)
     index = data.split(scenes)["train"]
     index = data.choose(scenes, index, cfg.per_class, cfg.seed) if cfg.per_class else index
     path = Path(cfg.out) / "generator.pt"
