@@ -6,7 +6,7 @@ matter. It is the yardstick for synthetic data: a flip and a crop are free, a ge
 Everything works on whole batches, on their device, in two layers:
 
     rotate(x, degrees)                        the formula: each parameter is a tensor (B,)
-    AUGMENTATIONS["rotate"](x, y, generator)  draws a parameter for each image; returns new x, y
+    AUGMENTATIONS["rotate"](x, y, rng)  draws a parameter for each image; returns new x, y
 
     x   images, float (B, C, H, W) in [-1, 1]. Channels are RGB triples: one picture, or two, after
         and before a disaster (C = 6). A mask, > 0 on the object, may follow (C = 4 or 7).
@@ -17,14 +17,13 @@ differs between them, and all three leave the mask as it is.
 """
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-from data import Settings, flag, grid, launch, save_picture, to_uint8
+from data import grid, save_picture, to_uint8
 
 
 def per_image(values, x):
@@ -218,121 +217,121 @@ def copy_paste(x, y, partner):
 
 # ---- random parameters: nothing here waits for the device
 
-def uniform(x, low, high, generator):
+def uniform(x, low, high, rng):
     """Return a random number between low and high for each image of x, (B,)."""
-    return low + (high - low) * torch.rand(len(x), generator=generator, device=x.device)
+    return low + (high - low) * torch.rand(len(x), generator=rng, device=x.device)
 
 
-def integer(x, n, generator):
+def integer(x, n, rng):
     """Return a random integer in 0 .. n - 1 for each image of x, (B,)."""
-    return torch.randint(n, (len(x),), generator=generator, device=x.device)
+    return torch.randint(n, (len(x),), generator=rng, device=x.device)
 
 
-def partners(x, generator):
+def partners(x, rng):
     """Return another image's index for each, (B,): its neighbour in a random circle."""
-    circle = uniform(x, 0, 1, generator).argsort()
+    circle = uniform(x, 0, 1, rng).argsort()
     return circle.roll(1)[circle.argsort()]
 
 
 def random_flip(axis):
     """Return the augmentation that flips each image along an axis with probability 1/2."""
-    def augment(x, y, generator):
+    def augment(x, y, rng):
         flipped = x.flip(axis)
-        chosen = per_image(uniform(x, 0, 1, generator) < 0.5, x)
+        chosen = per_image(uniform(x, 0, 1, rng) < 0.5, x)
         return torch.where(chosen, flipped, x, out=flipped), y      # new memory would cost more
     return augment
 
 
-def random_rot90(x, y, generator):
+def random_rot90(x, y, rng):
     """Turn by 0 to 3 quarters. This suits overhead images, in which no direction is special."""
-    return rot90(x, integer(x, 4, generator)), y
+    return rot90(x, integer(x, 4, rng)), y
 
 
-def random_rotate(x, y, generator):
+def random_rotate(x, y, rng):
     """Turn by any angle."""
-    return rotate(x, uniform(x, -180, 180, generator)), y
+    return rotate(x, uniform(x, -180, 180, rng)), y
 
 
-def random_scale(x, y, generator):
+def random_scale(x, y, rng):
     """Scale by 0.8 to 1.25, log-uniformly: more would belie the size of a pixel on the ground."""
-    return scale(x, uniform(x, -math.log(1.25), math.log(1.25), generator).exp()), y
+    return scale(x, uniform(x, -math.log(1.25), math.log(1.25), rng).exp()), y
 
 
-def random_translate(x, y, generator):
+def random_translate(x, y, rng):
     """Move by up to a tenth of the image in each direction."""
     H, W = x.shape[-2:]
-    dx = uniform(x, -0.1, 0.1, generator) * W
-    dy = uniform(x, -0.1, 0.1, generator) * H
+    dx = uniform(x, -0.1, 0.1, rng) * W
+    dy = uniform(x, -0.1, 0.1, rng) * H
     return translate(x, dx, dy), y
 
 
-def random_crop(x, y, generator):
+def random_crop(x, y, rng):
     """Crop 40 to 100 % of the area, width to height 3 : 4 to 4 : 3 (log-uniform), and resize it.
 
     Szegedy et al. (2015, 1409.4842) go down to 8 % of the area, which loses what a scene is about.
     """
     H, W = x.shape[-2:]
-    area = uniform(x, 0.4, 1, generator) * H * W
-    ratio = uniform(x, math.log(3 / 4), math.log(4 / 3), generator).exp()
+    area = uniform(x, 0.4, 1, rng) * H * W
+    ratio = uniform(x, math.log(3 / 4), math.log(4 / 3), rng).exp()
     height = (area / ratio).sqrt().clamp(max=H)
     width = (area * ratio).sqrt().clamp(max=W)
 
-    top = uniform(x, 0, 1, generator) * (H - height)
-    left = uniform(x, 0, 1, generator) * (W - width)
+    top = uniform(x, 0, 1, rng) * (H - height)
+    left = uniform(x, 0, 1, rng) * (W - width)
     return crop(x, top, left, height, width), y
 
 
 def jitter(matrix, low, high):
     """Return the augmentation that recolours by a matrix, its parameter between low and high."""
-    def augment(x, y, generator):
-        return recolour(x, matrix(uniform(x, low, high, generator))), y
+    def augment(x, y, rng):
+        return recolour(x, matrix(uniform(x, low, high, rng))), y
     return augment
 
 
-def random_color(x, y, generator):
+def random_color(x, y, rng):
     """Change brightness, contrast, saturation and hue at once, as strongly as each one alone.
 
     The first three commute, and a small turn of the hue nearly does, so no order is drawn.
     (torchvision shuffles the four, and clips after each.)
     """
-    return recolour(x, brightness_matrix(uniform(x, 0.7, 1.3, generator)),
-                    contrast_matrix(uniform(x, 0.7, 1.3, generator)),
-                    saturation_matrix(uniform(x, 0.7, 1.3, generator)),
-                    hue_matrix(uniform(x, -0.05, 0.05, generator))), y
+    return recolour(x, brightness_matrix(uniform(x, 0.7, 1.3, rng)),
+                    contrast_matrix(uniform(x, 0.7, 1.3, rng)),
+                    saturation_matrix(uniform(x, 0.7, 1.3, rng)),
+                    hue_matrix(uniform(x, -0.05, 0.05, rng))), y
 
 
-def random_noise(x, y, generator):
+def random_noise(x, y, rng):
     """Add noise of a deviation between 0 and a tenth of the way from black to white."""
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return add_noise(x, noise, uniform(x, 0, 0.1, generator)), y
+    noise = torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
+    return add_noise(x, noise, uniform(x, 0, 0.1, rng)), y
 
 
-def random_cutout(x, y, generator):
+def random_cutout(x, y, rng):
     """Cut out a square of a third of the side. (The paper: 1/2 for CIFAR-10, 1/4 for CIFAR-100.)"""
     H, W = x.shape[-2:]
     side = torch.full((len(x),), min(H, W) // 3, device=x.device)
-    return cutout(x, integer(x, H, generator), integer(x, W, generator), side), y
+    return cutout(x, integer(x, H, rng), integer(x, W, rng), side), y
 
 
-def random_cutmix(x, y, generator):
+def random_cutmix(x, y, rng):
     """Mix half of the images, each by a box of its own (the authors: one box for a batch).
 
     The box has the shape of the image, and its area is uniform, which is Beta(1, 1).
     """
     H, W = x.shape[-2:]
-    mixed = uniform(x, 0, 1, generator) < 0.5
-    side = (uniform(x, 0, 1, generator) * mixed).sqrt()                            # 0 mixes nothing
-    partner = partners(x, generator)
-    cy = integer(x, H, generator)
-    cx = integer(x, W, generator)
+    mixed = uniform(x, 0, 1, rng) < 0.5
+    side = (uniform(x, 0, 1, rng) * mixed).sqrt()                            # 0 mixes nothing
+    partner = partners(x, rng)
+    cy = integer(x, H, rng)
+    cx = integer(x, W, rng)
     return cutmix(x, y, partner, cy, cx, (side * H).long(), (side * W).long())
 
 
-def random_copypaste(x, y, generator):
+def random_copypaste(x, y, rng):
     """Paste onto half of the images. The paper flips and scales before: "hflip,scale,copypaste"."""
     itself = torch.arange(len(x), device=x.device)
-    pasted = uniform(x, 0, 1, generator) < 0.5
-    return copy_paste(x, y, torch.where(pasted, partners(x, generator), itself))
+    pasted = uniform(x, 0, 1, rng) < 0.5
+    return copy_paste(x, y, torch.where(pasted, partners(x, rng), itself))
 
 
 AUGMENTATIONS = {
@@ -359,9 +358,9 @@ OVERHEAD = "hflip,rot90,crop,color"
 
 
 def compose(names):
-    """Return a function (x, y, generator) -> (x, y) for names such as "hflip,rot90,crop".
+    """Return a function (x, y, rng) -> (x, y) for names such as "hflip,rot90,crop".
 
-    "" and "none" change nothing. generator: a torch.Generator on x's device, or None for the
+    "" and "none" change nothing. rng: a torch.Generator on x's device, or None for the
     global one of torch. Raises ValueError for unknown names.
     """
     wanted = [] if names.strip() in ("", "none") else [name.strip() for name in names.split(",")]
@@ -369,9 +368,9 @@ def compose(names):
         if name not in AUGMENTATIONS:
             raise ValueError(f"unknown augmentation {name!r}; known: {', '.join(AUGMENTATIONS)}")
 
-    def augment(x, y, generator):
+    def augment(x, y, rng):
         for name in wanted:
-            x, y = AUGMENTATIONS[name](x, y, generator)
+            x, y = AUGMENTATIONS[name](x, y, rng)
         return x, y
     return augment
 
@@ -389,9 +388,9 @@ def settlement(size):
 
 def contact_sheet(x):
     """Return a PIL image with a row for each augmentation: its name, and the batch x after it."""
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     names = ["none", *AUGMENTATIONS]
-    rows = [compose(name)(x, torch.eye(len(x)), generator)[0] for name in names]
+    rows = [compose(name)(x, torch.eye(len(x)), rng)[0] for name in names]
     pictures = grid(to_uint8(torch.cat(rows)), len(x))
     sheet = Image.new("RGB", (96 + pictures.width, pictures.height), "white")
     sheet.paste(pictures, (96, 0))
@@ -401,20 +400,14 @@ def contact_sheet(x):
     return sheet
 
 
-@dataclass
-class Script(Settings):
-    """The flags of this script."""
-    out: str = flag("runs/augment.png", "where the sheet goes")
-
-
-def main(cfg):
+def main(path="runs/augment.png"):
     """Draw a contact sheet of all augmentations, on two pictures, four times each."""
     one = settlement(96)
     other = crop(one, *torch.tensor([[0], [0], [70], [70]]))
     other = recolour(other, brightness_matrix(torch.tensor([0.8])), hue_matrix(torch.tensor([0.9])))
-    save_picture(contact_sheet(torch.cat((one, other)).repeat_interleave(4, 0)), cfg.out)
-    print(f"{cfg.out}: a row each for {', '.join(AUGMENTATIONS)}")
+    save_picture(contact_sheet(torch.cat((one, other)).repeat_interleave(4, 0)), path)
+    print(f"look at {path}: a row each for {', '.join(AUGMENTATIONS)}")
 
 
 if __name__ == "__main__":
-    launch(main, Script)
+    main()

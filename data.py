@@ -100,7 +100,8 @@ def split(scenes, seed=0, hold_out=""):
     """
     official = scenes.official
     if hold_out:
-        events = [event_of(name) if scenes.tiles else "" for name in scenes.names]
+        tiles = [name.split("/")[1] if scenes.tiles else "" for name in scenes.names]
+        events = [tile.rpartition("_")[0] for tile in tiles]         # joplin-tornado_00000050
         if hold_out not in events:
             known = ", ".join(sorted(set(events))) or "none but in an xBD tree"
             raise UserError(f"--hold-out {hold_out}: no such event; there are {known}")
@@ -490,11 +491,6 @@ def find_tiles(root):
     return dict(sorted(tiles.items()))
 
 
-def event_of(name):
-    """Return a building's disaster: "train/joplin-tornado_00000050/uid" -> "joplin-tornado"."""
-    return name.split("/")[1].rpartition("_")[0]
-
-
 def crop_tree(root, tiles, size, pre, mask):
     """Crop all buildings of all tiles: the fields of Scenes, and a summary of what is left out."""
     needed = {"post.json", "post.png", "pre.png" if pre else "post.png"}
@@ -856,8 +852,8 @@ def rng(*key, device="cpu"):
 
 
 def to_float(images):
-    """Turn uint8 into float in [-1, 1]."""
-    return (images / 127.5).sub_(1)
+    """Turn uint8 into float in [-1, 1]; what is float stays as it is, such as features."""
+    return images if images.is_floating_point() else (images / 127.5).sub_(1)
 
 
 def to_uint8(x):
@@ -1212,8 +1208,6 @@ def main(cfg):
     groups = f"{len(scenes.groups.unique())} {'tiles' if scenes.tiles else 'without doubles'}"
     sizes = ", ".join(f"{len(index)} {part}" for part, index in split(scenes).items())
     print(f"{len(scenes):7} images of {len(scenes.classes)} classes, {groups}; {sizes}")
-    if any(scenes.captions):
-        print(f"{sum(map(len, scenes.captions)):7} sentences, the first: {scenes.captions[0][0]}")
     save_picture(grid(scenes.images[torch.cat(examples)], 10), cfg.out)
     print(f"examples: {cfg.out}")
 

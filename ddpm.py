@@ -23,9 +23,9 @@ up for the variance that a mean lacks. Samplers without it take 12 steps instead
 DDPM: Ho et al. 2020 (2006.11239), who count t from 1. DDIM: Song et al. 2021 (2010.02502).
 """
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from PIL import Image, ImageDraw
@@ -98,15 +98,15 @@ class Diffusion(nn.Module):
             return a * x - s * out                        # = (a^2 + s^2) x0
         return (x - s * out) / a if self.predict == "eps" else out
 
-    def loss(self, model, x0, cond, drop=0.1, generator=None):
+    def loss(self, model, x0, cond, drop=0.1, rng=None):
         """Return the loss of Algorithm 1 on images x0 (B, C, H, W): the weighted squared error.
 
         Guidance needs a network that can do without the condition. So a share `drop` of the images
         is trained without it: cond.drop(mask) drops it where mask, (B,) bool, is true.
         """
-        t = torch.randint(self.T, (len(x0),), device=x0.device, generator=generator)
-        eps = torch.randn(x0.shape, device=x0.device, generator=generator)
-        dropped = torch.rand(len(x0), device=x0.device, generator=generator) < drop
+        t = torch.randint(self.T, (len(x0),), device=x0.device, generator=rng)
+        eps = torch.randn(x0.shape, device=x0.device, generator=rng)
+        dropped = torch.rand(len(x0), device=x0.device, generator=rng) < drop
 
         out = model(self.q_sample(x0, t, eps), t, cond.drop(dropped))
         error = (out - self.target(x0, t, eps)) ** 2
@@ -162,46 +162,40 @@ class Diffusion(nn.Module):
         (RePaint, Lugmayr et al. 2022, 2201.09865). Order 2 corrects the last step, which would undo
         new noise and known pixels, so it refuses both.
         """
-        if model.training:
-            raise ValueError("call model.eval() first")
         if order == 2 and (eta or known):
             raise ValueError("order 2 needs eta = 0, and no known pixels")
         ts = self.levels(steps, start[1] if start else None)
-        # At level k, x = a[k] x0 + s[k] eps. One more level, at the end, is the image itself.
-        a = [*self.abar[ts].sqrt().tolist(), 1.0]
-        s = [*(1 - self.abar[ts]).sqrt().tolist(), 0.0]
-
-        def ddim(x, x0, k, sigma=0.0):
-            """Step to level k + 1, DDIM Eq. 12; leave room for new noise of variance sigma^2."""
-            eps = (x - a[k] * x0) / s[k]
-            return a[k + 1] * x0 + math.sqrt(s[k + 1] ** 2 - sigma**2) * eps
+        abar = [*self.abar[ts].tolist(), 1.0]            # one more level, at the end, is the image
+        level = [(math.sqrt(value), math.sqrt(1 - value)) for value in abar]             # [(a, s)]
 
         network = partial(guided, model, cond=cond, w=w)
         x = randn()
         if x.is_cuda:
             network = Replay(network)        # the same numbers, sooner
         if start:
-            x = a[0] * start[0] + s[0] * x
+            a, s = level[0]
+            x = a * start[0] + s * x
         x_last = x0_last = None
         for k, t in enumerate(ts):           # no .item() in here: it would wait for the GPU
+            (a, s), (a_next, s_next) = level[k], level[k + 1]
             out = network(x, torch.full((len(x),), t, device=x.device))
-            x0 = self.x0_from(x, out, a[k], s[k])
+            x0 = self.x0_from(x, out, a, s)
             if clip:
                 x0 = x0.clamp(-1, 1)         # no pixel is outside; Ho's code does so, too
 
             x0_ahead = x0
-            if order == 2:
-                x, x0_ahead = self.second_order(x, x0, x_last, x0_last, ddim, a, s, k)
+            if order == 2 and k > 0:
+                x, x0_ahead = second_order(x, x0, x_last, x0_last, *level[k - 1:k + 2])
             x_last, x0_last = x, x0
 
-            beta = 1 - (a[k] / a[k + 1]) ** 2                # of the step from level k to k + 1
-            sigma = eta * s[k + 1] / s[k] * math.sqrt(beta)  # DDIM Eq. 16: eta times that of DDPM
-            x = ddim(x, x0_ahead, k, sigma)
+            beta = 1 - (a / a_next) ** 2                     # of the step from level k to k + 1
+            sigma = eta * s_next / s * math.sqrt(beta)       # DDIM Eq. 16: eta times that of DDPM
+            x = ddim(x, x0_ahead, level[k], level[k + 1], sigma)
             if sigma > 0:
                 x = x + sigma * randn()
             if known:
                 x0_known, mask = known       # known pixels are x0_known, noised to level k + 1
-                x = torch.where(mask > 0, a[k + 1] * x0_known + s[k + 1] * randn(), x)
+                x = torch.where(mask > 0, a_next * x0_known + s_next * randn(), x)
         return x
 
     def levels(self, steps, start=None):
@@ -210,10 +204,10 @@ class Diffusion(nn.Module):
         The first is T - 1, pure noise, or `start`, a t. Above s / a = 60 all is noise, so the
         second is at 60. The last is at .01, about a grey level. If steps = T, all t are visited.
 
-        Why equal factors: the mean of N pixels has sqrt(N) times less noise than one. So large
-        things, like the brightness, are settled at high noise, and details at low noise: so each
-        scale has its steps. 12 evenly spaced t (cosine) step from pure noise to s / a = 7 at once:
-        if 64 x 64 RGB images vary in brightness by 18 grey levels (std), half of this is lost.
+        Why equal factors: the mean of N pixels has sqrt(N) times less noise than one. So high noise
+        settles large things, like the brightness, and low noise details: each has its steps. 12
+        evenly spaced t (cosine) step from pure noise to s / a = 7 at once: if 64 x 64 RGB images
+        vary in brightness by 18 grey levels (std), half of this is lost.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
@@ -231,23 +225,33 @@ class Diffusion(nn.Module):
             ts.append(t)
         return ts
 
-    @staticmethod
-    def second_order(x, x0, x_last, x0_last, ddim, a, s, k):
-        """Return a better x at level k, and the x0 to step towards, without calling the network.
 
-        A step of DDIM is exact, however long, if the guess x0 is the same all the way. But it is
-        not. So correct the last step: take it again, with the mean of the guesses at its ends (as
-        UniPC-1 does, Zhao et al. 2023, 2302.04867). And predict for the next one the guess in its
-        middle, on the line through the last two guesses (DPM-Solver++ 2M, Lu et al. 2022,
-        2211.01095). Time is log(a / s), where the levels are evenly spaced.
-        """
-        if k == 0:
-            return x, x0
-        x = ddim(x_last, (x0_last + x0) / 2, k - 1)
-        if s[k + 1] == 0:                                    # the last step ends at x0 itself
-            return x, x0
-        last, now, after = (math.log(a[j] / s[j]) for j in (k - 1, k, k + 1))
-        return x, x0 + (after - now) / (now - last) / 2 * (x0 - x0_last)
+def ddim(x, x0, now, after, sigma=0.0):
+    """Return x after a step of DDIM, Eq. 12, from the level now = (a, s) to the level after.
+
+    The guess x0 and x = a x0 + s eps give eps; x0 and eps give x at the other level. If you add new
+    noise of variance sigma^2 then, it replaces a part of eps.
+    """
+    a, s = now
+    eps = (x - a * x0) / s
+    a, s = after
+    return a * x0 + math.sqrt(s**2 - sigma**2) * eps
+
+
+def second_order(x, x0, x_last, x0_last, before, now, after):
+    """Return a better x at the level now, and the x0 to step towards: no new call of the network.
+
+    A step of DDIM is exact, however long, if the guess x0 is the same all the way. But it is not.
+    So correct the last step: take it again, with the mean of the guesses at its ends (as UniPC-1
+    does, Zhao et al. 2023, 2302.04867). And predict for the next one the guess in its middle, on
+    the line through the last two guesses (DPM-Solver++ 2M, Lu et al. 2022, 2211.01095). Time is
+    log(a / s), where the levels are evenly spaced.
+    """
+    x = ddim(x_last, (x0_last + x0) / 2, before, now)
+    if after[1] == 0:                                        # the last step ends at x0 itself
+        return x, x0
+    t_before, t_now, t_after = (math.log(a / s) for a, s in (before, now, after))
+    return x, x0 + (t_after - t_now) / (t_now - t_before) / 2 * (x0 - x0_last)
 
 
 def guided(model, x, t, cond, w):
@@ -267,12 +271,18 @@ def guided(model, x, t, cond, w):
 
 # ---- a whole program, python ddpm.py. Its images are points: one pixel, whose channels are x and y
 
-def classes(y):
-    """Return the toy's condition: the class y (B,) of every point, 0 or 1, or -1 if dropped."""
-    return SimpleNamespace(
-        y=y,
-        drop=lambda mask: classes(y.masked_fill(mask, -1)),
-        and_null=lambda: classes(torch.cat([y, torch.full_like(y, -1)])))
+@dataclass
+class Classes:
+    """The toy's condition: the class y (B,) of every point, 0 or 1, or -1 if dropped."""
+    y: torch.Tensor
+
+    def drop(self, mask):
+        """Return the classes, dropped where mask, (B,) bool, is true."""
+        return Classes(self.y.masked_fill(mask, -1))
+
+    def and_null(self):
+        """Return these classes, then as many dropped ones, (2 B,)."""
+        return Classes(torch.cat([self.y, torch.full_like(self.y, -1)]))
 
 
 class Toy(nn.Sequential):
@@ -296,7 +306,7 @@ def train_toy(steps, y):
                 nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for step in range(1, steps + 1):
-        loss = diffusion.loss(model, spiral(y), classes(y))
+        loss = diffusion.loss(model, spiral(y), Classes(y))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -332,10 +342,10 @@ def main(path="runs/ddpm.png", steps=1500):
     for name, sampler in (("Algorithm 2, 1,000 steps", diffusion.sample_ddpm),
                           ("the fast sampler, 12 steps", diffusion.sample),
                           ("the same with guidance, w = 3", partial(diffusion.sample, w=3))):
-        samples = sampler(model, classes(y), partial(torch.randn, 1000, 2, 1, 1))
-        row = rows[f"p by {name}: noise -> data"] = {}
-        row |= {f"t = {t}": dots(seen[t]) for t in diffusion.levels(12)[4:10]}
+        samples = sampler(model, Classes(y), partial(torch.randn, 1000, 2, 1, 1))
+        row = {f"t = {t}": dots(seen[t]) for t in diffusion.levels(12)[4:10]}
         row |= {"samples": dots(samples), "data": dots(spiral(y))}
+        rows[f"p by {name}: noise -> data"] = row
 
     sheet = Image.new("RGB", (1088, len(rows) * 172), "white")
     pen = ImageDraw.Draw(sheet)

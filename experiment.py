@@ -6,9 +6,8 @@
 
 An *arm* is one way to train the classifier: on real images, with augmentation, with synthetic
 images and so on. The experiment chooses a few real training images (so many per class, or of xBD so
-many tiles), trains a generator on exactly these, and makes synthetic images with it. Then for each
-seed and arm it trains the same classifier, scores it on the test split, and estimates what one arm
-gains over another. Three rules make this fair:
+many tiles), trains a generator on exactly these, and makes images with it. Then for each seed and
+arm it trains and scores the same classifier, and says what one arm gains over another. The rules:
 
     equal budget   All networks take the same number of steps and of images per step. A synthetic
                    image takes the place of a real one and never comes on top. (The steps of the
@@ -30,7 +29,6 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -95,20 +93,22 @@ TASKS = {
         arms={                                   # source, share, augment
             "real": Arm(),
             "real + augmentation": Arm(augment=OVERHEAD),
-            "synthetic only": Arm("generator", 1.0, OVERHEAD),
+            "synthetic + augmentation": Arm("generator", 1.0, OVERHEAD),
             "real + synthetic": Arm("generator", 0.5),
             "real + synthetic + augmentation": Arm("generator", 0.5, OVERHEAD),
-            "real + fresh real": Arm("fresh", 0.5, OVERHEAD),     # upper bound: a perfect generator
-            "real + copies": Arm("copies", 0.5, OVERHEAD),        # negative control: nothing new
-            "linear: real": Arm(model="linear"),                  # baseline: on colours and edges
+            # The upper bound (a perfect generator), and the negative control (nothing new)
+            "real + fresh real + augmentation": Arm("fresh", 0.5, OVERHEAD),
+            "real + copies + augmentation": Arm("copies", 0.5, OVERHEAD),
+            # The linear baseline, on colours and edges
+            "linear: real": Arm(model="linear"),
             "linear: synthetic only": Arm("generator", 1.0, model="linear"),
             "linear: real + synthetic": Arm("generator", 0.5, model="linear"),
         },
         main_arm="real + synthetic + augmentation", bases=("real", "real + augmentation"),
         claims=(("real + synthetic + augmentation", "real + augmentation"),
                 ("real + synthetic", "real"),
-                ("real + fresh real", "real + augmentation"),
-                ("real + copies", "real + augmentation"),
+                ("real + fresh real + augmentation", "real + augmentation"),
+                ("real + copies + augmentation", "real + augmentation"),
                 ("clip: synthetic only", "clip: zero-shot"),
                 ("clip: real + synthetic", "clip: real"), ("clip: real + edited", "clip: real"),
                 ("clip: real + fresh real", "clip: real"), ("clip: real + copies", "clip: real")),
@@ -252,6 +252,15 @@ class Subset(NamedTuple):
     fresh: Scenes                    # the other ones, without doubles of the chosen
     out: Path                        # folder of its generator
     draw: int
+
+    def replaced(self):
+        """Return the classes whose images are replaced, (n,): all, or in buildings the rare ones.
+
+        They are those that a generator is trained on: common ones would take most of its steps.
+        """
+        count = self.real.labels.bincount(minlength=len(self.real.classes))
+        rare_only = self.comparison.task.rare_only
+        return (count < (count.float().mean() if rare_only else math.inf)).nonzero().flatten()
 
 
 COMPARISONS = {}                     # {task: Comparison}, filled by load_comparisons
@@ -409,15 +418,12 @@ def fit(comparison, arm, cfg, images, title):
 
 def synthesize(subset, arm):
     """Return the synthetic images of an arm (Scenes), made on the first call and kept on disk."""
-    scale, real = subset.comparison.scale, subset.real
-    if subset.comparison.task.rare_only:         # common classes would take most of its steps
-        count = real.labels.bincount(minlength=len(real.classes))
-        is_rare = count < count.float().mean()
-        real = real[is_rare[real.labels]]
+    scale, classes = subset.comparison.scale, subset.replaced()
+    real = subset.real[torch.isin(subset.real.labels, classes)]
     cfg, steps = replace(scale.gen, seed=subset.draw), scale.sampling_steps
     generated = arm.generated or scale.generated
     guidance = scale.guidance if arm.guidance is None else arm.guidance
-    y = real.labels.unique().repeat_interleave(generated)
+    y = classes.repeat_interleave(generated)
 
     def make():
         generator = train_gen.train(real, cfg, subset.out / "generator.pt",
@@ -441,11 +447,10 @@ def replacements(subset, arm):
         return None
     if arm.source == "generator":
         scenes = synthesize(subset, arm)
-    elif arm.source == "copies":
-        scenes = subset.real
     else:                                        # at most as many of a class as synthetic images
-        most, scenes = arm.generated or subset.comparison.scale.generated, subset.fresh
-        first = [(scenes.labels == c).nonzero()[:most, 0] for c in range(len(scenes.classes))]
+        scenes = subset.real if arm.source == "copies" else subset.fresh
+        most = arm.generated or subset.comparison.scale.generated
+        first = [(scenes.labels == c).nonzero()[:most, 0] for c in subset.replaced()]
         scenes = scenes[torch.cat(first)]
     if arm.shuffle:
         order = torch.randperm(len(scenes), generator=data.rng(subset.draw))
@@ -617,12 +622,12 @@ def commonest(comparison):
 
 
 def linear_baseline(comparison, count):
-    """Return the score (%) of the best linear arm, or of the commonest class if that is higher.
+    """Return the score (%) of the linear arm on real images, or of the commonest class if higher.
 
     A network below it has not learned the task: its arms differ in how fast they begin to learn.
     """
     linear = [comparison.mean(name, count) for name, arm in comparison.arms.items()
-              if arm.model == "linear"]
+              if arm.model == "linear" and not arm.source]
     return float(np.nanmax([commonest(comparison)[1][0], *linear]))
 
 
@@ -802,7 +807,7 @@ class Config(data.Settings):
     task: str = flag("", "without --data: run only this one (empty: both)", choices=TASKS)
     arms: str = flag("", "which arms, by comma, or all (empty: those of --scale)")
     study: str = flag("", f"more arms, by comma: {', '.join(STUDIES)}")
-    counts: str = flag("", "by comma: real images per class, or of buildings tiles (0: all)")
+    counts: tuple = flag((), "by comma: real images per class, or of buildings tiles (0: all)", 0)
     seeds: int = flag(0, "repetitions", 0, 1000)
     redraw: bool = flag(False, "new training images and a new generator for each seed")
     size: int = flag(0, "side of the images in pixels, a multiple of 8", 0, 512)
@@ -821,11 +826,9 @@ class Config(data.Settings):
             if unknown := [word for word in listed(asked) if word not in known]:
                 raise ValueError(f"--{name} {unknown[0]}: known are {', '.join(known)}")
         if self.counts and not (self.data or self.task):
-            raise ValueError(f"--counts {self.counts}: of which --task, scenes or buildings?")
+            raise ValueError("--counts needs --task, scenes or buildings")
         if self.size % 8:
             raise ValueError(f"--size {self.size} is not a multiple of 8")
-        if self.counts and not re.fullmatch(r"\d+(,\d+)*", self.counts):
-            raise ValueError(f"--counts {self.counts}: give whole numbers, by comma")
         self.resolved("scenes")                              # refuses sizes that do not fit
 
     def tasks(self):
@@ -843,7 +846,7 @@ class Config(data.Settings):
         """Return the Scale of a task, changed by these flags."""
         default = "medium" if self.data and torch.cuda.is_available() else "small"
         scale = SCALES[task][self.scale or default]
-        counts = data.integers(self.counts) if self.counts else scale.counts
+        counts = self.counts or scale.counts
         # The patch doubles as the image does: the number of tokens stays about equal.
         size = self.size or scale.gen.size
         growth = 2.0 ** round(math.log2(size / scale.gen.size))
@@ -878,10 +881,10 @@ SUBJECTS = {"generator": ("synthetic images", ""),
 CLAIMS = ("A claim compares two arms, which are ways to train the classifier. p says how often "
           "chance alone gives a gain so far from 0, after Holm's correction (of the claims on "
           "synthetic images and, apart, of the controls). No interval is corrected. There is no "
-          "verdict if both arms are below the linear baseline: the best linear classifier on "
-          "colours and edges, or the commonest class. "
-          "This holds for {} at {} px, {} test images in {} groups, {} seeds with {}; generators "
-          "of {} steps, {} synthetic images per class, classifiers of {} steps. A picture and its "
+          "verdict if the means of both arms are below the linear baseline: a linear classifier on "
+          "colours and edges of the real images, or the commonest class. This holds for {} at {} "
+          "px, {} test images in {} groups, {} seeds (repetitions) with {}; generators of {} "
+          "steps, {} synthetic images per class, classifiers of {} steps. A picture and its "
           "doubles{} stay in one part, so that no test image has a double in training. {}")
 
 
@@ -909,6 +912,7 @@ def answers(comparison, found):
 def sentence(comparison, claim, explain):
     """Write a Claim as a sentence; explain: say in half a sentence what a control is."""
     seeds, points = len(comparison.rows_of(claim.arm, claim.count)), claim.gain.text(" points")
+    points += " (the 95 % interval)" * (explain and claim.arm == comparison.task.main_arm)
     subject, role = SUBJECTS[comparison.arms[claim.arm].source]
     subject += role if explain else ""
     if claim.base != dict(comparison.task.claims)[comparison.task.main_arm]:
@@ -934,6 +938,7 @@ def arms_table(comparison):
     """Return the header and the rows of the table of all arms, below always the commonest class."""
     task, test, (name, trivial) = comparison.task, comparison.test, commonest(comparison)
     columns = [f"F1 {test.classes[c]}" for c in test.labels.unique()]
+    columns *= len(columns) <= 10                # of more, results.csv has them
     rows = [[f"always {name}", "", *(f"{score:.1f}" for score in trivial)]]
     for count in comparison.scale.counts:
         for arm in comparison.arms:
@@ -979,7 +984,9 @@ def task_html(comparison):
     body += [interval_plot(comparison, found)] if found else []
     for count, near in comparison.near_duplicates.items():
         body += synthetic_html(comparison, count, near)
-    draws = "images and a generator each" if scale.redraw else "the same training images"
+    draws = "the same training images"
+    if scale.redraw:
+        draws = "training images and a generator each, drawn from one pool, so that they overlap"
     drawn = "Drawn pictures test the method; they say nothing about the world."
     scenes = comparison.scenes
     doubles = f" ({len(scenes) - len(scenes.groups.unique())} found)"
@@ -1027,7 +1034,7 @@ def interval_plot(comparison, found):
     low, high = min(0, np.min(spans)), max(0, np.max(spans))
     step = next((step for step in (1, 2, 5, 10) if high - low <= 6 * step), 20)
     def x(points):
-        return round(20 + 560 * (points - low) / (high - low or 1), 1)
+        return round(20 + 400 * (points - low) / (high - low or 1), 1)
 
     foot, parts = 40 * len(found) + 4, []
     for tick in range(step * math.ceil(low / step), step * math.floor(high / step) + 1, step):
@@ -1040,7 +1047,7 @@ def interval_plot(comparison, found):
                      f'd="M{x(left)} {y}H{x(right)}M{x(mean)} {y - 6}v12"/>')
     caption = (f"Gain in {comparison.metric}, in points: the mean (a bar) and its 95 % interval (a "
                "line), for other seeds and test images of this kind.")
-    return (f'<figure><svg viewBox="0 0 600 {foot + 20}" role="img">{"".join(parts)}</svg>'
+    return (f'<figure><svg viewBox="0 0 440 {foot + 20}" role="img">{"".join(parts)}</svg>'
             f"{tag('figcaption', caption)}</figure>")
 
 
@@ -1057,15 +1064,12 @@ def table(header, rows):
 
 
 def cell(content):
-    """Write a cell of an HTML table. A score in per cent, "79.3 ± 1.2", gets a bar behind it."""
+    """Write a cell of an HTML table: text, or images (N, C, H, W) side by side."""
     if torch.is_tensor(content):
         file = io.BytesIO()
         data.grid(content, len(content), zoom=max(1, 64 // content.shape[-1])).save(file, "png")
         source = base64.b64encode(file.getvalue()).decode()
         return f'<td><img alt="" src="data:image/png;base64,{source}">'
-    if score := re.match(r"\d+\.\d(?= ±|$)", content):
-        bar = f"background: linear-gradient(90deg, #48f4 {score[0]}%, transparent 0)"
-        return f'<td style="{bar}">{html.escape(content)}'
     return f"<td>{html.escape(content)}"
 
 
@@ -1077,7 +1081,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8886 }
 td:first-child { min-width: 8rem } td + td { white-space: nowrap }
-svg { width: 100%; max-width: 40rem; fill: currentColor } path { stroke: currentColor }
+svg { width: 100%; max-width: 36rem; font-size: 12px; fill: currentColor }
+path { stroke: currentColor }
 text { paint-order: stroke; stroke: Canvas; stroke-width: 5px }
 img { image-rendering: pixelated; display: block }
 </style><title>QUESTION</title><h1>QUESTION</h1>""".replace("QUESTION", __doc__.split("\n")[0])

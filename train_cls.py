@@ -143,7 +143,7 @@ def fit(real, synthetic, cfg, path=None, title="classifier", model=None):
         if cfg.pretrain:                                           # first all synthetic, then real
             share = float(step < cfg.share * cfg.steps)
         index = mixture.draw(batch, share, rng)
-        x, y = as_float(mixture.images[index]), mixture.targets[index]
+        x, y = data.to_float(mixture.images[index]), mixture.targets[index]
         x, y = augment(x, y, rng)                                  # (B, C, H, W), (B, K)
         with data.autocast(device):
             return F.cross_entropy(model(x), y, label_smoothing=cfg.smoothing)
@@ -213,17 +213,12 @@ def identity_of(cfg, real, synthetic=None):
                 seen=b"".join(seen))
 
 
-def as_float(x):
-    """Return images (N, C, H, W) uint8 as float in [-1, 1], and features (N, D) as they are."""
-    return x if x.is_floating_point() else data.to_float(x)
-
-
 @torch.no_grad()
 def outputs(function, images, batch=512):
     """Return function(x) of all images (N, C, H, W) uint8, such as a model: (N, D) on the CPU."""
     device = data.pick_device()
     with data.autocast(device):
-        parts = [function(as_float(part.to(device))).float().cpu() for part in images.split(batch)]
+        parts = [function(data.to_float(x.to(device))).float().cpu() for x in images.split(batch)]
     return torch.cat(parts)
 
 
@@ -451,8 +446,7 @@ def fit_clip(scenes, cfg, path=None):
         index = torch.randperm(len(images), device=device, generator=rng)[:cfg.batch]
         u = torch.rand(len(index), device=device, generator=rng)
         sentence = first[index] + (u * count[index]).long()        # one of each image's own
-        no_labels = torch.zeros(len(index), 1, device=device)
-        x, _ = augment(data.to_float(images[index]), no_labels, rng)
+        x, _ = augment(data.to_float(images[index]), None, rng)
         with data.autocast(device):
             return vit.contrastive(model(x, ids[sentence]))
 
@@ -469,8 +463,7 @@ def fit_mae(scenes, cfg, path=None):
 
     def loss(step, rng):
         index = torch.randint(len(images), (cfg.batch,), device=device, generator=rng)
-        no_labels = torch.zeros(cfg.batch, 1, device=device)
-        x, _ = augment(data.to_float(images[index]), no_labels, rng)
+        x, _ = augment(data.to_float(images[index]), None, rng)
         with data.autocast(device):
             return model(x, rng)
 
@@ -567,15 +560,13 @@ class Script(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        augmentations, other = data.listed(self.augment), self.learn != "classes"
-        if "copypaste" in augmentations:
+        if "copypaste" in data.listed(self.augment):
             raise ValueError("--augment copypaste needs masks, which only experiment.py gives")
-        if "cutmix" in augmentations and self.learn == "clip":
-            raise ValueError("--augment cutmix makes sentences untrue")
-        if other and (self.init or self.share):
-            raise ValueError(f"--learn {self.learn}: leave out --init, --synthetic, --share")
-        if other and self.model == "linear" or self.learn == "mae" and self.model == "resnet":
-            raise ValueError(f"--learn {self.learn} is not for --model {self.model}")
+        if self.learn != "classes":
+            no_vit = self.model == "linear" or self.learn == "mae" and self.model == "resnet"
+            if "cutmix" in data.listed(self.augment) or self.init or self.share or no_vit:
+                raise ValueError(f"--learn {self.learn} goes without --init, --synthetic, --share, "
+                                 "cutmix, --model linear, and mae without --model resnet")
         if bool(self.synthetic) != (self.share > 0):
             raise ValueError("--synthetic and --share need each other: a tree, and a probability")
 
@@ -604,8 +595,6 @@ def read_synthetic(cfg, scenes, parts):
     if not cfg.synthetic:
         return None
     classes = scenes.classes
-    if Path(cfg.synthetic).resolve() == Path(cfg.data).resolve():
-        raise UserError(f"--synthetic {cfg.synthetic} is --data itself, test images and all")
     synthetic = data.read(cfg.synthetic, cfg.size)
     if unknown := sorted(set(synthetic.classes) - set(classes)):
         raise UserError(f"{cfg.synthetic} has classes that {cfg.data} lacks: {', '.join(unknown)}")
@@ -642,10 +631,9 @@ def main(cfg):
         cfg = replace(cfg, size=load_weights(cfg.init)[2])
     scenes, out = data.read(cfg.data, cfg.size), Path(cfg.out)
     parts = data.split(scenes)
-    index = parts["train"]
+    real = scenes[parts["train"]]
     if cfg.per_class:
-        index = data.choose(scenes, index, cfg.per_class, cfg.seed)
-    real = scenes[index]
+        real = scenes[data.choose(scenes, parts["train"], cfg.per_class, cfg.seed)]
 
     if cfg.learn == "mae":
         return fit_mae(real, cfg, out / "mae.pt")

@@ -13,7 +13,6 @@ On a CPU add --size 32 --width 32 --mults 1,2,4 --blocks 1 --patch 2 --predict x
 class: the loss hardly falls after the first minutes, and a lower one may go with worse images.
 """
 import copy
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -103,7 +102,7 @@ class Script(Config):
     every: int = flag(1000, "steps between log lines, samples and checkpoints", 1)
     sample: str = flag("", "generate images with this checkpoint, by the flags below")
     classes: str = flag("", "classes to generate, separated by commas (empty: all)")
-    prompts: str = flag("an aerial photo of a {}", "sentences by semicolon, or a file; {}: classes")
+    prompts: str = flag("an aerial photo of a {}", "sentences, by semicolon; {}: all classes")
     count: int = flag(16, "images per class or sentence (and picture of --reference)", 1, 1_000_000)
     reference: str = flag("", "picture, folder or xBD tree: other conditions, or where to start")
     strength: float = flag(0.0, "start from --reference, noised by this part of the chain", 0, 1)
@@ -217,9 +216,9 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
     identity = dict(config=data.settings_of(cfg, Config), images=real.digest,
                     seen=data.fingerprint(real.images).numpy().tobytes())
     identity |= {name: getattr(generator, name) for name in ABOUT}
-    saved = data.resume(path, "generator", identity, state, dict(step=0, log=[], loss_sum=0.0))
-    done, log, last_save = saved["step"], saved["log"], time.monotonic()
-    loss_sum = torch.tensor(saved["loss_sum"], device=device)       # since the last line of the log
+    saved = data.resume(path, "generator", identity, state,
+                        fresh=dict(step=0, losses=torch.zeros(cfg.steps)))
+    done, losses, last_save = saved["step"], saved["losses"].to(device), time.monotonic()
     for step in data.progress(range(done, cfg.steps), title, cfg.steps, initial=done):
         rng = data.step_rng(cfg.seed, step, device)
         x0, cond = draw_batch(images, conditions[step % turns], augment, cfg, rng)
@@ -238,21 +237,18 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
             for average, weight in zip(averaged.parameters(), model.parameters(), strict=True):
                 average.lerp_(weight, 1 - decay)            # decay average + (1 - decay) weight
 
-        loss_sum += loss.detach()
+        losses[step] = loss.detach()                        # without waiting for the GPU
         is_log_step = (step + 1) % every == 0 or step + 1 == cfg.steps
         if is_log_step or time.monotonic() - last_save > SAVE_SECONDS:
-            last_log_step = log[-1][0] if log else 0
-            mean = loss_sum.item() / (step + 1 - last_log_step)
-            data.check_finite(model, mean, step + 1)
-            if is_log_step:
-                log.append([step + 1, mean])
-                loss_sum.zero_()
+            means = [part.mean().item() for part in losses[:step + 1].split(every)]
+            data.check_finite(model, means[-1], step + 1)
             if path and data.rank() == 0:
                 if is_log_step and preview:
                     save_samples(generator, real, preview, path, step + 1)
+                steps = [*range(every, step + 1, every), step + 1]      # the last part may be short
+                log = zip(steps, means, strict=True)
                 data.save_csv(Path(path).with_suffix(".csv"), ["step", "loss"], log)
-                data.save_checkpoint(path, "generator", identity, step + 1, state, log=log,
-                                     loss_sum=loss_sum.item())
+                data.save_checkpoint(path, "generator", identity, step + 1, state, losses=losses)
             last_save = time.monotonic()
     return generator
 
@@ -338,11 +334,8 @@ def requests(cfg, generator):
     if not generator.words:
         return [(name, known.index(name), "") for name in names]
 
-    lines, rows = cfg.prompts.split(";"), []
-    if os.path.isfile(cfg.prompts):                         # Path.is_file() fails if it is long
-        with data.one_line_error(cfg.prompts):
-            lines = Path(cfg.prompts).read_text("utf-8").splitlines()
-    for line in filter(None, map(str.strip, lines)):
+    rows = []
+    for line in filter(None, map(str.strip, re.split("[;\n]", cfg.prompts))):
         for name in names if cfg.classes or "{}" in line else [""]:
             text = line.replace("{}", data.in_words(name))
             folder = name if "{}" in line else re.sub(r"\W+", "_", text)[:60]
@@ -373,10 +366,10 @@ def read_mask(path, size):
     """Return where a picture is white, (size, size) bool."""
     white = data.read(path, size, labelled=False).images[0].float().mean(0) > 127
     with Image.open(path) as pil:
-        if pil.convert("RGBA").getextrema()[3][0] < 255:
-            raise UserError(f"--inpaint {path} is transparent: make it white where to paint")
-    if not white.any():
-        raise UserError(f"--inpaint {path} is black all over: make it white where to paint")
+        transparent = pil.convert("RGBA").getextrema()[3][0] < 255
+    if transparent or not white.any():
+        raise UserError(f"--inpaint {path} is {'transparent' if transparent else 'black all over'}:"
+                        " make it white where to paint, black elsewhere")
     return white
 
 

@@ -181,10 +181,10 @@ def pillow():
     """JPEG files of 256 px to 64 px, one by one; drawn ones are faster to decode than real ones."""
     with tempfile.TemporaryDirectory() as folder:
         root = data.draw_tree(Path(folder) / "scenes", 38, size=256)
-        names = data.below(root, "*/*")
-        pairs = in_turns(lambda: data.decode_all(root, names, 64), lambda: [
-            Image.open(root / name).convert("RGB").resize((64, 64)) for name in names])
-    report("Pillow : decoding", 3, pairs, f"{len(names)} pictures")
+        paths = [root / name for name in data.below(root, "*/*")]
+        pairs = in_turns(lambda: data.decode_all(paths, 64), lambda: [
+            Image.open(path).convert("RGB").resize((64, 64)) for path in paths])
+    report("Pillow : decoding", 3, pairs, f"{len(paths)} pictures")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
 """data.py: pixels are exact, splits do not leak, every layout is read as its authors meant it."""
-import hashlib
 import importlib
 import io
 import json
@@ -8,12 +7,9 @@ import os
 import runpy
 import shutil
 import sys
-import threading
 import zlib
 from collections import Counter
 from dataclasses import fields, replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
 
@@ -25,6 +21,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import data
+import train_cls
 import train_gen
 from data import Scenes, UserError
 
@@ -188,11 +185,12 @@ def test_smaller_choices_are_part_of_larger_ones():
 def test_scenes_keep_what_belongs_to_each_image_and_their_digest_sees_it():
     ours = scenes([5, 5, 7], [0, 1, 1], [0, 2, -1], captions=[("one", "two"), ("three",), ()],
                   metadata=torch.tensor([[1.0], [2.0], [3.0]]))
-    both = ours[torch.tensor([0, 2])] + ours[torch.tensor([False, True, False])]
-    assert both.names == ["0", "2", "1"] and len(both) == len(both.images) == 3
-    assert (both.groups.tolist(), both.labels.tolist()) == ([5, 7, 5], [0, 1, 1])
-    assert (both.official.tolist(), both.metadata.tolist()) == ([0, -1, 2], [[1], [3], [2]])
-    assert both.captions == [("one", "two"), (), ("three",)]
+    two = ours[torch.tensor([2, 0])]
+    assert two.names == ["2", "0"] and len(two) == len(two.images) == 2
+    assert (two.groups.tolist(), two.labels.tolist()) == ([7, 5], [1, 0])
+    assert (two.official.tolist(), two.metadata.tolist()) == ([-1, 0], [[3], [1]])
+    assert two.captions == [(), ("one", "two")]
+    assert ours[torch.tensor([False, True, False])].names == ["1"]
     ours, pixels = scenes([0, 1], [0, 1]), torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
     pixels[1, 2, 1, 1] = 1
     changes = [dict(labels=torch.tensor([1, 0])), dict(classes=["a", "c"]), dict(names=["0", "y"]),
@@ -461,12 +459,12 @@ def test_drawn_damage_is_as_frequent_as_stated_and_shows_after_the_disaster(draw
 
 # ---- folders and captions
 
-def test_a_class_is_a_folder_and_what_is_no_double_a_group(tmp_path, read, capsys):
+def test_a_class_is_a_folder_and_what_is_no_double_a_group(tmp_path, read):
     root = tree(tmp_path / "t", ("river", "beach", "forest"))
     pictures(root, "river/.hidden.png", ".trash/x.png", "river/deep/y.png", "top.png")
     (root / "river").rename(tmp_path / "elsewhere")              # links are followed
     (root / "river").symlink_to("../elsewhere")
-    assert len(data.read_pictures(root, 8, cache=tmp_path / "cache")) == 18 + 2
+    assert len(read(root, labelled=False)) == 18 + 2
     found = read(root, 20)
     assert found.classes == ["beach", "forest", "river"] and found.groups.tolist() == [*range(18)]
     for image, label, name in zip(found.images, found.labels, found.names, strict=True):
@@ -475,10 +473,8 @@ def test_a_class_is_a_folder_and_what_is_no_double_a_group(tmp_path, read, capsy
     chain = torch.tensor([[0], [1], [2], [9]]).expand(-1, 192)
     assert data.group_doubles(chain).tolist() == [0, 0, 0, 3]         # doubles of doubles
     (root / "river/river_2.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"1 of 18 .*river_2\.png.*--skip-broken"):
+    with pytest.raises(UserError, match=r"1 of 18 .*remove .*river/river_2\.png"):
         read(root)
-    assert "river/river_2.png" not in read(root, skip_broken=True).names
-    assert "river_2.png" in capsys.readouterr().err
 
 
 def test_pictures_may_have_no_class_and_metadata_are_nan_where_unknown(tmp_path, read):
@@ -488,39 +484,21 @@ def test_pictures_may_have_no_class_and_metadata_are_nan_where_unknown(tmp_path,
     (root / "metadata.csv").write_text("picture,gsd,month\nb/2.PNG,.5,\n\nelsewhere.png,7,7\n"
                                        "b/deep/3.jpg,-2e1,12\n")
     expected = torch.tensor([[NAN, NAN], [0.5, NAN], [-20, 12]])
-    every = data.read_pictures(root, 8, cache=tmp_path)
+    every = read(root, labelled=False)
     assert every.names == [*names]
     for found in (every, read(root)):
         assert found.metadata_names == ("gsd", "month")
         assert_close(found.metadata, expected[:len(found)], equal_nan=True)
-    one = data.read_pictures(root / "b/2.PNG", 8, cache=tmp_path)
+    one = read(root / "b/2.PNG", labelled=False)
     assert one.names == ["2.PNG"] and (one.images[0] == every.images[1]).all()
 
 
-def test_resisc45_is_downloaded_once_and_a_wrong_md5_is_refused(tmp_path, launch, monkeypatch):
-    tree(tmp_path / "NWPU-RESISC45", count=4)
-    shutil.make_archive(tmp_path / "NWPU-RESISC45", "zip", tmp_path, "NWPU-RESISC45")
+def test_the_lists_of_resisc45_are_its_parts(tmp_path, read):
+    root = tree(tmp_path / "t", count=4)
     for k, part in enumerate(("test", "train", "val")):          # the fourth is in no list
-        (tmp_path / f"resisc45-{part}.txt").write_text(f"forest_{k}.JPG\nriver/river_{k}.png\n")
-    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest()
-            for path in [*tmp_path.glob("*.zip"), *tmp_path.glob("*.txt")]}
-    monkeypatch.setattr(data, "RESISC45", sums)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
-    command = data, "--download", "d", "--data", "d/NWPU-RESISC45", "--size", 8
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        monkeypatch.setattr(data, "ADDRESS", f"http://127.0.0.1:{server.server_port}/")
-        assert launch(*command).returncode == 0
-        parts = data.split(data.read("d/NWPU-RESISC45", 8))
-        assert [index.tolist() for index in parts.values()] == [[1, 5], [2, 6], [0, 4]]
-        (tmp_path / "resisc45-val.txt").write_text("forest_0.png")
-        assert launch(*command).returncode == 0                           # all is there: no matter
-        Path("d/NWPU-RESISC45/resisc45-val.txt").unlink()
-        refused = launch(*command)
-        assert refused.returncode == 2 and "resisc45-val.txt" in refused.stderr
-        server.shutdown()
+        (root / f"resisc45-{part}.txt").write_text(f"forest_{k}.JPG\nriver/river_{k}.png\n")
+    parts = data.split(read(root))
+    assert [index.tolist() for index in parts.values()] == [[1, 5], [2, 6], [0, 4]]
 
 
 def karpathy(*images):
@@ -587,7 +565,7 @@ def test_ucm_captions_are_numbered_in_the_order_of_the_classes_of_uc_merced(tmp_
     images = [(f"{n}.tif", "train", ["x"]) for n in range(2100, 0, -1)]
     for listed, expected in ((images, kinds), (images[:-2], dict.fromkeys(kinds, "scene"))):
         (root / "dataset.json").write_text(json.dumps(karpathy(*listed)))
-        found = read(root, skip_broken=True)                     # most are not there
+        found = read(root)                                       # most are not there
         for name, label in zip(found.names, found.labels, strict=True):
             assert found.classes[label] == expected[int(name[5:-4])]
     for name in ("storagetanks", "storage_tanks", "StorageTanks"):
@@ -620,7 +598,7 @@ def test_a_cache_is_used_until_a_file_or_the_size_changes(tmp_path, read, monkey
     assert read(root).labels.tolist() == [3]
 
 
-@pytest.mark.parametrize("name", ["augment", "data", "train_gen", "train_cls", "experiment"])
+@pytest.mark.parametrize("name", ["data", "train_gen", "train_cls", "experiment"])
 def test_a_script_explains_the_flags_that_its_fields_become(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit, match="0"):
@@ -629,18 +607,22 @@ def test_a_script_explains_the_flags_that_its_fields_become(name, monkeypatch, c
     module = importlib.import_module(name)
     for f in fields(getattr(module, "Script", None) or module.Config):
         assert f"--{f.name.replace('_', '-')} " in shown and f.metadata["help"].split()[0] in shown
-    argv = "--steps 7 --lr 2e-4 --skip-broken --mults 3,4".split()
-    cfg = data.launch(lambda cfg: cfg, train_gen.Script, argv)
-    assert cfg == train_gen.Script(steps=7, lr=2e-4, skip_broken=True, mults=(3, 4))
+    argv = "--steps 7 --lr 2e-4 --test --augment none".split()
+    cfg = data.launch(lambda cfg: cfg, train_cls.Script, argv)
+    assert cfg == train_cls.Script(steps=7, lr=2e-4, test=True, augment="none")
+    cfg = data.launch(lambda cfg: cfg, train_gen.Script, ["--mults", "3,4"])
+    assert cfg == train_gen.Script(mults=(3, 4))
 
 
-def test_data_py_draws_a_tree_and_shows_what_is_in_it(tmp_path, launch, monkeypatch):
+def test_data_py_shows_what_is_in_a_tree(tmp_path, launch, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shown = launch(data, "--data", "t", "--size", 16, "--out", "x.png", "--draw", 5).stdout
+    data.draw_tree("t", 5)
+    data.draw_xbd("x", 8)
+    shown = launch(data, "--data", "t", "--size", 16, "--out", "x.png").stdout
     assert "40 images of 8 classes" in shown and "24 train, 8 val, 8 test" in shown
     with Image.open("x.png") as sheet:
         assert sheet.size == (10 * 18, 4 * 18)                   # ten in a row
-    assert "8 tiles" in launch(data, "--data", "x", "--size", 16, "--draw", 8, "--xbd").stdout
+    assert "8 tiles" in launch(data, "--data", "x", "--size", 16).stdout
 
 
 def test_a_pipe_that_lacks_letters_gets_question_marks():

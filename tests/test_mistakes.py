@@ -43,15 +43,13 @@ data | --data xbd-wkt | drawn-flood_00000001_post_disaster.json
 data | --data xbd-size | drawn-flood_00000001_post_disaster.png
 data | --data xbd-holes | xbd-holes
 data | --data good --size 0 | --size 0
-data | --data good --draw 3 | good
 data | --data good --sizes 16 | --sizes
 data | --dat good | --dat
 data | good | good
 data | --data good --out good/x.png | good/x.png
 data | --data good --out x.pdf | x.pdf
 data | --data good --out note/x.png | note
-augment | --out x.txt | x.txt
-augment | --out good | good
+data | --data good --out x.txt | x.txt
 train_gen | --lr nan | --lr nan
 train_gen | --batch 1e3 | --batch
 train_gen | --width 12 | divisible by 8
@@ -93,12 +91,11 @@ train_cls | --synthetic good | need each other
 train_cls | --share 2 --synthetic good | --share 2
 train_cls | --tune some | all, head, none
 train_cls | --model mlp | resnet
-train_cls | --learn clip --augment cutmix | sentences untrue
-train_cls | --learn clip --model linear | not for --model linear
-train_cls | --learn mae --model resnet | not for --model resnet
-train_cls | --learn mae --init x | leave out --init
+train_cls | --learn clip --augment cutmix | goes without
+train_cls | --learn clip --model linear | goes without
+train_cls | --learn mae --model resnet | goes without
+train_cls | --learn mae --init x | goes without
 train_cls | CLS --learn clip | caption set
-train_cls | CLS --share 0.5 --synthetic good | --synthetic good is --data itself
 train_cls | CLS --share 0.5 --synthetic foreign | good lacks: moon
 train_cls | CLS --steps 3 --out cls | cls/classifier.pt is of a run with another steps:
 train_cls | CLS --steps 2 --out shape | shape/classifier.pt cannot be read (RuntimeError
@@ -112,7 +109,7 @@ train_cls | --predict good --out wrong | wrong/classifier.pt
 experiment | --dry-run --arms real,moon | --arms moon
 experiment | --dry-run --study moon | --study moon: known are share
 experiment | --dry-run --scale huge | --scale huge
-experiment | --dry-run --counts 4 | of which --task
+experiment | --dry-run --counts 4 | needs --task
 experiment | --dry-run --counts=-1 --task scenes | -1
 experiment | --dry-run --size 20 | --size 20
 experiment | --dry-run --data good --task scenes | --data

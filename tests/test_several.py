@@ -70,7 +70,7 @@ def test_two_processes_train_the_generator_of_the_formulas(folder, adamw_by_hand
 def test_two_processes_train_the_classifier_of_the_formulas(folder):
     real, cfg = training_images(folder), train_cls.Config(**CLS)
     model = train_cls.initial_model(cfg, real.classes, 3)
-    mixture = train_cls.Mixture(real, None, cfg, None, torch.device("cpu"))
+    mixture = train_cls.Mixture(real, None, cfg, torch.device("cpu"))
     optimizer = train_cls.adamw(model, cfg.decay)
     for step in range(cfg.steps):
         for rank in (0, 1):

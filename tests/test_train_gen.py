@@ -373,9 +373,8 @@ def test_sentences_of_a_caption_set_and_of_prompts(run):
     written = sorted(path.name for path in Path("a").glob("*/*.png"))
     assert written == ["a_LEFT_half_00001.png", "left_00002.png", "left_00004.png",
                        "right_00003.png", "right_00005.png"]
-    data.write("prompts.txt", "a left half\n\n")
     generator = load_generator("gen/generator.pt")
     for flags, y in (("--out b", -1), ("--out c --classes right", 1)):
-        assert not run(f"{SAMPLE} 1 --prompts prompts.txt {flags}")
+        assert not run(f"{SAMPLE} 1 {flags} --prompts", "a left half\n\n")
         image = generate(generator, torch.tensor([y]), 0, 2, texts=["a left half"])
         assert_close(pictures(f"{flags[6]}/a_left_half"), image)
