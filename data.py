@@ -51,7 +51,7 @@ class Scenes:
     names: list                          # of each image, such as "river/river_001.jpg"
     groups: torch.Tensor                 # (N,) int64: images of one group go into the same part
     official: torch.Tensor = None        # (N,) int64, places in PARTS, or NO_PART
-    tiles: bool = False                  # the groups are the tiles of xBD, else doubles
+    tiles: bool = False                  # the groups are the tiles of xBD, else duplicates
     metadata: torch.Tensor = None        # (N, M) float32, nan where unknown
     metadata_names: tuple = ()           # M names
     captions: list = None                # of each image, a tuple of sentences
@@ -92,9 +92,9 @@ class Scenes:
 def split(scenes, seed=0, hold_out=""):
     """Split into train, val and test: {"train": (n,) int64 indices, "val": ..., "test": ...}.
 
-    Official parts are kept (of xBD the folder test/). A group (doubles, or the buildings of a tile)
-    is never cut. Groups without a part are divided 3 : 1 : 1 by seed, or 3 : 1 if there is a test
-    part: class by class, but tiles all together. With an official train part they are left out.
+    Official parts are kept (of xBD the folder test/). A group (duplicates, or the buildings of a
+    tile) is never cut. Other groups are divided 3 : 1 : 1 by seed, or 3 : 1 if there is a test
+    part: images within each class, tiles at random. With a train part they are left out instead.
     hold_out, a disaster of xBD, becomes the test part. All other images then go into train or val,
     also those of the folder test/.
     """
@@ -127,13 +127,13 @@ def split(scenes, seed=0, hold_out=""):
                 part_of |= dict.fromkeys(chunk.tolist(), part)
 
     part = torch.tensor([part_of[group] for group in groups])            # now for each image
-    kept = (official == part) | ((official == NO_PART) & divide_rest)    # no double across parts
+    kept = (official == part) | ((official == NO_PART) & divide_rest)    # no duplicate across parts
     parts = {name: (kept & (part == k)).nonzero().flatten() for k, name in enumerate(PARTS)}
     unused = (~kept | (part == NO_PART)).nonzero().flatten().tolist()
     if unused:
         names = [scenes.names[k] for k in unused]
-        print(f"left out {len(names)} of {len(scenes)} images, which are in no part, or doubles of "
-              f"val or test images: {preview(names)}")
+        print(f"left out {len(names)} of {len(scenes)} images, which are in no part, or duplicates "
+              f"of val or test images: {preview(names)}")
     check_classes(scenes, parts["train"])
     for name, index in parts.items():
         if len(index) == 0:
@@ -144,7 +144,7 @@ def split(scenes, seed=0, hold_out=""):
 
 def shuffled(scenes, units, images, seed):
     """Shuffle units (n,), images or groups, by seed: [the units of class 0, those of class 1, ...].
-    images (n,): one of each unit, for its class. Tiles have several: the list is [all units].
+    images (n,): an image of each unit, which gives its class. Tiles hold several: [all units].
     """
     if scenes.tiles:
         return [units[torch.randperm(len(units), generator=rng(seed))]]
@@ -181,7 +181,7 @@ def check_classes(scenes, index):
                             "ask for more, or hold out another event")
 
 
-# ---- doubles: pictures that are the same, however they were encoded
+# ---- duplicates: pictures that are the same, however they were encoded
 
 SAME_PICTURE = 2.0                       # root mean square difference of fingerprints, grey levels
 
@@ -199,7 +199,7 @@ def same_pictures(a, b):
 
     Measured on the 2,100 pictures of UC Merced: as JPEG of 128 px and as TIFF of 64 px they differ
     by at most 1.9, at JPEG quality 50 by at most 1.3. Different pictures differ by 2.2 or more
-    (bare fields; the nearest to half of the pictures is 20 or more away).
+    (bare fields; for half of them by 20 or more). Sea or desert may be nearer. Crops are not found.
     """
     M, b = len(b), rearrange(b, "m (c h w) -> m c h w", h=8, w=8)
     quarters = [torch.rot90(b, k, (2, 3)) for k in range(4)]
@@ -209,7 +209,7 @@ def same_pictures(a, b):
     mean = b.mean(1)[order].contiguous()
     pairs = [torch.zeros(2, 0, dtype=torch.int64)]
     for rows in a.mean(1).argsort().split(256):
-        # Means differ no more than pictures do: compare only those of near means.
+        # Their means differ by less than two pictures do: compare only those of near means.
         low, high = a[rows].mean(1).aminmax()
         limits = torch.stack([low - SAME_PICTURE, high + SAME_PICTURE])
         near = order[slice(*torch.searchsorted(mean, limits).tolist())]
@@ -219,11 +219,11 @@ def same_pictures(a, b):
     return torch.cat(pairs, 1)
 
 
-def group_doubles(prints):
+def group_duplicates(prints):
     """Give the same pictures the same number, that of the first of them: (N,) int64."""
     i, j = same_pictures(prints, prints)
     groups = torch.arange(len(prints))
-    while True:                                          # doubles of doubles, too
+    while True:                                          # duplicates of duplicates, too
         joined = groups.scatter_reduce(0, i, groups[j], "amin")
         if torch.equal(joined, groups):
             return groups
@@ -231,7 +231,7 @@ def group_doubles(prints):
 
 
 def leaks(prints, scenes, parts):
-    """Find fingerprints of val or test pictures: their indices (P,), and the names in scenes."""
+    """Find which prints are of val or test pictures: indices into prints, names in scenes."""
     held_out = torch.cat([parts["val"], parts["test"]])
     i, j = same_pictures(prints, fingerprint(scenes.images[held_out]))
     return i.unique(), [scenes.names[k] for k in held_out[j.unique()].tolist()]
@@ -272,7 +272,7 @@ def read_rows(root, rows, size, cache):
     """
     def make():
         images = decode_all(files, size)
-        return dict(images=images, groups=group_doubles(fingerprint(images)))
+        return dict(images=images, groups=group_duplicates(fingerprint(images)))
 
     files, names = [root / name for name in rows], list(rows)
     content = cached_tree(make, root, files, cache, size=size)
@@ -509,7 +509,7 @@ def crop_tree(root, tiles, size, pre, mask):
     tile_of = [name.split("/")[1] for name in names]     # a tile in two folders is one group
     print_of = dict(zip(tile_of, prints, strict=True))
     number = {tile: k for k, tile in enumerate(print_of)}
-    groups = group_doubles(torch.cat(list(print_of.values())))
+    groups = group_duplicates(torch.cat(list(print_of.values())))
     return dict(images=torch.stack(images), names=list(names), metadata=torch.tensor(metadata),
                 labels=torch.tensor([DAMAGE.index(label) for label in labels]), classes=DAMAGE,
                 groups=groups[[number[tile] for tile in tile_of]], summary=summary)
@@ -1156,7 +1156,7 @@ def launch(main, config, argv=None):
 
     parser.error = refuse                                # its own error prints the usage, too
     for f in fields(config):
-        kind = float if f.default is None else type(f.default)           # None: float or None
+        kind = type(f.default)
         options = dict(type=integers if kind is tuple else kind)
         if kind is bool:
             options = dict(action="store_true")
@@ -1205,7 +1205,7 @@ def main(cfg):
         index = (scenes.labels == c).nonzero().flatten()
         print(f"{len(index):7} {name}")
         examples.append(index[:10])
-    groups = f"{len(scenes.groups.unique())} {'tiles' if scenes.tiles else 'without doubles'}"
+    groups = f"{len(scenes.groups.unique())} {'tiles' if scenes.tiles else 'without duplicates'}"
     sizes = ", ".join(f"{len(index)} {part}" for part, index in split(scenes).items())
     print(f"{len(scenes):7} images of {len(scenes.classes)} classes, {groups}; {sizes}")
     save_picture(grid(scenes.images[torch.cat(examples)], 10), cfg.out)

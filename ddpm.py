@@ -4,23 +4,28 @@ new image, start from pure noise and repeat: guess, move a little towards the gu
 The process q adds noise, step by step or all at once:
 
     one step          x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps    (new eps at every step)
-    all steps to t    x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps         (written a x0 + s eps)
+    all steps to t    x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps         (in short a x0 + s eps)
     where             abar_t = product of (1 - beta_i) over all i <= t     (so a^2 + s^2 = 1)
 
 Both are the same. A step multiplies a^2 by 1 - beta. It turns s^2, the variance of the noise, into
 (1 - beta) s^2 + beta, so a^2 + s^2 stays 1. And a sum of independent normal noises is normal.
 
-The process p removes the noise. It needs many steps, because a network trained by squared error
-answers with the mean of all images that may have become x_t. At high noise this mean is a blur. A
-small step towards it leaves fewer images possible, and the next guess is sharper. New noise makes
-up for the variance that a mean lacks. Samplers without it take 12 steps instead of 1,000.
+The process p goes back, from x_t to x_{t-1}. The network's guess x0 gives eps = (x - a x0) / s:
+
+    one step back     x_{t-1} = a' x0 + sqrt(s'^2 - sigma^2) eps + sigma noise     (a', s' of t - 1)
+
+It takes many steps, because a network trained by squared error answers with the mean of all images
+that may have become x_t. At high noise this mean is a blur. A small step towards it leaves fewer
+images possible, and the next guess is sharper. DDPM takes 1,000 steps and adds new noise in each.
+DDIM adds none, sigma = 0, and takes hundreds; corrected by a rule of second order, it takes 12.
 
     x0   an image in [-1, 1], (B, C, H, W), or the network's guess of it
-    x    the noisy image x_t                   eps  normal noise N(0, I)
-    t    0 (least noise) .. T - 1 (noise)      v    a eps - s x0, see `target`
-    w    scale of guidance, 1 is none          eta  1: new noise at every step, 0: none
+    x    the noisy image x_t = a x0 + s eps    eps  normal noise N(0, I)
+    t    0 (least noise; x_{-1} is x0) .. T-1  v    a eps - s x0, see `target`
+    w    scale of guidance, 1 is none          eta  1: new noise as in DDPM, 0: none (DDIM)
 
-DDPM: Ho et al. 2020 (2006.11239), who count t from 1. DDIM: Song et al. 2021 (2010.02502).
+DDPM, with Algorithms 1 and 2: Ho et al. 2020 (2006.11239), who count t from 1. DDIM: Song et al.
+2021 (2010.02502).
 """
 import math
 from dataclasses import dataclass
@@ -44,22 +49,12 @@ def linear_abar(T):
 def cosine_abar(T):
     """Return the schedule of Nichol & Dhariwal 2021 (2102.09672), Eq. 17: a squared cosine."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
-    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # .008, else beta starts tiny
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # .008, else they start near 0
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)                 # f ends at 0: beta would be 1
     return (1 - beta).cumprod(0)
 
 
-def flow_abar(T):
-    """Return the schedule of rectified flow, Liu et al. 2023 (2209.03003), for u = (t+1) / (T+1).
-
-    x = (1 - u) x0 + u eps, divided so that a^2 + s^2 = 1. Flow models predict eps - x0, which is
-    (a + s) v - (a - s) x. The Euler step of a flow is the step of DDIM.
-    """
-    u = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
-    return (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
-
-
-SCHEDULES = {"cosine": cosine_abar, "linear": linear_abar, "flow": flow_abar}
+SCHEDULES = {"cosine": cosine_abar, "linear": linear_abar}
 PREDICTS = ("v", "eps", "x0")           # given x_t, each of them determines the other two
 
 
@@ -68,8 +63,6 @@ class Diffusion(nn.Module):
 
     def __init__(self, T=1000, schedule="cosine", predict="v", gamma=5.0):
         super().__init__()
-        if predict not in PREDICTS:
-            raise ValueError(f"predict is {predict}, must be one of {', '.join(PREDICTS)}")
         self.T, self.predict, self.gamma = T, predict, gamma
         self.abar = SCHEDULES[schedule](T)                # (T,) float64, stays on the CPU
         abar = self.abar.view(-1, 1, 1, 1)
@@ -118,7 +111,8 @@ class Diffusion(nn.Module):
         It is min(SNR, gamma) times the squared error of x0, where SNR = (a / s)^2. As x is given,
         an error of 1 in x0 is one of a / s in eps and of 1 / s in v: `scale` divides by the
         square. With gamma = inf it is the plain error of eps, L_simple (Ho et al. Eq. 14). A finite
-        gamma limits the weight of low noise: min-SNR, Hang et al. 2023 (2303.09556).
+        gamma keeps low noise, where SNR is huge, from outweighing the rest: min-SNR, Hang et al.
+        2023 (2303.09556).
         """
         snr = (self.sqrt_abar[t] / self.sqrt_1m_abar[t]).flatten() ** 2
         scale = {"x0": 1, "eps": snr, "v": snr + 1}[self.predict]
@@ -128,7 +122,7 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def sample_ddpm(self, model, cond, randn):
-        """Return images (B, C, H, W) by Algorithm 2, in T steps; randn() draws such noise."""
+        """Return images (B, C, H, W) by Algorithm 2, in T steps; randn() draws N(0, I)."""
         x = randn()
         for t in reversed(range(self.T)):
             abar = self.abar[t].item()
@@ -137,11 +131,12 @@ class Diffusion(nn.Module):
             out = model(x, torch.full((len(x),), t, device=x.device), cond)
             x0 = self.x0_from(x, out, math.sqrt(abar), math.sqrt(1 - abar))      # the guess
 
-            # Two things are known of x_{t-1}. It is sqrt(abar_prev) x0 plus noise of variance
-            # 1 - abar_prev. And as q made x of it, it is x / sqrt(1 - beta) plus noise of variance
-            # beta / (1 - beta). Weigh each by the inverse of its variance: this is the mean, Ho et
-            # al. Eq. 7 (Algorithm 2 writes it with eps). sigma^2, the variance of it, is 1 over the
-            # sum of the inverses (the smaller of the two choices that the paper offers).
+            # If the guess is right, two things are known of x_{t-1}. It is sqrt(abar_prev) x0 plus
+            # noise of variance 1 - abar_prev. And as x is one step of q from it, it is
+            # x / sqrt(1 - beta) plus noise of variance beta / (1 - beta). Weigh each by the inverse
+            # of its variance: this is the mean, Eq. 7 (Algorithm 2 writes it with eps). sigma^2 is
+            # 1 over the sum of the inverses (the smaller of the two choices that the paper offers).
+            # As 1 - abar - beta = (1 - beta) (1 - abar_prev), this is `ddim` with that sigma.
             mean = math.sqrt(abar_prev) * beta / (1 - abar) * x0
             mean += math.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar) * x
             sigma = math.sqrt((1 - abar_prev) / (1 - abar) * beta)
@@ -153,14 +148,14 @@ class Diffusion(nn.Module):
                start=None, known=None):
         """Return images (B, C, H, W) in [-1, 1]; each call of randn() draws N(0, I) like them.
 
-            order=2                   12 steps are about as exact as hundreds of DDIM
+            order=2                   12 steps are as exact as 100 or more of DDIM
             order=1, eta=0            DDIM: no new noise, the first x decides the image
             order=1, eta=1, steps=T   DDPM: with clip=False, w=1 the same as sample_ddpm
 
         w: see `guided`. start=(x0, t): begin at these images, noised to t (SDEdit, Meng et al.
         2022, 2108.01073). known=(x0, mask): keep x0 where mask (B, 1, H, W) is 1, paint the rest
-        (RePaint, Lugmayr et al. 2022, 2201.09865). Order 2 corrects the last step, which would undo
-        new noise and known pixels, so it refuses both.
+        (RePaint, Lugmayr et al. 2022, 2201.09865, but once). Order 2 takes the step before again,
+        which would undo new noise and known pixels, so it refuses both.
         """
         if order == 2 and (eta or known):
             raise ValueError("order 2 needs eta = 0, and no known pixels")
@@ -175,7 +170,7 @@ class Diffusion(nn.Module):
         if start:
             a, s = level[0]
             x = a * start[0] + s * x
-        x_last = x0_last = None
+        x_before = x0_before = None
         for k, t in enumerate(ts):           # no .item() in here: it would wait for the GPU
             (a, s), (a_next, s_next) = level[k], level[k + 1]
             out = network(x, torch.full((len(x),), t, device=x.device))
@@ -185,8 +180,8 @@ class Diffusion(nn.Module):
 
             x0_ahead = x0
             if order == 2 and k > 0:
-                x, x0_ahead = second_order(x, x0, x_last, x0_last, *level[k - 1:k + 2])
-            x_last, x0_last = x, x0
+                x, x0_ahead = second_order(x, x0, x_before, x0_before, *level[k - 1:k + 2])
+            x_before, x0_before = x, x0
 
             beta = 1 - (a / a_next) ** 2                     # of the step from level k to k + 1
             sigma = eta * s_next / s * math.sqrt(beta)       # DDIM Eq. 16: eta times that of DDPM
@@ -201,13 +196,13 @@ class Diffusion(nn.Module):
     def levels(self, steps, start=None):
         """Return the t to visit, [int] falling: s / a, noise to signal, falls by equal factors.
 
-        The first is T - 1, pure noise, or `start`, a t. Above s / a = 60 all is noise, so the
-        second is at 60. The last is at .01, about a grey level. If steps = T, all t are visited.
+        The first is T - 1, where x starts, or `start`, a t. Above s / a = 60 nearly all is noise:
+        one step crosses it. The last is .01, about a grey level. If steps = T, all t are visited.
 
-        Why equal factors: the mean of N pixels has sqrt(N) times less noise than one. So high noise
-        settles large things, like the brightness, and low noise details: each has its steps. 12
-        evenly spaced t (cosine) step from pure noise to s / a = 7 at once: if 64 x 64 RGB images
-        vary in brightness by 18 grey levels (std), half of this is lost.
+        Why equal factors: the mean of N pixels has sqrt(N) times less noise than one, so it is
+        settled at sqrt(N) times more noise. Sizes differ by factors: each gets as many steps.
+        12 evenly spaced t (cosine) jump from pure noise to s / a = 7, which loses half of the
+        variation of brightness (see the tests).
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
@@ -229,8 +224,7 @@ class Diffusion(nn.Module):
 def ddim(x, x0, now, after, sigma=0.0):
     """Return x after a step of DDIM, Eq. 12, from the level now = (a, s) to the level after.
 
-    The guess x0 and x = a x0 + s eps give eps; x0 and eps give x at the other level. If you add new
-    noise of variance sigma^2 then, it replaces a part of eps.
+    It leaves room for new noise of variance sigma^2, which the caller adds.
     """
     a, s = now
     eps = (x - a * x0) / s
@@ -238,29 +232,30 @@ def ddim(x, x0, now, after, sigma=0.0):
     return a * x0 + math.sqrt(s**2 - sigma**2) * eps
 
 
-def second_order(x, x0, x_last, x0_last, before, now, after):
+def second_order(x, x0, x_before, x0_before, before, now, after):
     """Return a better x at the level now, and the x0 to step towards: no new call of the network.
 
     A step of DDIM is exact, however long, if the guess x0 is the same all the way. But it is not.
-    So correct the last step: take it again, with the mean of the guesses at its ends (as UniPC-1
-    does, Zhao et al. 2023, 2302.04867). And predict for the next one the guess in its middle, on
-    the line through the last two guesses (DPM-Solver++ 2M, Lu et al. 2022, 2211.01095). Time is
+    So take the step from `before` again, with the mean of the guesses at its ends (as UniPC-1 does,
+    Zhao et al. 2023, 2302.04867). And predict for the next step the guess in its middle, on the
+    line through these two guesses (DPM-Solver++ 2M, Lu et al. 2022, 2211.01095). Time is
     log(a / s), where the levels are evenly spaced.
     """
-    x = ddim(x_last, (x0_last + x0) / 2, before, now)
+    x = ddim(x_before, (x0_before + x0) / 2, before, now)
     if after[1] == 0:                                        # the last step ends at x0 itself
         return x, x0
     t_before, t_now, t_after = (math.log(a / s) for a, s in (before, now, after))
-    return x, x0 + (t_after - t_now) / (t_now - t_before) / 2 * (x0 - x0_last)
+    return x, x0 + (t_after - t_now) / (t_now - t_before) / 2 * (x0 - x0_before)
 
 
 def guided(model, x, t, cond, w):
     """Return the output with classifier-free guidance: Ho & Salimans 2022 (2207.12598), Eq. 6.
 
     Go w times the way from the output without the condition to the one with it (w is their w + 1).
-    The best eps is -s times the gradient of log p(x_t): noise points away from likely images. So
-    this is the eps of p(x_t) p(cond | x_t)^w: with w > 1 images show their condition more clearly,
-    and vary less. A step is twice the work: cond.and_null() is cond, then as many dropped, (2 B).
+    The mean of eps, given x_t, is -s times the gradient of log p(x_t): noise points away from
+    likely images. Gradients add, so this is the eps of p(x_t) p(cond | x_t)^w (or its v, its x0):
+    with w > 1 images show their condition more clearly, and vary less. A step is twice the work:
+    cond.and_null() is cond, then as many dropped, (2 B).
     """
     if w == 1:
         return model(x, t, cond).to(x.dtype)                 # a network may compute in bfloat16
@@ -269,7 +264,7 @@ def guided(model, x, t, cond, w):
     return without + w * (with_cond - without)
 
 
-# ---- a whole program, python ddpm.py. Its images are points: one pixel, whose channels are x and y
+# ---- a whole program, python ddpm.py. Its images are points: one pixel, with two channels
 
 @dataclass
 class Classes:
@@ -293,7 +288,7 @@ class Toy(nn.Sequential):
 
 
 def spiral(y):
-    """Return a point of each class y (B,), (B, 2, 1, 1) in [-1, 1]: the classes are two arms."""
+    """Return a point of each class y (B,), (B, 2, 1, 1), about -1..1: the classes are two arms."""
     angle = 6 * torch.rand(len(y)).sqrt()
     arm = (1 - 2 * y) * angle / 6 * torch.stack([angle.cos(), angle.sin()])
     return (arm + 0.05 * torch.randn_like(arm)).T.reshape(-1, 2, 1, 1)
@@ -301,7 +296,7 @@ def spiral(y):
 
 def train_toy(steps, y):
     """Return a Diffusion, and a network that was trained on points of the classes y (B,)."""
-    diffusion = Diffusion(gamma=math.inf)
+    diffusion = Diffusion(gamma=math.inf)           # L_simple, as in the paper
     model = Toy(nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(),
                 nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -318,7 +313,7 @@ def train_toy(steps, y):
 def dots(points):
     """Draw points (B, 2, 1, 1) of classes 0, 1, 0, 1 ... in blue and red: image (3, 128, 128)."""
     image = torch.ones(3, 130, 130)
-    column, row = (points.flatten(1) / 3 * 128 + 65).long().clamp(0, 129).T
+    column, row = (points.flatten(1) / 3 * 128 + 65).long().clamp(0, 129).T         # -1.5 .. 1.5
     image[:2, row[::2], column[::2]] = -1
     image[1:, row[1::2], column[1::2]] = -1
     return image[:, 1:-1, 1:-1]                     # without the edge, where outliers lie

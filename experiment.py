@@ -5,8 +5,8 @@
     python experiment.py --data data/xbd             damaged buildings, where most classes are rare
 
 An *arm* is one way to train the classifier: on real images, with augmentation, with synthetic
-images and so on. The experiment chooses a few real training images (so many per class, or of xBD so
-many tiles), trains a generator on exactly these, and makes images with it. Then for each seed and
+images and so on. The experiment chooses a few real training images (N per class, or N tiles of
+xBD), trains a generator on exactly these, and makes images with it. Then for each seed and
 arm it trains and scores the same classifier, and says what one arm gains over another. The rules:
 
     equal budget   All networks take the same number of steps and of images per step. A synthetic
@@ -68,7 +68,7 @@ class Arm:
     augment: str = "none"            # augmentations by name, of real images and replacements
     balance: bool = False            # draw all classes equally often, however rare they are
     model: str = "vit"               # one of train_cls.MODELS, "clip" or "zero-shot"
-    pretrain: bool = False           # only replacements in the first `share` of the steps
+    pretrain: bool = False           # first `share` of the steps replacements alone, then none
     shuffle: bool = False            # each replacement gets the label of another one
     clip_filter: bool = False        # keep only the replacements that CLIP recognises
     guidance: float | None = None    # guidance scale of the generator (None: that of --scale)
@@ -217,6 +217,8 @@ class Comparison:
         scale, init = asdict(self.scale), self.cfg.init
         for name in ("counts", "seeds", "arms", "drawn"):
             del scale[name]
+        for name in ("share", "augment", "balance", "pretrain", "model"):
+            del scale["cls"][name]                           # which the arm decides
         weights = Path(init).read_bytes() if Path(init).is_file() else init.encode()
         return json.loads(json.dumps(scale | dict(
             images=self.scenes.digest, weights=hashlib.sha256(weights).hexdigest()[:12],
@@ -234,6 +236,11 @@ class Comparison:
         """Return the name of an arm or claim, with its number of real images if several."""
         return f"{name} ({count or 'all'})" if len(self.scale.counts) > 1 else name
 
+    def seeds_done(self):
+        """Return how many seeds all arms have (arms with fresh images may lack some)."""
+        arms = [name for name, arm in self.arms.items() if arm.source != "fresh"]
+        return min(len(self.rows_of(arm, count)) for arm in arms for count in self.scale.counts)
+
     def rows_of(self, arm, count):
         """Return the rows of an arm, seed by seed; an empty list if it was not run."""
         runs = sorted(run for run in self.rows if (run.arm, run.count) == (arm, count))
@@ -249,14 +256,14 @@ class Subset(NamedTuple):
     """The training images of a count and a draw, which all arms share."""
     comparison: Comparison
     real: Scenes                     # the chosen training images
-    fresh: Scenes                    # the other ones, without doubles of the chosen
+    fresh: Scenes                    # the other ones, without duplicates of the chosen
     out: Path                        # folder of its generator
     draw: int
 
     def replaced(self):
         """Return the classes whose images are replaced, (n,): all, or in buildings the rare ones.
 
-        They are those that a generator is trained on: common ones would take most of its steps.
+        The generator is trained on these alone: common ones would take most of its steps.
         """
         count = self.real.labels.bincount(minlength=len(self.real.classes))
         rare_only = self.comparison.task.rare_only
@@ -324,7 +331,7 @@ def load_comparisons(cfg):
 
 @functools.lru_cache(1)                          # only the last one: its images may be large
 def choose_subset(comparison, count, draw):
-    """Choose the training images of a count and a draw. RuntimeError if they share a test group."""
+    """Choose the training images of a count and draw. RuntimeError if a test group is in train."""
     train, groups = comparison.parts["train"], comparison.scenes.groups
     chosen = data.choose(comparison.scenes, train, count, draw)
     if torch.isin(comparison.test.groups, groups[train]).any():
@@ -410,7 +417,7 @@ def fit(comparison, arm, cfg, images, title):
             path = comparison.out / "features" / f"{scenes.digest}-{weights}.pt"
             compute = functools.partial(train_cls.outputs, clip.features, scenes.images)
             images[part] = replace(scenes, images=data.cached(path, compute))
-    if arm.model == "clip":                      # without augmentation: 8 views each gained nothing
+    if arm.model == "clip":                      # without augmentation: features are computed once
         train_cls.fit(images["train"], images["replacing"], replace(cfg, augment="none"),
                       title=title, model=clip.head)
     return clip.head, images
@@ -518,6 +525,7 @@ class Gain(NamedTuple):
     mean: float                      # over the seeds
     half: float                      # half the width of the 95 % interval
     p: float                         # the level whose interval just touches 0
+    seeds: int                       # how many pairs of runs were compared
 
     def text(self, unit=""):
         """Write percentage points, "+3.1 [+0.4, +5.8]", with a unit after the first number."""
@@ -526,10 +534,10 @@ class Gain(NamedTuple):
 
 
 def jackknife(counts, score):
-    """Return the scores of S seeds (S,), and the part of G groups of test images in them (S, G).
+    """Return the scores of S seeds (S,), and the pseudo-values of G groups of test images (S, G).
 
     counts (S, G, 3, K) come from train_cls.counts_per_group. A group is an image, or the buildings
-    of a tile. Its part is the pseudo-value of Tukey 1958, G score(all) - (G - 1) score(all others).
+    of a tile. Its pseudo-value (Tukey 1958) is G score(all) - (G - 1) score(all but this group).
     For accuracy on single images it is 1 if the answer is right and 0 if it is wrong.
     """
     G, total = counts.shape[1], counts.sum(1, keepdims=True)
@@ -557,21 +565,22 @@ def gain(scores, values):
     means 1 .67 .33 0. V_residual = .833 / 6 / 12 = .0116, V_seeds = .0625 / 3 = .0208, V_images =
     .185 / 4 - .0116 = .0347, half = sqrt(4.303^2 .0208 + 3.182^2 .0347) = .859: .50 +- .86.
 
-    In simulations with 3 to 8 seeds the interval holds the true gain in 93 to 98.5 % of cases.
+    In simulations of accuracy with 3 and 8 independent seeds the interval holds the true gain in 93
+    to 98.5 % of cases.
     """
     (S, G), of_image = values.shape, values.mean(0)
     residual = values - values.mean(1, keepdims=True) - of_image + values.mean()
     V_residual = (residual**2).sum() / ((S - 1) * (G - 1)) / (S * G)
     V_seeds = scores.var(ddof=1) / S
     V_images = max(of_image.var(ddof=1) / G - V_residual, 0)
-    if np.ptp(scores) < 1e-9:                    # a few equal scores are equal by chance
+    if np.ptp(scores) < 1e-9:                    # of so few seeds, by chance
         V_seeds = V_residual
 
     # Half the width at each level. p is the level at which it equals |mean|.
     half = np.sqrt(student(S - 1) ** 2 * V_seeds + student(G - 1) ** 2 * V_images)
     mean = float(scores.mean())
     p = float(np.interp(abs(mean), half[::-1], LEVELS[::-1])) if mean else 1.0
-    return Gain(mean, half[LEVELS == 0.05].item(), p)
+    return Gain(mean, half[LEVELS == 0.05].item(), p, S)
 
 
 @functools.cache
@@ -591,7 +600,7 @@ def holm(ps):
     """Return p-values, in their order, corrected for being so many (Holm 1979).
 
     The smallest is multiplied by their number, the next by one less, and so on. None ends above 1
-    or below the one before. If those below .05 are claimed, any is false in at most 5 % of cases.
+    or below the one before. If those below .05 are claimed, the chance of any false claim is 5 %.
     """
     ps = np.asarray(ps, dtype=float)
     order, corrected = ps.argsort(), np.empty_like(ps)
@@ -601,15 +610,15 @@ def holm(ps):
 
 
 def difference(comparison, arm, base, count):
-    """Return the Gain of arm over base. None without the same seeds, 2 of them, and 2 groups."""
-    rows, base_rows = comparison.rows_of(arm, count), comparison.rows_of(base, count)
-    S, test = len(rows), comparison.test
-    paired = [row["seed"] for row in rows] == [row["seed"] for row in base_rows]
-    if arm == base or not paired or S < 2 or len(test.groups.unique()) < 2:
+    """Return the Gain of arm over base for the seeds of both. None if 2 seeds or groups lack."""
+    both = [{row["seed"]: row for row in comparison.rows_of(name, count)} for name in (arm, base)]
+    seeds, test = sorted(both[0].keys() & both[1].keys()), comparison.test
+    if arm == base or len(seeds) < 2 or len(test.groups.unique()) < 2:
         return None
-    counts = [counts_per_group(test.labels, row["answers"], test.groups, len(test.classes))
-              for row in rows + base_rows]
+    counts = [counts_per_group(test.labels, rows[seed]["answers"], test.groups, len(test.classes))
+              for rows in both for seed in seeds]
     scores, values = jackknife(np.stack(counts), SCORES[comparison.metric])
+    S = len(seeds)
     return gain(scores[:S] - scores[S:], values[:S] - values[S:])
 
 
@@ -624,7 +633,7 @@ def commonest(comparison):
 def linear_baseline(comparison, count):
     """Return the score (%) of the linear arm on real images, or of the commonest class if higher.
 
-    A network below it has not learned the task: its arms differ in how fast they begin to learn.
+    Nobody would use a network below it, so what its arms gain decides nothing.
     """
     linear = [comparison.mean(name, count) for name, arm in comparison.arms.items()
               if arm.model == "linear" and not arm.source]
@@ -644,7 +653,7 @@ class Claim:
 
 def claims(comparison):
     """Return the Claims whose arms have been run: those on synthetic images, then the controls."""
-    families = {True: [], False: []}             # controls ask another question: corrected apart
+    families = {True: [], False: []}             # synthetic images, controls: corrected apart
     for count in comparison.scale.counts:
         for arm, base in comparison.task.claims:
             if gain := difference(comparison, arm, base, count):
@@ -659,7 +668,7 @@ def claims(comparison):
 def verdict(comparison, claim, p):
     """Return the verdict on a Claim, whose p is corrected."""
     scores = [comparison.mean(name, claim.count) for name in (claim.arm, claim.base)]
-    if len(comparison.rows_of(claim.arm, claim.count)) < 3:
+    if claim.gain.seeds < 3:
         return "too few seeds"
     if max(scores) < linear_baseline(comparison, claim.count):
         return "below the linear baseline"
@@ -670,16 +679,16 @@ def verdict(comparison, claim, p):
 
 # ---- near-duplicates: has the generator memorised its training images?
 
-CELLS = 6            # images are compared in 6 x 6 cells: in finer ones a blurred one seems near
+CELLS = 6            # images are compared in 6 x 6 cells, so that blur does not matter
 FLAT = 2.0           # grey levels: an image that deviates so little over its cells is half noise
-ALARM = 0.01         # p below which we say so: by chance in one of 100, if they are new
+ALARM = 0.01         # p below which we say so
 
 
 class NearDuplicates(NamedTuple):
     """How many synthetic images are near-duplicates, and how many would be by chance."""
     total: int                       # synthetic images that were compared
-    found: int                       # of them near-duplicates
-    expected: float                  # as many, if they were as new as held-out images
+    found: int                       # near-duplicates among them
+    expected: float                  # so many of as many new images would be, by chance
     p: float                         # probability of so many, or more, by chance
     least_p: float                   # the smallest p that so few images can give
     synthetic: torch.Tensor          # the 16 nearest (N, C, H, W), turned like their real image
@@ -799,7 +808,7 @@ SCALES = {
 
 @dataclass
 class Config(data.Settings):
-    """The flags. Where one is empty, 0 or None, --scale decides."""
+    """The flags. Where one is empty or 0, --scale decides."""
     data: str = flag("", "tree with a folder per class, caption set or xBD tree (empty: draw both)")
     out: str = flag("runs/experiment", "folder for report.html, results.csv, runs and generators")
     scale: str = flag("", "empty: medium for --data on a GPU, else small", choices=SCALES["scenes"])
@@ -812,7 +821,6 @@ class Config(data.Settings):
     redraw: bool = flag(False, "new training images and a new generator for each seed")
     size: int = flag(0, "side of the images in pixels, a multiple of 8", 0, 512)
     generated: int = flag(0, "synthetic images per class", 0, 1_000_000)
-    guidance: float | None = flag(None, "guidance scale (1: no guidance, 0: no class)", 0, 100)
     gen_steps: int = flag(0, "optimizer steps of a generator", 0)
     cls_steps: int = flag(0, "optimizer steps of a classifier", 0)
     init: str = flag("", "weights of a CLIP, ours or published: adds the arms of He et al. 2023")
@@ -855,7 +863,6 @@ class Config(data.Settings):
             scale, counts=tuple(sorted(set(counts), key=lambda count: count or math.inf)),
             seeds=self.seeds or scale.seeds, redraw=self.redraw or scale.redraw,
             generated=self.generated or scale.generated,
-            guidance=scale.guidance if self.guidance is None else self.guidance,
             gen=replace(scale.gen, size=size, steps=self.gen_steps or scale.gen.steps),
             cls=replace(scale.cls, size=size, patch=patch, steps=self.cls_steps or scale.cls.steps))
 
@@ -878,51 +885,70 @@ class Config(data.Settings):
 SUBJECTS = {"generator": ("synthetic images", ""),
             "fresh": ("fresh real images instead", " (the upper bound: a perfect generator)"),
             "copies": ("copies of the real images", " (the negative control: nothing new)")}
-CLAIMS = ("A claim compares two arms, which are ways to train the classifier. p says how often "
-          "chance alone gives a gain so far from 0, after Holm's correction (of the claims on "
-          "synthetic images and, apart, of the controls). No interval is corrected. There is no "
-          "verdict if the means of both arms are below the linear baseline: a linear classifier on "
-          "colours and edges of the real images, or the commonest class. This holds for {} at {} "
-          "px, {} test images in {} groups, {} seeds (repetitions) with {}; generators of {} "
-          "steps, {} synthetic images per class, classifiers of {} steps. A picture and its "
-          "doubles{} stay in one part, so that no test image has a double in training. {}")
 
 
 def answers(comparison, found):
     """Return the answer in words, a paragraph per number of real images; found are the claims()."""
-    paragraphs, base = [], dict(comparison.task.claims)[comparison.task.main_arm]
-    seeds = len({run.seed for run in comparison.rows})
+    paragraphs, seeds = [], comparison.seeds_done()
     if seeds < comparison.scale.seeds:
-        paragraphs.append(f"Unfinished, after {seeds} of {comparison.scale.seeds} seeds:")
+        paragraphs.append(f"Unfinished: {seeds} of {comparison.scale.seeds} seeds are done.")
     for count in comparison.scale.counts:
-        here = [claim for claim in found if claim.count == count]
-        here = [claim for claim in here if claim.base == base] or here
         explain = count == comparison.scale.counts[0]
-        sentences = [sentence(comparison, claim, explain) for claim in here]
-        near = comparison.near_duplicates.get(count)
-        if near and near.p < ALARM:
-            sentences.append(f"{100 * near.found / near.total:.1f} % of the synthetic images are "
-                             "near-duplicates, nearer to a training image than any held-out one is")
-        if here:
+        sentences = [sentence(comparison, claim, explain) for claim in found
+                     if claim.count == count]
+        if sentences:
             sentences[0] = f"with {comparison.amount(count)}, {sentences[0]}"
             paragraphs.append(" ".join(f"{text[0].upper()}{text[1:]}." for text in sentences))
-    return paragraphs or ["No answer yet: a claim needs two seeds of both its arms."]
+    return paragraphs or ["No answer: a claim needs two seeds of both its arms."]
 
 
 def sentence(comparison, claim, explain):
     """Write a Claim as a sentence; explain: say in half a sentence what a control is."""
-    seeds, points = len(comparison.rows_of(claim.arm, claim.count)), claim.gain.text(" points")
+    points = claim.gain.text(" points")
     points += " (the 95 % interval)" * (explain and claim.arm == comparison.task.main_arm)
     subject, role = SUBJECTS[comparison.arms[claim.arm].source]
     subject += role if explain else ""
     if claim.base != dict(comparison.task.claims)[comparison.task.main_arm]:
-        subject += f", {claim.arm} against {claim.base},"
+        subject += f" ({claim.arm} against {claim.base})"
+    nothing = f"made no difference that {claim.gain.seeds} seeds could show"
     return f"{subject} " + {
         "helps": f"add {points.lstrip('+')}", "hurts": f"cost {points.lstrip('-')}",
-        "no difference shown": f"made no difference that {seeds} seeds could show: {points}",
+        "no difference shown": f"{nothing}: {points}",
         "too few seeds": f"get no verdict, as it takes three seeds: {points}",
         "below the linear baseline": f"get no verdict, as the linear baseline is higher: {points}",
     }[claim.verdict]
+
+
+def conditions(comparison):
+    """Return what the claims of a Comparison mean, and what they hold for, as two paragraphs."""
+    scale, scenes, test = comparison.scale, comparison.scenes, comparison.test
+    draws = "the same training images and one generator (others may give another gain)"
+    if scale.redraw:
+        draws = "training images and a generator each, from one pool, so that they overlap"
+    duplicates = f" ({len(scenes) - len(scenes.groups.unique())} found)"
+    rest = "" if comparison.cfg.data else "Drawn pictures say nothing about the world."
+    if scenes.tiles:
+        duplicates = ", and the buildings of a tile,"
+        rest += (" Only the rarer classes are generated and replaced. How much of the balance is "
+                 f"undone is chosen on the {len(comparison.val)} val images. Macro-F1 is the mean "
+                 "of the classes' F1, harmonic F1 their harmonic mean.")
+    return (
+        "A claim compares two arms, which are ways to train the classifier. Steps and images per "
+        "step are equal: a synthetic image (or a fresh one, or a copy) replaces a real one with "
+        "probability .5. If the arms were equal, p is how often chance gives a gain at least so "
+        "far from 0, after Holm's correction (synthetic images and controls apart). No interval is "
+        "corrected. There is no verdict if the means of both arms are below the linear baseline: a "
+        "linear classifier on colours and edges of the real images, or the commonest class.",
+        f"This holds for {comparison.title} at {scale.cls.size} px, {len(test)} test images in "
+        f"{len(test.groups.unique())} groups, {comparison.seeds_done()} seeds (repetitions) with "
+        f"{draws}; generators of {scale.gen.steps} steps, {scale.generated} synthetic images per "
+        f"class, classifiers of {scale.cls.steps} steps. A picture and its duplicates{duplicates} "
+        f"stay in one part, so that no test image has a duplicate in training. {rest}")
+
+
+def shown(p):
+    """Write a p-value with two digits."""
+    return f"{p:.2g}" if p >= 0.001 else "< 0.001"
 
 
 def claim_table(comparison, found):
@@ -930,7 +956,7 @@ def claim_table(comparison, found):
     rows = []
     for claim in found:
         name = comparison.label(f"{claim.arm} against {claim.base}", claim.count)
-        rows.append([name, claim.gain.text(), claim.verdict, f"{claim.p:.2g}"])
+        rows.append([name, claim.gain.text(), claim.verdict, shown(claim.p)])
     return ["claim", f"points of {comparison.metric} [95 %]", "verdict", "p after Holm"], rows
 
 
@@ -939,6 +965,7 @@ def arms_table(comparison):
     task, test, (name, trivial) = comparison.task, comparison.test, commonest(comparison)
     columns = [f"F1 {test.classes[c]}" for c in test.labels.unique()]
     columns *= len(columns) <= 10                # of more, results.csv has them
+    bases = [base for base in task.bases if base in comparison.arms]
     rows = [[f"always {name}", "", *(f"{score:.1f}" for score in trivial)]]
     for count in comparison.scale.counts:
         for arm in comparison.arms:
@@ -950,13 +977,13 @@ def arms_table(comparison):
                 values = [100 * row[column] for row in runs]
                 spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
                 cells.append(f"{np.mean(values):.1f}{spread}")
-            gains = [difference(comparison, arm, base, count) for base in task.bases]
+            gains = [difference(comparison, arm, base, count) for base in bases]
             cells += [gain.text() if gain else "" for gain in gains]
             means = [comparison.mean(arm, count, column) for column in ("train", *columns)]
             rows.append(cells + [f"{mean:.1f}" for mean in means])
     return ["arm", "augmented", *(f"{score}, %" for score in task.scores),
-            *(f"points of {comparison.metric} against {base}" for base in task.bases),
-            "score in training, %", *(f"{column}, %" for column in columns)], rows
+            *(f"points of {comparison.metric} against {base}" for base in bases),
+            f"{comparison.metric} in training, %", *(f"{column}, %" for column in columns)], rows
 
 
 def write_page(comparisons):
@@ -978,28 +1005,17 @@ def write_page(comparisons):
 
 def task_html(comparison):
     """Return what the page says of a task, in pieces of HTML: the answer, then its grounds."""
-    found, scale, test = claims(comparison), comparison.scale, comparison.test
+    found = claims(comparison)
     body = [tag("h2", comparison.title)]
     body += [tag("p class=answer", paragraph) for paragraph in answers(comparison, found)]
     body += [interval_plot(comparison, found)] if found else []
     for count, near in comparison.near_duplicates.items():
         body += synthetic_html(comparison, count, near)
-    draws = "the same training images"
-    if scale.redraw:
-        draws = "training images and a generator each, drawn from one pool, so that they overlap"
-    drawn = "Drawn pictures test the method; they say nothing about the world."
-    scenes = comparison.scenes
-    doubles = f" ({len(scenes) - len(scenes.groups.unique())} found)"
-    if scenes.tiles:
-        doubles = ", and the buildings of a tile,"
-    conditions = CLAIMS.format(
-        comparison.title, scale.cls.size, len(test), len(test.groups.unique()), scale.seeds, draws,
-        scale.gen.steps, scale.generated, scale.cls.steps, doubles,
-        "" if comparison.cfg.data else drawn)
     return [*body, tag("h3", "Claims"), table(*claim_table(comparison, found)),
-            tag("p", conditions), tag("h3", "All arms"), table(*arms_table(comparison)),
-            tag("p", "±: standard deviation over the seeds. Arms with fresh images are run "
-                 "for seeds that leave as many of them as there are real ones.")]
+            *(tag("p", text) for text in conditions(comparison)),
+            tag("h3", "All arms"), table(*arms_table(comparison)),
+            tag("p", "±: standard deviation over the seeds. A seed has arms with fresh images if "
+                 "enough unused training images are left.")]
 
 
 def synthetic_html(comparison, count, near):
@@ -1010,17 +1026,17 @@ def synthetic_html(comparison, count, near):
         real, made = (scenes.images[scenes.labels == c][:8] for scenes in (subset.real, synthetic))
         rows += [[f"{synthetic.classes[c]}: real", real], ["synthetic", made]]
     body = [tag("h3", f"Synthetic images, with {comparison.amount(count)}"),
-            table(["", "real training images, and images of the first generator"], rows)]
+            table(["", "real training images, and synthetic ones (of the first generator)"], rows)]
     if not near:
         return body
-    answer = ("There are signs of memorised training images" if near.p < ALARM else
-              "No sign of memorised training images" if near.least_p < ALARM else
-              "Too few images to say whether the generator has memorised training images")
+    answer = ("More near-duplicates than by chance: a sign of memorised images" if near.p < ALARM
+              else "No sign of memorised training images" if near.least_p < ALARM
+              else "Too few images to say whether the generator has memorised training images")
     found, expected = 100 * near.found / near.total, 100 * near.expected / near.total
-    text = (f"{answer}: {found:.1f} % of {near.total} synthetic images are near-duplicates, nearer "
-            "to a training image than all held-out ones of their class. Of real images that it has "
-            f"not seen, {expected:.1f} % would be (p {near.p:.2g}). Nearness is correlation in "
-            f"{CELLS} x {CELLS} cells, in any light, turn or flip. The nearest pairs:")
+    text = (f"{answer}. {found:.1f} % of {near.total} synthetic images are near-duplicates: nearer "
+            "to a training image than any of as many held-out images of the class. Of unseen real "
+            f"images {expected:.1f} % would be (p {shown(near.p)}). Nearness is correlation in "
+            f"{CELLS} x {CELLS} cells, in any brightness, contrast and turn. The nearest pairs:")
     pairs = [["synthetic", near.synthetic[:8]], ["nearest real", near.nearest[:8]]]
     return [*body, tag("p", text), table(["", ""], pairs)]
 
@@ -1045,8 +1061,8 @@ def interval_plot(comparison, found):
         y = 40 * k + 26
         parts.append(f'<text x="4" y="{y - 12}">{name}</text><path stroke-width="3" '
                      f'd="M{x(left)} {y}H{x(right)}M{x(mean)} {y - 6}v12"/>')
-    caption = (f"Gain in {comparison.metric}, in points: the mean (a bar) and its 95 % interval (a "
-               "line), for other seeds and test images of this kind.")
+    caption = (f"Gain in {comparison.metric}, in points: mean (tick) and 95 % interval (line), for "
+               "other seeds and test images of this kind.")
     return (f'<figure><svg viewBox="0 0 440 {foot + 20}" role="img">{"".join(parts)}</svg>'
             f"{tag('figcaption', caption)}</figure>")
 

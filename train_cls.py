@@ -72,9 +72,9 @@ class Mixture:
     image of the same class replaces it; where its class has none, the real image stays.
 
     Equal budget: synthetic images replace real ones and are never added. Whatever the share, a run
-    takes as many steps on as many images, and each class occurs as often.
-    Paired arms: a place always draws three random numbers, whatever the share. So runs with equal
-    seeds draw the same real images, and differ only where one was replaced.
+    takes as many steps, with as many images per step, and each class occurs as often.
+    Paired arms: a place uses three random numbers, whatever the share. So runs with equal seeds
+    draw the same real images, and differ only where one was replaced.
 
     real, synthetic: Scenes with the same classes; synthetic may be None.
     """
@@ -113,7 +113,7 @@ class Mixture:
         c_real, c_synthetic = self.labels.tensor_split([len(self.p_real)])
         share = share * (self.count > 0).float()      # (K,): 0 for classes without synthetic images
         p_class = torch.zeros_like(share).index_add(0, c_real, self.p_real)
-        p_synthetic = p_class * share / self.count
+        p_synthetic = p_class * share / self.count    # nan where there is none: never looked up
         return torch.cat([self.p_real * (1 - share)[c_real], p_synthetic[c_synthetic]])
 
 
@@ -130,7 +130,7 @@ def fit(real, synthetic, cfg, path=None, title="classifier", model=None):
     if model is None:
         model = initial_model(cfg, real.classes, real.images.shape[1])
     model.to(device, memory_format=torch.channels_last)            # a tenth faster
-    identity = identity_of(cfg, real, synthetic) if path else {}   # of a checkpoint only
+    identity = identity_of(cfg, real, synthetic) if path else {}   # needed to save it
     if isinstance(model, LinearBaseline):                          # is solved, not trained in steps
         model.solve(mixture, cfg.share)
         return save_finished(path, model, identity)
@@ -156,7 +156,7 @@ def train(model, loss, cfg, path, kind, identity, title, every=1000):
 
     loss(step, rng) draws a batch and returns its mean loss. rng depends on seed and step alone. So
     a run that was killed continues from its checkpoint (every `every` steps) to the same weights.
-    kind, identity: what the checkpoint is of. UserError if the file at `path` is of another run.
+    kind, identity: of which run it is. UserError if the file at `path` is of another run.
     """
     device = data.pick_device()
     optimizer = adamw(model, cfg.decay)
@@ -168,7 +168,7 @@ def train(model, loss, cfg, path, kind, identity, title, every=1000):
         value = loss(step, rng)
         value.backward()
         data.average_gradients(model)                              # over the processes of torchrun
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)          # an odd batch must not move much
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)          # limits the step of an odd batch
 
         for group in optimizer.param_groups:
             group["lr"] = data.lr_at(step, cfg) * group["lr_scale"]
@@ -268,7 +268,7 @@ def macro_f1(counts):
 
 
 def harmonic_f1(counts):
-    """Return the harmonic mean F1 of the classes that occur: the damage score of xView2."""
+    """Return the harmonic mean F1 of the classes that occur, as xView2 does (of pixels)."""
     per_class = f1(occurring(counts))
     with np.errstate(divide="ignore"):                             # 1 / 0 = inf, and K / inf = 0
         return per_class.shape[-1] / (1 / per_class).sum(-1)
@@ -329,7 +329,7 @@ def colours_and_edges(x):
 class LinearBaseline(nn.Module):
     """Logistic regression on colours and edges: images (B, C, H, W) to class logits (B, K).
 
-    It learns no features: a network that scores lower has not learned the task.
+    It learns no features: nobody would use a network that scores lower.
     """
 
     def __init__(self, classes, channels=3):

@@ -50,7 +50,7 @@ def edges(x, threshold=0.15):
 
 CONTROLS = {"lowres": lowres, "edges": edges}
 CONDITIONS = "pre", "mask", *CONTROLS, "metadata", "text", "class"
-ABOUT = "classes", "channels", "metadata_names", "words"    # of a Generator, kept in checkpoints
+ABOUT = "classes", "channels", "metadata_names", "words"    # of a Generator, also in its checkpoint
 SAVE_SECONDS = 120                                          # a killed run loses at most this
 
 
@@ -71,7 +71,7 @@ class Config(data.Settings):
     lr: float = flag(2e-4, "peak learning rate", 1e-9)
     warmup: int = flag(500, "steps until the peak learning rate", 0)
     ema: float = flag(0.999, "decay of the averaged weights, which generate", 0, 0.999999)
-    drop: float = flag(0.1, "chance to drop all conditions (and each, with --condition)", 0, 0.9)
+    drop: float = flag(0.1, "chance to drop all conditions (--condition: also each alone)", 0, 0.9)
     condition: str = flag("", "pre,mask,lowres,edges,metadata add to the class; text replaces it")
     augment: str = flag("hflip,rot90", "augmentations, which the generator learns to imitate")
     seed: int = flag(0, "fixes the choice of images, weights and noise", 0, 2**32 - 1)
@@ -123,7 +123,7 @@ def split_channels(x, names):
     if "mask" in names:
         x0, controls = x0[:, :-1], [x[:, -1:]]
     if "pre" in names:
-        x0 = torch.cat([x0[:, :3], x0[:, 6:]], 1)           # 6: the mask, if it is not cut
+        x0 = torch.cat([x0[:, :3], x0[:, 6:]], 1)           # 6: the mask, unless cut above
         controls.insert(0, x[:, 3:6])
     controls += [control(x[:, :3]) for name, control in CONTROLS.items() if name in names]
     return x0, torch.cat(controls, 1) if controls else None
@@ -199,17 +199,17 @@ def draw_batch(images, condition, augment, cfg, rng):
 def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
     """Train on real (Scenes) by cfg (Config). Returns a Generator with averaged weights.
 
-    Every `every` steps it logs the mean loss and saves `preview` images per class, beside path,
-    and at path a checkpoint, that also every two minutes. A killed run goes on from it, to the same
-    weights and log (on a CPU to the bit), as randomness follows from (seed, step).
+    Every `every` steps it logs the mean loss and saves `preview` images per class beside path. It
+    saves a checkpoint at path then, and every two minutes. A killed run goes on from it to the same
+    weights (on a CPU bit for bit), because random numbers depend on (seed, step) alone.
     """
     device, augment = data.pick_device(), compose(cfg.augment)
     generator = new_generator(real, cfg)
-    averaged = generator.network                            # the Generator holds averaged weights;
-    model = copy.deepcopy(averaged).train()                 # a copy is trained
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)  # decay .01
+    averaged = generator.network                            # averages make better images than the
+    model = copy.deepcopy(averaged).train()                 # latest weights, which are trained here
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
     images = real.images.to(device)
-    turns = max(map(len, real.captions)) if generator.words else 1
+    turns = max(map(len, real.captions)) if generator.words else 1      # of several captions
     conditions = [generator.condition(real.labels, real, turn=turn) for turn in range(turns)]
 
     state = dict(model=model, ema=averaged, optimizer=optimizer)
@@ -246,8 +246,8 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
                 if is_log_step and preview:
                     save_samples(generator, real, preview, path, step + 1)
                 steps = [*range(every, step + 1, every), step + 1]      # the last part may be short
-                log = zip(steps, means, strict=True)
-                data.save_csv(Path(path).with_suffix(".csv"), ["step", "loss"], log)
+                data.save_csv(Path(path).with_suffix(".csv"), ["step", "loss"],
+                              zip(steps, means, strict=True))
                 data.save_checkpoint(path, "generator", identity, step + 1, state, losses=losses)
             last_save = time.monotonic()
     return generator
@@ -296,7 +296,7 @@ def generate(generator, y, seed, sampling_steps=12, guidance=1.5, reference=None
 
     reference: N real images (Scenes), for all other conditions. texts [N] replace their sentences.
     strength: start from reference with the noise of this part of the chain. inpaint (N, 1, H, W)
-    bool: where to repaint reference, by DDPM. Image k follows from (seed, k), whatever the batch.
+    bool: where to repaint reference (eta = 1). Image k follows from (seed, k), whatever the batch.
     """
     cfg, device = generator.config, data.pick_device()
     condition = generator.condition(y, reference, texts)

@@ -169,7 +169,7 @@ def test_no_group_is_ever_cut_and_official_parts_are_kept(known, seed):
     assert (place[official == 2] == 2).all()                     # test keeps all that it has
     named, lost = official != -1, place == -1
     assert (lost | (place == official))[named].all()
-    for k in np.flatnonzero(lost & named):                       # a double is in test, or in val
+    for k in np.flatnonzero(lost & named):                       # a duplicate is in test, or in val
         assert official[k] < official[groups == groups[k]].max()
     assert (lost[~named] == (0 in known)).all()                  # lists leave the others out
 
@@ -471,7 +471,7 @@ def test_a_class_is_a_folder_and_what_is_no_double_a_group(tmp_path, read):
         assert found.classes[label] == name.split("/")[0]
         assert (data.decode(root / name, 20) == image.numpy()).all()
     chain = torch.tensor([[0], [1], [2], [9]]).expand(-1, 192)
-    assert data.group_doubles(chain).tolist() == [0, 0, 0, 3]         # doubles of doubles
+    assert data.group_duplicates(chain).tolist() == [0, 0, 0, 3]         # duplicates of duplicates
     (root / "river/river_2.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"1 of 18 .*remove .*river/river_2\.png"):
         read(root)

@@ -64,10 +64,6 @@ def test_schedules_have_the_published_values():
     kept = cosine_abar(1000)[1:] / cosine_abar(1000)[:-1]                # 1 - beta
     assert kept.min() == kept[-1] == pytest.approx(0.001)
 
-    a, s = ddpm.flow_abar(1000).sqrt(), (1 - ddpm.flow_abar(1000)).sqrt()
-    u = torch.arange(1, 1001, dtype=torch.float64) / 1001
-    assert_close(s / (a + s), u)                             # x / (a + s) = (1 - u) x0 + u eps
-
     for schedule in SCHEDULES.values():
         for abar in (schedule(50), schedule(1000)):
             assert (abar.diff() < 0).all() and abar[0] > 0.99 and 0 < abar[-1].sqrt() < 0.02
@@ -405,8 +401,6 @@ def test_impossible_requests_are_refused():
     z = source(2, 1, 2, 2)
     with pytest.raises(ValueError, match="T > 20"):
         Diffusion(20, "linear")
-    with pytest.raises(ValueError, match="one of v, eps, x0"):
-        Diffusion(predict="noise")
     for how, words in [(dict(steps=0), "sampling steps"), (dict(steps=101), "sampling steps"),
                        (dict(eta=0.5), "order 2"), (dict(known=(z(), z())), "order 2")]:
         with pytest.raises(ValueError, match=words):
@@ -468,15 +462,15 @@ def test_on_a_gpu_a_replay_makes_the_images_of_the_plain_network(monkeypatch, bf
 
 def test_the_demo_learns_its_arms_draws_its_rows_and_prints_losses_and_the_path(tmp_path, capsys):
     path = tmp_path / "new" / "ddpm.png"
-    ddpm.main(path, steps=400)
+    ddpm.main(path, steps=500)
     sheet = np.asarray(Image.open(path)).astype(float)
-    assert sheet.shape == (6 * 172, 8 * 136, 3)
-    for k, row in enumerate(sheet.reshape(6, 172, 8, 136, 3).transpose(0, 2, 1, 3, 4)):
+    assert sheet.shape == (5 * 172, 8 * 136, 3)
+    for k, row in enumerate(sheet.reshape(5, 172, 8, 136, 3).transpose(0, 2, 1, 3, 4)):
         assert (row[0, :20] < 128).any() and (row[:, :4] == 255).all()   # a title, not cut off
         assert (row[:, 22:40] < 128).any((1, 2, 3)).all() and (row[:, 22:40, :2] == 255).all()
         assert (row[:, [20, 21, 22, 38, 39]] == 255).all()               # captions touch nothing
         panels = row[:, 40:168, 4:132]
-        if k < 3:                                            # q: smooth, then ever rougher
+        if k < 2:                                            # q: smooth, then ever rougher
             rough = abs(np.diff(panels, axis=1)).mean((1, 2, 3))
             assert rough[0] == rough.min() < 12 < 60 < rough[-1]
             continue
@@ -488,4 +482,4 @@ def test_the_demo_learns_its_arms_draws_its_rows_and_prints_losses_and_the_path(
             far = [torch.cdist(z, arm).amin(1).mean() for z in (first, last)]
             assert len(arm) > 200 and far[1] < 3 < 10 < far[0]
     first, *_, last, end = capsys.readouterr().out.splitlines()
-    assert "step    1: loss " in first and "step  400: loss " in last and end == f"look at {path}"
+    assert "step    1: loss " in first and "step  500: loss " in last and end == f"look at {path}"
