@@ -964,7 +964,7 @@ def arms_table(comparison):
     """Return the header and the rows of the table of all arms, below always the commonest class."""
     task, test, (name, trivial) = comparison.task, comparison.test, commonest(comparison)
     columns = [f"F1 {test.classes[c]}" for c in test.labels.unique()]
-    columns *= len(columns) <= 10                # of more, results.csv has them
+    columns *= len(columns) <= 5                 # of more, results.csv has them
     bases = [base for base in task.bases if base in comparison.arms]
     rows = [[f"always {name}", "", *(f"{score:.1f}" for score in trivial)]]
     for count in comparison.scale.counts:
