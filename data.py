@@ -92,7 +92,7 @@ class Scenes:
 def split(scenes, seed=0, hold_out=""):
     """Split into train, val and test: {"train": (n,) int64 indices, "val": ..., "test": ...}.
 
-    Official parts are kept (of xBD the folder test/). A group (duplicates, or the buildings of a
+    Official parts are kept (of xBD test/ and hold/). A group (duplicates, or the buildings of a
     tile) is never cut. Other groups are divided 3 : 1 : 1 by seed, or 3 : 1 if there is a test
     part: images within each class, tiles at random. With a train part they are left out instead.
     hold_out, a disaster of xBD, becomes the test part. All other images then go into train or val,
@@ -474,7 +474,8 @@ def read_xbd(root, size, pre=False, mask=False, cache="runs/cache"):
     content = cached_tree(lambda: crop_tree(root, tiles, size, pre, mask), root, files, cache,
                           size=size, pre=pre, mask=mask)
     print(content.pop("summary"))
-    official = [TEST if name.startswith("test/") else NO_PART for name in content["names"]]
+    folders = [name.split("/")[0] for name in content["names"]]
+    official = [TEST if folder in ("test", "hold") else NO_PART for folder in folders]
     return Scenes(**content, official=torch.tensor(official), tiles=True,
                   metadata_names=XBD_METADATA)
 

@@ -12,16 +12,17 @@ Both are the same. A step multiplies a^2 by 1 - beta. It turns s^2, the variance
 
 The process p goes back, from x_t to x_{t-1}. The network's guess x0 gives eps = (x - a x0) / s:
 
-    one step back     x_{t-1} = a' x0 + sqrt(s'^2 - sigma^2) eps + sigma noise     (a', s' of t - 1)
+    one step back     x_{t-1} = a' x0 + sqrt(s'^2 - sigma^2) eps + sigma noise     (' is t-1)
 
 It takes many steps, because a network trained by squared error answers with the mean of all images
 that may have become x_t. At high noise this mean is a blur. A small step towards it leaves fewer
-images possible, and the next guess is sharper. DDPM takes 1,000 steps and adds new noise in each.
-DDIM adds none, sigma = 0, and takes hundreds; corrected by a rule of second order, it takes 12.
+images possible, and the next guess is sharper. Any sigma up to that of DDPM will do. DDPM takes
+1,000 steps, with new noise in all but the last. DDIM adds none, sigma = 0, and takes 20 to 100;
+corrected by a rule of second order, it takes 12.
 
     x0   an image in [-1, 1], (B, C, H, W), or the network's guess of it
     x    the noisy image x_t = a x0 + s eps    eps  normal noise N(0, I)
-    t    0 (least noise; x_{-1} is x0) .. T-1  v    a eps - s x0, see `target`
+    t    0 (a little noise) .. T - 1 (noise)   v    a eps - s x0, see `target`
     w    scale of guidance, 1 is none          eta  1: new noise as in DDPM, 0: none (DDIM)
 
 DDPM, with Algorithms 1 and 2: Ho et al. 2020 (2006.11239), who count t from 1. DDIM: Song et al.
@@ -49,7 +50,7 @@ def linear_abar(T):
 def cosine_abar(T):
     """Return the schedule of Nichol & Dhariwal 2021 (2102.09672), Eq. 17: a squared cosine."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
-    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # .008, else they start near 0
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # .008, else beta starts near 0
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)                 # f ends at 0: beta would be 1
     return (1 - beta).cumprod(0)
 
@@ -94,7 +95,7 @@ class Diffusion(nn.Module):
     def loss(self, model, x0, cond, drop=0.1, rng=None):
         """Return the loss of Algorithm 1 on images x0 (B, C, H, W): the weighted squared error.
 
-        Guidance needs a network that can do without the condition. So a share `drop` of the images
+        `guided` needs a network that can do without the condition. So a share `drop` of the images
         is trained without it: cond.drop(mask) drops it where mask, (B,) bool, is true.
         """
         t = torch.randint(self.T, (len(x0),), device=x0.device, generator=rng)
@@ -106,13 +107,13 @@ class Diffusion(nn.Module):
         return (self.weight(t) * error.mean((1, 2, 3))).mean()
 
     def weight(self, t):
-        """Return the weight of the error at t, (B,): one loss, whatever the network predicts.
+        """Return the weight of the error at t, (B,), that gives one loss for v, eps and x0.
 
-        It is min(SNR, gamma) times the squared error of x0, where SNR = (a / s)^2. As x is given,
-        an error of 1 in x0 is one of a / s in eps and of 1 / s in v: `scale` divides by the
-        square. With gamma = inf it is the plain error of eps, L_simple (Ho et al. Eq. 14). A finite
-        gamma keeps low noise, where SNR is huge, from outweighing the rest: min-SNR, Hang et al.
-        2023 (2303.09556).
+        That loss is min(SNR, gamma) times the squared error of x0, where SNR = (a / s)^2. As x is
+        given, an error of 1 in x0 is one of a / s in eps and of 1 / s in v: `scale` is the square
+        of that (1 / s^2 = SNR + 1). With gamma = inf it is the plain error of eps, L_simple
+        (Ho et al. Eq. 14). A finite gamma keeps low noise, where SNR is huge, from outweighing the
+        rest: min-SNR, Hang et al. 2023 (2303.09556).
         """
         snr = (self.sqrt_abar[t] / self.sqrt_1m_abar[t]).flatten() ** 2
         scale = {"x0": 1, "eps": snr, "v": snr + 1}[self.predict]
@@ -136,7 +137,7 @@ class Diffusion(nn.Module):
             # x / sqrt(1 - beta) plus noise of variance beta / (1 - beta). Weigh each by the inverse
             # of its variance: this is the mean, Eq. 7 (Algorithm 2 writes it with eps). sigma^2 is
             # 1 over the sum of the inverses (the smaller of the two choices that the paper offers).
-            # As 1 - abar - beta = (1 - beta) (1 - abar_prev), this is `ddim` with that sigma.
+            # It is the step back at the top: s'^2 - sigma^2 = (1 - beta) (s'^2 / s)^2.
             mean = math.sqrt(abar_prev) * beta / (1 - abar) * x0
             mean += math.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar) * x
             sigma = math.sqrt((1 - abar_prev) / (1 - abar) * beta)
@@ -154,7 +155,7 @@ class Diffusion(nn.Module):
 
         w: see `guided`. start=(x0, t): begin at these images, noised to t (SDEdit, Meng et al.
         2022, 2108.01073). known=(x0, mask): keep x0 where mask (B, 1, H, W) is 1, paint the rest
-        (RePaint, Lugmayr et al. 2022, 2201.09865, but once). Order 2 takes the step before again,
+        (RePaint, Lugmayr et al. 2022, 2201.09865, without its repeats). Order 2 redoes each step,
         which would undo new noise and known pixels, so it refuses both.
         """
         if order == 2 and (eta or known):
@@ -197,10 +198,10 @@ class Diffusion(nn.Module):
         """Return the t to visit, [int] falling: s / a, noise to signal, falls by equal factors.
 
         The first is T - 1, where x starts, or `start`, a t. Above s / a = 60 nearly all is noise:
-        one step crosses it. The last is .01, about a grey level. If steps = T, all t are visited.
+        one step crosses it. s / a ends at .01, a grey level. If steps = T, all t are visited.
 
-        Why equal factors: the mean of N pixels has sqrt(N) times less noise than one, so it is
-        settled at sqrt(N) times more noise. Sizes differ by factors: each gets as many steps.
+        Why equal factors: the mean of N pixels has sqrt(N) times less noise than one. So a shape
+        twice as wide is decided at twice the noise: each doubling gets equally many steps.
         12 evenly spaced t (cosine) jump from pure noise to s / a = 7, which loses half of the
         variation of brightness (see the tests).
         """
@@ -239,7 +240,7 @@ def second_order(x, x0, x_before, x0_before, before, now, after):
     So take the step from `before` again, with the mean of the guesses at its ends (as UniPC-1 does,
     Zhao et al. 2023, 2302.04867). And predict for the next step the guess in its middle, on the
     line through these two guesses (DPM-Solver++ 2M, Lu et al. 2022, 2211.01095). Time is
-    log(a / s), where the levels are evenly spaced.
+    log(a / s), in which steps are about equal.
     """
     x = ddim(x_before, (x0_before + x0) / 2, before, now)
     if after[1] == 0:                                        # the last step ends at x0 itself
@@ -252,9 +253,9 @@ def guided(model, x, t, cond, w):
     """Return the output with classifier-free guidance: Ho & Salimans 2022 (2207.12598), Eq. 6.
 
     Go w times the way from the output without the condition to the one with it (w is their w + 1).
-    The mean of eps, given x_t, is -s times the gradient of log p(x_t): noise points away from
-    likely images. Gradients add, so this is the eps of p(x_t) p(cond | x_t)^w (or its v, its x0):
-    with w > 1 images show their condition more clearly, and vary less. A step is twice the work:
+    The mean of eps, given x_t, is -s times the gradient of log p(x_t) (Tweedie's formula). By Bayes
+    with_cond - without is that of p(cond | x_t), so this is that of p(x_t) p(cond | x_t)^w: with
+    w > 1 images show their condition more clearly, and vary less. A step is twice the work:
     cond.and_null() is cond, then as many dropped, (2 B).
     """
     if w == 1:
@@ -288,7 +289,7 @@ class Toy(nn.Sequential):
 
 
 def spiral(y):
-    """Return a point of each class y (B,), (B, 2, 1, 1), about -1..1: the classes are two arms."""
+    """Return points (B, 2, 1, 1) of classes y (B,), about -1..1: the two classes are two arms."""
     angle = 6 * torch.rand(len(y)).sqrt()
     arm = (1 - 2 * y) * angle / 6 * torch.stack([angle.cos(), angle.sin()])
     return (arm + 0.05 * torch.randn_like(arm)).T.reshape(-1, 2, 1, 1)

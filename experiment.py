@@ -6,15 +6,9 @@
 
 An *arm* is one way to train the classifier: on real images, with augmentation, with synthetic
 images and so on. The experiment chooses a few real training images (N per class, or N tiles of
-xBD), trains a generator on exactly these, and makes images with it. Then for each seed and
-arm it trains and scores the same classifier, and says what one arm gains over another. The rules:
-
-    equal budget   All networks take the same number of steps and of images per step. A synthetic
-                   image takes the place of a real one and never comes on top. (The steps of the
-                   generator are not counted.)
-    no leak        A generator sees the chosen images alone. Nothing is chosen on test images.
-    paired         All arms of a seed share training images, initial weights and batches. They are
-                   compared seed by seed and test image by test image.
+xBD), trains a generator on them alone, and makes images with it. Then for each seed and arm it
+trains and scores the same classifier, and says what one arm gains over another. README.md, "What
+the comparison promises", has the rules that make this fair.
 
 A stopped experiment goes on when its command is repeated: every finished classifier has left a JSON
 file in --out, every generator a checkpoint, and every set of synthetic images a .pt file.
@@ -83,7 +77,7 @@ class Task:
     main_arm: str                    # the arm with synthetic images that the studies vary
     bases: tuple                     # the page says what every arm gains over these
     claims: tuple                    # (arm, base): does arm score higher than base?
-    scores: tuple                    # of SCORES; claims are about the first
+    score: str                       # of SCORES: what claims are about
     unit: str                        # what --counts counts
     rare_only: bool = False          # generate only the classes that are rarer than the mean
 
@@ -112,7 +106,7 @@ TASKS = {
                 ("clip: synthetic only", "clip: zero-shot"),
                 ("clip: real + synthetic", "clip: real"), ("clip: real + edited", "clip: real"),
                 ("clip: real + fresh real", "clip: real"), ("clip: real + copies", "clip: real")),
-        scores=("accuracy",), unit="real images per class"),
+        score="accuracy", unit="real images per class"),
     "buildings": Task(
         arms={
             "real": Arm(augment=OVERHEAD),
@@ -127,7 +121,7 @@ TASKS = {
         main_arm="balanced + synthetic", bases=("balanced", "balanced + copy-paste"),
         claims=(("balanced + synthetic", "balanced"),
                 ("balanced + fresh real", "balanced"), ("balanced + copies", "balanced")),
-        scores=("macro-F1", "harmonic F1"), unit="training tiles", rare_only=True),
+        score="macro-F1", unit="training tiles", rare_only=True),
 }
 
 # --init WEIGHTS adds the protocols of He et al. 2023: a frozen CLIP under a linear head that begins
@@ -150,8 +144,8 @@ STUDIES = {
     "guidance": {f"{w:g}": dict(guidance=w) for w in (1.0, 3.0, 5.0)},
     "strength": {f"{s:.2f}": dict(strength=s) for s in (0.15, 0.3, 0.5, 0.7, 0.9)},
     "augment": {a: dict(augment=a, source="", share=0.0) for a in ("none", *AUGMENTATIONS)},
-    "model": {"resnet, real": dict(model="resnet", source="", share=0.0),
-              "resnet, real + synthetic": dict(model="resnet"),
+    "model": {"cnn, real": dict(model="cnn", source="", share=0.0),
+              "cnn, real + synthetic": dict(model="cnn"),
               "patches, real": dict(model="patches", source="", share=0.0),
               "patches, real + synthetic": dict(model="patches")},
     "controls": {"shuffled labels": dict(shuffle=True),
@@ -209,7 +203,7 @@ class Comparison:
     def __post_init__(self):
         self.out = Path(self.cfg.out) / self.name
         self.val, self.test = self.scenes[self.parts["val"]], self.scenes[self.parts["test"]]
-        self.metric = self.task.scores[0]
+        self.metric = self.task.score
 
     @functools.cached_property
     def settings(self):
@@ -247,7 +241,7 @@ class Comparison:
         return [self.rows[run] for run in runs]
 
     def mean(self, arm, count, column=""):
-        """Return the mean of the first score, or of a column, in %; nan if the arm was not run."""
+        """Return the mean of the score, or of a column, in %; nan if the arm was not run."""
         values = [row[column or self.metric] for row in self.rows_of(arm, count)]
         return 100 * float(np.mean(values or [math.nan]))
 
@@ -623,11 +617,11 @@ def difference(comparison, arm, base, count):
 
 
 def commonest(comparison):
-    """Return the commonest class of the training split, and the scores (%) of always giving it."""
+    """Return the commonest class of the training split, and the score (%) of always giving it."""
     test = comparison.test
     c = comparison.scenes.labels[comparison.parts["train"]].bincount().argmax()
     counts = class_counts(test.labels, c.expand(len(test)), len(test.classes))
-    return test.classes[c], [100 * float(SCORES[name](counts)) for name in comparison.task.scores]
+    return test.classes[c], 100 * float(SCORES[comparison.metric](counts))
 
 
 def linear_baseline(comparison, count):
@@ -637,7 +631,7 @@ def linear_baseline(comparison, count):
     """
     linear = [comparison.mean(name, count) for name, arm in comparison.arms.items()
               if arm.model == "linear" and not arm.source]
-    return float(np.nanmax([commonest(comparison)[1][0], *linear]))
+    return float(np.nanmax([commonest(comparison)[1], *linear]))
 
 
 @dataclass
@@ -896,6 +890,10 @@ def answers(comparison, found):
         explain = count == comparison.scale.counts[0]
         sentences = [sentence(comparison, claim, explain) for claim in found
                      if claim.count == count]
+        near = comparison.near_duplicates.get(count)
+        if near and near.p < ALARM:
+            sentences.append(f"{100 * near.found / near.total:.1f} % of the synthetic images are "
+                             "near-duplicates of training images")
         if sentences:
             sentences[0] = f"with {comparison.amount(count)}, {sentences[0]}"
             paragraphs.append(" ".join(f"{text[0].upper()}{text[1:]}." for text in sentences))
@@ -905,10 +903,15 @@ def answers(comparison, found):
 def sentence(comparison, claim, explain):
     """Write a Claim as a sentence; explain: say in half a sentence what a control is."""
     points = claim.gain.text(" points")
-    points += " (the 95 % interval)" * (explain and claim.arm == comparison.task.main_arm)
+    if explain and claim.arm == comparison.task.main_arm:
+        points += f" of {comparison.metric} (and the 95 % interval)"
     subject, role = SUBJECTS[comparison.arms[claim.arm].source]
+    if claim.arm == comparison.task.main_arm and not comparison.scale.redraw:
+        subject += " of one generator"
     subject += role if explain else ""
-    if claim.base != dict(comparison.task.claims)[comparison.task.main_arm]:
+    if claim.base == "real":
+        subject = f"without augmentation, {subject}"
+    elif claim.base != dict(comparison.task.claims)[comparison.task.main_arm]:
         subject += f" ({claim.arm} against {claim.base})"
     nothing = f"made no difference that {claim.gain.seeds} seeds could show"
     return f"{subject} " + {
@@ -925,22 +928,24 @@ def conditions(comparison):
     draws = "the same training images and one generator (others may give another gain)"
     if scale.redraw:
         draws = "training images and a generator each, from one pool, so that they overlap"
-    duplicates = f" ({len(scenes) - len(scenes.groups.unique())} found)"
+    duplicates, tiles = f" ({len(scenes) - len(scenes.groups.unique())} found)", ""
     rest = "" if comparison.cfg.data else "Drawn pictures say nothing about the world."
     if scenes.tiles:
         duplicates = ", and the buildings of a tile,"
-        rest += (" Only the rarer classes are generated and replaced. How much of the balance is "
-                 f"undone is chosen on the {len(comparison.val)} val images. Macro-F1 is the mean "
-                 "of the classes' F1, harmonic F1 their harmonic mean.")
+        tiles = f" of {len(test.groups.unique())} tiles"
+        rest += (" A building is seen after the disaster, with its mask. Only the rarer classes "
+                 "are generated and replaced. Balanced: classes are drawn equally often, and then "
+                 "the logits are shifted towards common ones, how far is chosen on the "
+                 f"{len(comparison.val)} val images. Macro-F1 is the mean of the classes' F1.")
     return (
         "A claim compares two arms, which are ways to train the classifier. Steps and images per "
         "step are equal: a synthetic image (or a fresh one, or a copy) replaces a real one with "
-        "probability .5. If the arms were equal, p is how often chance gives a gain at least so "
-        "far from 0, after Holm's correction (synthetic images and controls apart). No interval is "
-        "corrected. There is no verdict if the means of both arms are below the linear baseline: a "
-        "linear classifier on colours and edges of the real images, or the commonest class.",
-        f"This holds for {comparison.title} at {scale.cls.size} px, {len(test)} test images in "
-        f"{len(test.groups.unique())} groups, {comparison.seeds_done()} seeds (repetitions) with "
+        "probability .5. p: how often equal arms would differ this much by chance, then corrected "
+        "by Holm's method, for controls separately. No interval is corrected. There is no verdict "
+        "if the means of both arms are below the linear baseline: the better of a linear "
+        "classifier (on colours and edges of the real images) and always the commonest class.",
+        f"This holds for {comparison.title} at {scale.cls.size} px, {len(test)} test images"
+        f"{tiles}, {comparison.seeds_done()} seeds (repetitions) with "
         f"{draws}; generators of {scale.gen.steps} steps, {scale.generated} synthetic images per "
         f"class, classifiers of {scale.cls.steps} steps. A picture and its duplicates{duplicates} "
         f"stay in one part, so that no test image has a duplicate in training. {rest}")
@@ -962,28 +967,27 @@ def claim_table(comparison, found):
 
 def arms_table(comparison):
     """Return the header and the rows of the table of all arms, below always the commonest class."""
-    task, test, (name, trivial) = comparison.task, comparison.test, commonest(comparison)
+    test, (name, trivial) = comparison.test, commonest(comparison)
     columns = [f"F1 {test.classes[c]}" for c in test.labels.unique()]
     columns *= len(columns) <= 5                 # of more, results.csv has them
-    bases = [base for base in task.bases if base in comparison.arms]
-    rows = [[f"always {name}", "", *(f"{score:.1f}" for score in trivial)]]
+    bases = [base for base in comparison.task.bases if base in comparison.arms]
+    rows = [[f"always {name}", "", f"{trivial:.1f}"]]
     for count in comparison.scale.counts:
         for arm in comparison.arms:
-            runs, augment = comparison.rows_of(arm, count), comparison.arms[arm].augment
-            cells = [comparison.label(arm, count), "" if augment == "none" else "yes"]
-            if not runs:
+            values = [100 * row[comparison.metric] for row in comparison.rows_of(arm, count)]
+            if not values:
                 continue
-            for column in task.scores:
-                values = [100 * row[column] for row in runs]
-                spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-                cells.append(f"{np.mean(values):.1f}{spread}")
+            augmented = "" if comparison.arms[arm].augment == "none" else "yes"
+            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            cells = [comparison.label(arm, count), augmented, f"{np.mean(values):.1f}{spread}"]
             gains = [difference(comparison, arm, base, count) for base in bases]
             cells += [gain.text() if gain else "" for gain in gains]
             means = [comparison.mean(arm, count, column) for column in ("train", *columns)]
             rows.append(cells + [f"{mean:.1f}" for mean in means])
-    return ["arm", "augmented", *(f"{score}, %" for score in task.scores),
+    return ["arm", "augmented", f"{comparison.metric}, %",
             *(f"points of {comparison.metric} against {base}" for base in bases),
-            f"{comparison.metric} in training, %", *(f"{column}, %" for column in columns)], rows
+            f"{comparison.metric} on real training images, %",
+            *(f"{column}, %" for column in columns)], rows
 
 
 def write_page(comparisons):
@@ -1026,7 +1030,7 @@ def synthetic_html(comparison, count, near):
         real, made = (scenes.images[scenes.labels == c][:8] for scenes in (subset.real, synthetic))
         rows += [[f"{synthetic.classes[c]}: real", real], ["synthetic", made]]
     body = [tag("h3", f"Synthetic images, with {comparison.amount(count)}"),
-            table(["", "real training images, and synthetic ones (of the first generator)"], rows)]
+            table(["", "real training images, and synthetic ones (of seed 0)"], rows)]
     if not near:
         return body
     answer = ("More near-duplicates than by chance: a sign of memorised images" if near.p < ALARM
@@ -1034,8 +1038,8 @@ def synthetic_html(comparison, count, near):
               else "Too few images to say whether the generator has memorised training images")
     found, expected = 100 * near.found / near.total, 100 * near.expected / near.total
     text = (f"{answer}. {found:.1f} % of {near.total} synthetic images are near-duplicates: nearer "
-            "to a training image than any of as many held-out images of the class. Of unseen real "
-            f"images {expected:.1f} % would be (p {shown(near.p)}). Nearness is correlation in "
+            "to a training image than any held-out image of the class is (of equally many). By "
+            f"chance {expected:.1f} % would be (p {shown(near.p)}). Nearness is correlation in "
             f"{CELLS} x {CELLS} cells, in any brightness, contrast and turn. The nearest pairs:")
     pairs = [["synthetic", near.synthetic[:8]], ["nearest real", near.nearest[:8]]]
     return [*body, tag("p", text), table(["", ""], pairs)]
@@ -1061,8 +1065,8 @@ def interval_plot(comparison, found):
         y = 40 * k + 26
         parts.append(f'<text x="4" y="{y - 12}">{name}</text><path stroke-width="3" '
                      f'd="M{x(left)} {y}H{x(right)}M{x(mean)} {y - 6}v12"/>')
-    caption = (f"Gain in {comparison.metric}, in points: mean (tick) and 95 % interval (line), for "
-               "other seeds and test images of this kind.")
+    caption = (f"Gain in {comparison.metric}, in points: mean (tick) and 95 % interval (line), if "
+               "seeds and test images were drawn anew.")
     return (f'<figure><svg viewBox="0 0 440 {foot + 20}" role="img">{"".join(parts)}</svg>'
             f"{tag('figcaption', caption)}</figure>")
 
@@ -1097,7 +1101,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8886 }
 td:first-child { min-width: 8rem } td + td { white-space: nowrap }
-svg { width: 100%; max-width: 36rem; font-size: 12px; fill: currentColor }
+svg { width: 100%; max-width: 36rem; font-size: 13px; fill: currentColor }
 path { stroke: currentColor }
 text { paint-order: stroke; stroke: Canvas; stroke-width: 5px }
 img { image-rendering: pixelated; display: block }

@@ -28,7 +28,7 @@ from augment import OVERHEAD, compose
 from data import UserError, flag
 from vit import LENGTH, Convolutions, Patches, TextEncoder, ViT, head, mean_token, word_tokens, zero
 
-MODELS = "vit", "patches", "resnet", "linear"     # patches: a ViT whose stem has no convolutions
+MODELS = "vit", "patches", "cnn", "linear"     # patches: a ViT whose stem has no convolutions
 ENCODER_LR_SCALE = 0.1                            # on the learning rate of a pretrained encoder
 
 
@@ -136,13 +136,12 @@ def fit(real, synthetic, cfg, path=None, title="classifier", model=None):
         return save_finished(path, model, identity)
 
     augment = compose(cfg.augment)
-    batch = data.own_share(cfg.batch)                              # of this process
 
     def loss(step, rng):
         share = cfg.share
         if cfg.pretrain:                                           # first all synthetic, then real
             share = float(step < cfg.share * cfg.steps)
-        index = mixture.draw(batch, share, rng)
+        index = mixture.draw(data.own_share(cfg.batch), share, rng)
         x, y = data.to_float(mixture.images[index]), mixture.targets[index]
         x, y = augment(x, y, rng)                                  # (B, C, H, W), (B, K)
         with data.autocast(device):
@@ -156,7 +155,7 @@ def train(model, loss, cfg, path, kind, identity, title, every=1000):
 
     loss(step, rng) draws a batch and returns its mean loss. rng depends on seed and step alone. So
     a run that was killed continues from its checkpoint (every `every` steps) to the same weights.
-    kind, identity: of which run it is. UserError if the file at `path` is of another run.
+    kind, identity: they name the run. UserError if the file at `path` is of another run.
     """
     device = data.pick_device()
     optimizer = adamw(model, cfg.decay)
@@ -362,39 +361,23 @@ class LinearBaseline(nn.Module):
         return self.head((colours_and_edges(x) - self.mean) / self.std)
 
 
-# ---- a ResNet, and the choice of a classifier
+# ---- a network of convolutions, and the choice of a classifier
 
-class Residual(nn.Module):
-    """Two convolutions beside a skip (He et al. 2016, Eq. 2): (B, C, H, W) -> (B, C', H', W')."""
-
-    def __init__(self, c_in, c_out, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(8, c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.norm2 = zero(nn.GroupNorm(8, c_out))    # starts at 0 (Goyal et al. 2017)
-        self.skip = nn.Conv2d(c_in, c_out, 1, stride)
-
-    def forward(self, x):
-        h = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.skip(x) + self.norm2(self.conv2(h)))
-
-
-class ResNet(nn.Module):
-    """A small network without attention: images (B, C, H, W) in [-1, 1] to class logits (B, K)."""
+class ConvNet(nn.Module):
+    """An AlexNet (Krizhevsky et al. 2012) in small: images (B, C, H, W) to class logits (B, K)."""
 
     def __init__(self, classes, width=32, channels=3):
         super().__init__()
-        self.blocks = nn.Sequential(
-            nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
-            nn.GroupNorm(8, width), nn.ReLU(),
-            Residual(width, width, stride=1),
-            Residual(width, 2 * width, stride=2),
-            Residual(2 * width, 4 * width, stride=2))
+        layers = []
+        for c_in, c_out, stride in ((channels, width, 2), (width, width, 1),
+                                    (width, 2 * width, 2), (2 * width, 4 * width, 2)):
+            conv = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+            layers += [conv, nn.GroupNorm(8, c_out), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
         self.head = head(4 * width, classes)
 
     def forward(self, x):
-        places = rearrange(self.blocks(x), "b c h w -> b (h w) c")
+        places = rearrange(self.layers(x), "b c h w -> b (h w) c")
         return self.head(mean_token(places, x))
 
 
@@ -402,8 +385,8 @@ def make_classifier(cfg, K, channels):
     """Return a new classifier of the kind cfg.model for K classes."""
     if cfg.model == "linear":
         return LinearBaseline(K, channels)
-    if cfg.model == "resnet":
-        return ResNet(K, cfg.dim // 2, channels)
+    if cfg.model == "cnn":
+        return ConvNet(K, cfg.dim // 2, channels)
     stem = Patches if cfg.model == "patches" else Convolutions
     return ViT(K, cfg.size, cfg.patch, cfg.dim, cfg.depth, cfg.heads, channels, stem)
 
@@ -563,10 +546,10 @@ class Script(Config):
         if "copypaste" in data.listed(self.augment):
             raise ValueError("--augment copypaste needs masks, which only experiment.py gives")
         if self.learn != "classes":
-            no_vit = self.model == "linear" or self.learn == "mae" and self.model == "resnet"
+            no_vit = self.model == "linear" or self.learn == "mae" and self.model == "cnn"
             if "cutmix" in data.listed(self.augment) or self.init or self.share or no_vit:
                 raise ValueError(f"--learn {self.learn} goes without --init, --synthetic, --share, "
-                                 "cutmix, --model linear, and mae without --model resnet")
+                                 "cutmix, --model linear, and mae without --model cnn")
         if bool(self.synthetic) != (self.share > 0):
             raise ValueError("--synthetic and --share need each other: a tree, and a probability")
 

@@ -205,11 +205,11 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
     """
     device, augment = data.pick_device(), compose(cfg.augment)
     generator = new_generator(real, cfg)
-    averaged = generator.network                            # averages make better images than the
-    model = copy.deepcopy(averaged).train()                 # latest weights, which are trained here
+    averaged = generator.network                            # averaged weights: better images
+    model = copy.deepcopy(averaged).train()                 # the weights that are trained
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
     images = real.images.to(device)
-    turns = max(map(len, real.captions)) if generator.words else 1      # of several captions
+    turns = max(map(len, real.captions)) if generator.words else 1      # one caption a turn
     conditions = [generator.condition(real.labels, real, turn=turn) for turn in range(turns)]
 
     state = dict(model=model, ema=averaged, optimizer=optimizer)

@@ -348,8 +348,8 @@ def test_a_group_is_a_tile_in_whichever_folder_and_has_its_metadata(tmp_path, re
     for name, group in zip(found.names, found.groups.tolist(), strict=True):
         pairs.add((name.split("/")[1], group))
     assert len(found) == 8 and len(pairs) == 3 == len({group for _, group in pairs})
-    in_test = [name.startswith("test/") for name in found.names]
-    assert (found.official == 2).tolist() == in_test and sum(in_test) == 2
+    in_test = [name.startswith(("test/", "hold/")) for name in found.names]
+    assert (found.official == 2).tolist() == in_test and sum(in_test) == 4
     assert "2 tiles" in capsys.readouterr().out
     place = dict(wkt="POLYGON ((-78 34, -78 36, -80 36, -80 34))")
     about = dict(places=[place], sun_elevation=61.5, capture_date="2018-09-20T16:04")

@@ -516,7 +516,7 @@ def test_a_verdict_takes_3_seeds_and_an_arm_above_the_baseline(tmp_path, base, a
 def test_the_commonest_class_is_that_of_the_training_images(tmp_path):
     comparison = compared(tmp_path, {})
     comparison.parts["train"] = torch.arange(2, 80, 4)
-    assert experiment.commonest(comparison) == ("c02", [25.0])
+    assert experiment.commonest(comparison) == ("c02", 25.0)
 
 
 def test_p_is_corrected_among_claims_on_synthetic_images_and_among_controls(tmp_path):
@@ -558,8 +558,8 @@ def test_the_answer_is_a_paragraph_per_number_of_images_and_explains_controls_on
     first, second = experiment.answers(comparison, found)
     assert re.fullmatch(
         r"With 4 real images per class, synthetic images made no difference that 4 seeds could show"
-        r": \+0\.0 points \[-[0-9.]+, \+[0-9.]+\] \(the 95 % interval\)\. Synthetic images "
-        r"\(real \+ synthetic against real\) made no .*?: \+5\.0 points .*?\. Fresh real images "
+        r": \+0\.0 points \[-[0-9.]+, \+[0-9.]+\] of accuracy \(and the 95 % interval\)\. Without "
+        r"augmentation, synthetic images made no .*?: \+5\.0 points .*?\. Fresh real images "
         r"instead \(the upper bound: .*?\) add 30\.0 points \[\+.*?\]\. Copies of the real images "
         r"\(the negative control: .*?\) cost 30\.0 points \[-.*?\]\.", first)
     assert second.startswith("With 20 real images per class, synthetic images made no difference")
@@ -596,7 +596,7 @@ def test_the_page_needs_nothing_else_and_has_the_answer_first(scenes):
         "near-duplicates: nearer to", "<h3>Claims", "<h3>All arms", "Run it again")]
     assert order == sorted(order)
     for term in ("(the upper bound: ", "(the negative control: ", "arms, which are ways to train",
-                 "the linear baseline: a linear", "for other seeds and test images"):
+                 "the linear baseline: the better of a linear", "if seeds and test images were drawn anew"):
         assert term in page
     for arm in scenes.comparison.arms:
         assert f"<td>{html.escape(arm)}<td" in page

@@ -65,7 +65,7 @@ def test_no_picture_is_trained_on_and_tested(layout, other, learn, weights, said
             assert f"{path} was trained on" in run(*script, "real --init", path).stderr
     assert run(*CLS, "real --init c/classifier.pt").returncode == 0
     plant("real", layout, "test", [*SIDES, "png"], range(3, 40, 4))
-    for script in (CLS, GEN, PLAN):                      # duplicates of all that train has of a class
+    for script in (CLS, GEN, PLAN):                  # duplicates of all that train has of a class
         assert "no image to train on is destroyed" in run(*script, "real").stderr
     found = data.read("real", 20, cache="k")
     places = [name.split("_")[1][:8] for name in found.names]

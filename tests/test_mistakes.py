@@ -90,10 +90,10 @@ train_cls | --augment blur | unknown augmentation 'blur'
 train_cls | --synthetic good | need each other
 train_cls | --share 2 --synthetic good | --share 2
 train_cls | --tune some | all, head, none
-train_cls | --model mlp | resnet
+train_cls | --model mlp | cnn
 train_cls | --learn clip --augment cutmix | goes without
 train_cls | --learn clip --model linear | goes without
-train_cls | --learn mae --model resnet | goes without
+train_cls | --learn mae --model cnn | goes without
 train_cls | --learn mae --init x | goes without
 train_cls | CLS --learn clip | caption set
 train_cls | CLS --share 0.5 --synthetic foreign | good lacks: moon

@@ -362,17 +362,15 @@ def test_every_classifier_learns_what_a_glance_tells(model):
     assert model not in stems or isinstance(trained.stem, stems[model])
 
 
-def test_a_residual_is_he_et_al_eq_2_and_starts_as_its_skip():
-    block = train_cls.Residual(8, 16, stride=2).double()
-    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
-    assert_close(block(x), block.skip(x).relu(), rtol=0, atol=0)
-    for p in block.parameters():
-        p.data += 0.3 * torch.randn_like(p)
-    h = F.conv2d(x, block.conv1.weight, stride=2, padding=1)
-    h = F.group_norm(h, 8, block.norm1.weight, block.norm1.bias).relu()
-    h = F.conv2d(h, block.conv2.weight, padding=1)
-    h = F.group_norm(h, 8, block.norm2.weight, block.norm2.bias)
-    assert_close(block(x), (h + F.conv2d(x, block.skip.weight, block.skip.bias, stride=2)).relu())
+def test_the_convnet_halves_the_sides_three_times_and_decides_by_the_mean():
+    model, x = train_cls.ConvNet(3, 8).double(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    h, weights = x, dict(model.named_parameters())
+    for k, stride in ((0, 2), (3, 1), (6, 2), (9, 2)):
+        h = F.conv2d(h, weights[f"layers.{k}.weight"], stride=stride, padding=1)
+        h = F.group_norm(h, 8, weights[f"layers.{k + 1}.weight"], weights[f"layers.{k + 1}.bias"])
+        h = h.relu()
+    assert h.shape == (2, 32, 2, 2)
+    assert_close(model(x), F.linear(h.mean((2, 3)), weights["head.weight"], weights["head.bias"]))
 
 
 # ---- tuning
