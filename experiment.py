@@ -904,7 +904,7 @@ def sentence(comparison, claim, explain):
     """Write a Claim as a sentence; explain: say in half a sentence what a control is."""
     points = claim.gain.text(" points")
     if explain and claim.arm == comparison.task.main_arm:
-        points += f" of {comparison.metric} (and the 95 % interval)"
+        points += f" of {comparison.metric} (95 % interval)"
     subject, role = SUBJECTS[comparison.arms[claim.arm].source]
     if claim.arm == comparison.task.main_arm and not comparison.scale.redraw:
         subject += " of one generator"

@@ -558,7 +558,7 @@ def test_the_answer_is_a_paragraph_per_number_of_images_and_explains_controls_on
     first, second = experiment.answers(comparison, found)
     assert re.fullmatch(
         r"With 4 real images per class, synthetic images made no difference that 4 seeds could show"
-        r": \+0\.0 points \[-[0-9.]+, \+[0-9.]+\] of accuracy \(and the 95 % interval\)\. Without "
+        r": \+0\.0 points \[-[0-9.]+, \+[0-9.]+\] of accuracy \(95 % interval\)\. Without "
         r"augmentation, synthetic images made no .*?: \+5\.0 points .*?\. Fresh real images "
         r"instead \(the upper bound: .*?\) add 30\.0 points \[\+.*?\]\. Copies of the real images "
         r"\(the negative control: .*?\) cost 30\.0 points \[-.*?\]\.", first)
