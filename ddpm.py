@@ -16,9 +16,9 @@ The process p goes back, from x_t to x_{t-1}. The network's guess x0 gives eps =
 
 It takes many steps, because a network trained by squared error answers with the mean of all images
 that may have become x_t. At high noise this mean is a blur. A small step towards it leaves fewer
-images possible, and the next guess is sharper. Any sigma up to that of DDPM will do. DDPM takes
-1,000 steps, with new noise in all but the last. DDIM adds none, sigma = 0, and takes 20 to 100;
-corrected by a rule of second order, it takes 12.
+images possible, and the next guess is sharper. With any sigma up to s' the noise in
+x_{t-1} has variance s'^2. DDPM takes 1,000 steps, with new noise in all but the last. DDIM adds
+none, sigma = 0, and takes 20 to 100; corrected by a rule of second order, it takes 12.
 
     x0   an image in [-1, 1], (B, C, H, W), or the network's guess of it
     x    the noisy image x_t = a x0 + s eps    eps  normal noise N(0, I)
@@ -123,7 +123,7 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def sample_ddpm(self, model, cond, randn):
-        """Return images (B, C, H, W) by Algorithm 2, in T steps; randn() draws N(0, I)."""
+        """Return images (B, C, H, W) by Algorithm 2; randn() draws N(0, I) of this shape."""
         x = randn()
         for t in reversed(range(self.T)):
             abar = self.abar[t].item()
@@ -137,7 +137,7 @@ class Diffusion(nn.Module):
             # x / sqrt(1 - beta) plus noise of variance beta / (1 - beta). Weigh each by the inverse
             # of its variance: this is the mean, Eq. 7 (Algorithm 2 writes it with eps). sigma^2 is
             # 1 over the sum of the inverses (the smaller of the two choices that the paper offers).
-            # It is the step back at the top: s'^2 - sigma^2 = (1 - beta) (s'^2 / s)^2.
+            # Both give the step at the top: s'^2 - sigma^2 = (1 - beta) (s'^2 / s)^2.
             mean = math.sqrt(abar_prev) * beta / (1 - abar) * x0
             mean += math.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar) * x
             sigma = math.sqrt((1 - abar_prev) / (1 - abar) * beta)
@@ -198,7 +198,7 @@ class Diffusion(nn.Module):
         """Return the t to visit, [int] falling: s / a, noise to signal, falls by equal factors.
 
         The first is T - 1, where x starts, or `start`, a t. Above s / a = 60 nearly all is noise:
-        one step crosses it. s / a ends at .01, a grey level. If steps = T, all t are visited.
+        one step crosses it. s / a ends at .01, about 2 / 255. If steps = T, all t are visited.
 
         Why equal factors: the mean of N pixels has sqrt(N) times less noise than one. So a shape
         twice as wide is decided at twice the noise: each doubling gets equally many steps.
@@ -254,7 +254,7 @@ def guided(model, x, t, cond, w):
 
     Go w times the way from the output without the condition to the one with it (w is their w + 1).
     The mean of eps, given x_t, is -s times the gradient of log p(x_t) (Tweedie's formula). By Bayes
-    with_cond - without is that of p(cond | x_t), so this is that of p(x_t) p(cond | x_t)^w: with
+    with_cond - without belongs to p(cond | x_t), and the result to p(x_t) p(cond | x_t)^w. With
     w > 1 images show their condition more clearly, and vary less. A step is twice the work:
     cond.and_null() is cond, then as many dropped, (2 B).
     """

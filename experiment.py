@@ -934,20 +934,21 @@ def conditions(comparison):
         duplicates = ", and the buildings of a tile,"
         tiles = f" of {len(test.groups.unique())} tiles"
         rest += (" A building is seen after the disaster, with its mask. Only the rarer classes "
-                 "are generated and replaced. Balanced: classes are drawn equally often, and then "
-                 "the logits are shifted towards common ones, how far is chosen on the "
+                 "are generated and replaced. Balanced: classes are drawn equally often; then the "
+                 "logits are shifted towards common classes, as far as is best on the "
                  f"{len(comparison.val)} val images. Macro-F1 is the mean of the classes' F1.")
     return (
         "A claim compares two arms, which are ways to train the classifier. Steps and images per "
-        "step are equal: a synthetic image (or a fresh one, or a copy) replaces a real one with "
-        "probability .5. p: how often equal arms would differ this much by chance, then corrected "
-        "by Holm's method, for controls separately. No interval is corrected. There is no verdict "
-        "if the means of both arms are below the linear baseline: the better of a linear "
-        "classifier (on colours and edges of the real images) and always the commonest class.",
+        "step are equal: a synthetic image (or a fresh one, or a copy) replaces a real one, and "
+        "half of them where both are named. p: how often equal arms would differ this much by "
+        "chance, then corrected by Holm's method, for controls separately. No interval is "
+        "corrected. There is no verdict if the means of both arms are below the linear baseline: "
+        "the better of a linear classifier (on colours and edges of the real images) and always "
+        "the commonest class.",
         f"This holds for {comparison.title} at {scale.cls.size} px, {len(test)} test images"
         f"{tiles}, {comparison.seeds_done()} seeds (repetitions) with "
-        f"{draws}; generators of {scale.gen.steps} steps, {scale.generated} synthetic images per "
-        f"class, classifiers of {scale.cls.steps} steps. A picture and its duplicates{duplicates} "
+        f"{draws}; {scale.gen.steps} steps of a generator, {scale.generated} synthetic images per "
+        f"class, {scale.cls.steps} steps of a classifier. A picture and its duplicates{duplicates} "
         f"stay in one part, so that no test image has a duplicate in training. {rest}")
 
 
@@ -1038,7 +1039,7 @@ def synthetic_html(comparison, count, near):
               else "Too few images to say whether the generator has memorised training images")
     found, expected = 100 * near.found / near.total, 100 * near.expected / near.total
     text = (f"{answer}. {found:.1f} % of {near.total} synthetic images are near-duplicates: nearer "
-            "to a training image than any held-out image of the class is (of equally many). By "
+            "to a training image than each of equally many held-out images of the class. By "
             f"chance {expected:.1f} % would be (p {shown(near.p)}). Nearness is correlation in "
             f"{CELLS} x {CELLS} cells, in any brightness, contrast and turn. The nearest pairs:")
     pairs = [["synthetic", near.synthetic[:8]], ["nearest real", near.nearest[:8]]]
@@ -1065,8 +1066,8 @@ def interval_plot(comparison, found):
         y = 40 * k + 26
         parts.append(f'<text x="4" y="{y - 12}">{name}</text><path stroke-width="3" '
                      f'd="M{x(left)} {y}H{x(right)}M{x(mean)} {y - 6}v12"/>')
-    caption = (f"Gain in {comparison.metric}, in points: mean (tick) and 95 % interval (line), if "
-               "seeds and test images were drawn anew.")
+    caption = (f"Gain in {comparison.metric}, in points: mean (tick) and 95 % interval (line) over "
+               "seeds and test images.")
     return (f'<figure><svg viewBox="0 0 440 {foot + 20}" role="img">{"".join(parts)}</svg>'
             f"{tag('figcaption', caption)}</figure>")
 
