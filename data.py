@@ -452,8 +452,6 @@ def caption_rows(path):
 FOLDERS = "train", "tier1", "tier3", "test", "hold"
 DAMAGE = ["no-damage", "minor-damage", "major-damage", "destroyed"]
 UNKNOWN = "un-classified"                # no class, for example under a cloud
-CONTEXT = 0.5                            # share of its longer side shown around a building
-MIN_SIDE, MIN_AREA = 32, 64              # of a crop and of a building, in pixels of the tile
 XBD_METADATA = "longitude", "latitude", "gsd", "off_nadir_angle", "sun_elevation", "month"
 
 
@@ -549,6 +547,10 @@ def crop_tile(tile, files, size, pre, mask):
         image = rearrange(np.concatenate(layers, 2), "h w c -> c h w")
         crops.append((torch.from_numpy(image), f"{tile}/{uid}", subtype, metadata, tile_print))
     return crops, left_out
+
+
+CONTEXT = 0.5                            # share of its longer side shown around a building
+MIN_SIDE, MIN_AREA = 32, 64              # of a crop and of a building, in pixels of the tile
 
 
 def crop_square(outline):

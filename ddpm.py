@@ -137,7 +137,7 @@ class Diffusion(nn.Module):
             # x / sqrt(1 - beta) plus noise of variance beta / (1 - beta). Weigh each by the inverse
             # of its variance: this is the mean, Eq. 7 (Algorithm 2 writes it with eps). sigma^2 is
             # 1 over the sum of the inverses (the smaller of the two choices that the paper offers).
-            # Both give the step at the top: s'^2 - sigma^2 = (1 - beta) (s'^2 / s)^2.
+            # This is the step at the top: s'^2 - sigma^2 = (1 - beta) (s'^2 / s)^2.
             mean = math.sqrt(abar_prev) * beta / (1 - abar) * x0
             mean += math.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar) * x
             sigma = math.sqrt((1 - abar_prev) / (1 - abar) * beta)
@@ -198,12 +198,12 @@ class Diffusion(nn.Module):
         """Return the t to visit, [int] falling: s / a, noise to signal, falls by equal factors.
 
         The first is T - 1, where x starts, or `start`, a t. Above s / a = 60 nearly all is noise:
-        one step crosses it. s / a ends at .01, about 2 / 255. If steps = T, all t are visited.
+        one step crosses it. s / a ends at .01, one grey level. If steps = T, all t are visited.
 
         Why equal factors: the mean of N pixels has sqrt(N) times less noise than one. So a shape
         twice as wide is decided at twice the noise: each doubling gets equally many steps.
         12 evenly spaced t (cosine) jump from pure noise to s / a = 7, which loses half of the
-        variation of brightness (see the tests).
+        variation of brightness.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
@@ -253,10 +253,10 @@ def guided(model, x, t, cond, w):
     """Return the output with classifier-free guidance: Ho & Salimans 2022 (2207.12598), Eq. 6.
 
     Go w times the way from the output without the condition to the one with it (w is their w + 1).
-    The mean of eps, given x_t, is -s times the gradient of log p(x_t) (Tweedie's formula). By Bayes
-    with_cond - without belongs to p(cond | x_t), and the result to p(x_t) p(cond | x_t)^w. With
-    w > 1 images show their condition more clearly, and vary less. A step is twice the work:
-    cond.and_null() is cond, then as many dropped, (2 B).
+    The mean of eps, given x_t, is -s times the gradient of log p(x_t) (Tweedie's formula). So
+    with_cond - without is that of p(cond | x_t), by Bayes' rule, and the result is that of
+    p(x_t) p(cond | x_t)^w. With w > 1 images show their condition more clearly, and vary less. A
+    step is twice the work: cond.and_null() is cond, then as many dropped, (2 B).
     """
     if w == 1:
         return model(x, t, cond).to(x.dtype)                 # a network may compute in bfloat16

@@ -939,12 +939,12 @@ def conditions(comparison):
                  f"{len(comparison.val)} val images. Macro-F1 is the mean of the classes' F1.")
     return (
         "A claim compares two arms, which are ways to train the classifier. Steps and images per "
-        "step are equal: a synthetic image (or a fresh one, or a copy) replaces a real one, and "
-        "half of them where both are named. p: how often equal arms would differ this much by "
-        "chance, then corrected by Holm's method, for controls separately. No interval is "
+        "step are equal: synthetic images (or fresh ones, or copies) replace half of the real "
+        "ones, or all if the arm is synthetic alone. p: how often equal arms would differ this "
+        "much by chance, corrected by Holm's method, for controls separately. No interval is "
         "corrected. There is no verdict if the means of both arms are below the linear baseline: "
         "the better of a linear classifier (on colours and edges of the real images) and always "
-        "the commonest class.",
+        "answering the commonest class.",
         f"This holds for {comparison.title} at {scale.cls.size} px, {len(test)} test images"
         f"{tiles}, {comparison.seeds_done()} seeds (repetitions) with "
         f"{draws}; {scale.gen.steps} steps of a generator, {scale.generated} synthetic images per "
@@ -1039,9 +1039,10 @@ def synthetic_html(comparison, count, near):
               else "Too few images to say whether the generator has memorised training images")
     found, expected = 100 * near.found / near.total, 100 * near.expected / near.total
     text = (f"{answer}. {found:.1f} % of {near.total} synthetic images are near-duplicates: nearer "
-            "to a training image than each of equally many held-out images of the class. By "
-            f"chance {expected:.1f} % would be (p {shown(near.p)}). Nearness is correlation in "
-            f"{CELLS} x {CELLS} cells, in any brightness, contrast and turn. The nearest pairs:")
+            "to a training image of their class than any held-out image is. As many held-out ones "
+            f"were compared: by chance {expected:.1f} % would be (p {shown(near.p)}). Nearness is "
+            f"the correlation of {CELLS} x {CELLS} cells, in the best turn or flip. The nearest "
+            "pairs:")
     pairs = [["synthetic", near.synthetic[:8]], ["nearest real", near.nearest[:8]]]
     return [*body, tag("p", text), table(["", ""], pairs)]
 

@@ -209,7 +209,7 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
     model = copy.deepcopy(averaged).train()                 # the weights that are trained
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
     images = real.images.to(device)
-    turns = max(map(len, real.captions)) if generator.words else 1      # one caption a turn
+    turns = max(map(len, real.captions)) if generator.words else 1      # captions per image
     conditions = [generator.condition(real.labels, real, turn=turn) for turn in range(turns)]
 
     state = dict(model=model, ema=averaged, optimizer=optimizer)

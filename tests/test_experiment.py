@@ -585,6 +585,8 @@ def test_near_duplicates_are_on_the_page(scenes, p, least_p, text):
     page = "".join(experiment.task_html(comparison))
     assert f"{text}" in page and "12.5 % of 8 synthetic images are near-duplicates: nearer" in page
     assert "5.0 % would be (p " in page and page.count("<img") == 8 * 2 + 2
+    answer = " ".join(experiment.answers(comparison, experiment.claims(comparison)))
+    assert ("12.5 % of the synthetic images are near-duplicates of" in answer) is (p < 0.01)
     page = "".join(experiment.task_html(replace(comparison, near_duplicates={4: None})))
     assert page.count("<img") == 8 * 2 and "near-duplicates" not in page  # nothing to compare
 
@@ -606,7 +608,9 @@ def test_the_page_needs_nothing_else_and_has_the_answer_first(scenes):
     assert page.count("<table") == page.count("<div class=scroll><table") == 4
     first, second = (100 * row["accuracy"] for row in scenes.comparison.rows_of("linear: real", 4))
     text = f"{(first + second) / 2:.1f} ± {abs(first - second) / 2**0.5:.1f}"
-    assert f"<td>{text}<td>" in page
+    assert f"<td>{text}<td>" in page and "<th>F1" not in page            # of 8 classes
+    assert (experiment.shown(0.00099), experiment.shown(0.0444)) == ("< 0.001", "0.044")
+    assert "share" not in scenes.comparison.settings["cls"]
 
 
 def test_the_plot_puts_an_interval_where_its_axis_says(tmp_path):
