@@ -63,6 +63,7 @@ def read(tmp_path):
 def test_to_float_is_affine_and_to_uint8_its_rounded_inverse():
     values = torch.arange(256, dtype=torch.uint8)
     x = data.to_float(values)
+    assert data.to_float(x) is x                                          # such as features
     assert_close(x, 2 * values.float() / 255 - 1, rtol=0, atol=1e-6)
     for shift in (0, 0.9 / 255, -0.9 / 255):                     # less than half a level
         assert (data.to_uint8(x + shift) == values).all()

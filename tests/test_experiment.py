@@ -242,7 +242,7 @@ def test_generators_see_the_training_images_of_their_arm_and_no_test_image(scene
     assert sorted(row[1:] for row in sets) == [(4 * 8, 0), (4 * 8, 1)]    # each seed has its own
 
 
-def test_fresh_images_are_new_training_images_and_copies_are_the_real_ones(scenes):
+def test_fresh_images_are_new_training_images_and_copies_are_the_real_ones(scenes, monkeypatch):
     comparison, fitted = scenes.comparison, scenes.fitted
     train = {comparison.scenes.names[k] for k in comparison.parts["train"].tolist()}
     real = set(fitted[0, "real"].real.names)
@@ -250,6 +250,10 @@ def test_fresh_images_are_new_training_images_and_copies_are_the_real_ones(scene
     copies = fitted[0, "real + copies + augmentation"].pool
     assert set(fresh.names) <= train - real and fresh.labels.bincount().tolist() == [6] * 8
     assert set(copies.names) == real and len(copies) == 4 * 8
+    monkeypatch.setattr(experiment, "COMPARISONS", {"scenes": comparison})
+    monkeypatch.setattr(experiment, "find_near_duplicates", lambda *sets: sets[2])
+    new, val = experiment.make_synthetic(("scenes", 4, 0))
+    assert {*new.names, *val.names} == train - real | {*comparison.val.names}
     groups = comparison.scenes.groups.clone()
     groups[comparison.parts["train"]] = -1                    # all are duplicates: none is new
     duplicates = replace(comparison, scenes=replace(comparison.scenes, groups=groups))
@@ -639,7 +643,8 @@ def test_the_terminal_ends_with_the_answers_and_the_claims_in_25_lines(tmp_path,
     printed = capsys.readouterr().out
     assert len(printed.rstrip().splitlines()) <= 25 and str(tmp_path / "report.html") in printed
     for comparison in comparisons:
-        found = experiment.claims(comparison)
+        found, header = experiment.claims(comparison), experiment.arms_table(comparison)[0]
+        assert "copy-paste" not in " ".join(header)                       # was not run
         assert experiment.answers(comparison, found)[0] in " ".join(printed.split())
         assert len(found) >= 3
         for claim in found:

@@ -32,7 +32,7 @@ SMALL = {"GEN": "--data good --size 16 --width 8 --mults 1,2 --blocks 1 --batch 
 CASES = """
 data | --data none | none
 data | --data good/forest | good/forest
-data | --data deep | deep/Images
+data | --data deep | deep/Images?
 data | --data few | too few
 data | --data broken | broken/forest/3.png
 data | --data sixteen | sixteen/forest/3.png

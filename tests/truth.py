@@ -3,8 +3,7 @@
     python tests/truth.py [FOLDER] [TASK]        half an hour to two hours on two cores
 
 Fresh drawings in place of real ones, as a perfect generator would make, must be said to help in at
-least 9 of 10. Copies of the real images hold nothing new: they must be said to help in at most 1.
-No generator is needed: these controls are corrected apart from the claims on synthetic images.
+least 9 of 10. Copies of the real images hold nothing new: in at most 1. No generator is needed.
 """
 import contextlib
 import io
@@ -42,7 +41,7 @@ def main(out, tasks=("scenes", "buildings"), repeats=10, scale="small"):
                       f"{claim.verdict:26} helped in {helped[claim.arm]}", flush=True)
             if sets == repeats:
                 break
-    true = all(n >= 0.9 * repeats if "fresh" in arm else n <= 0.1 * repeats
+    true = all(10 * n >= 9 * repeats if "fresh" in arm else 10 * n <= repeats
                for arm, n in helped.items())
     print("This is the truth." if true else "This is not the truth.")
     return 0 if true else 1
