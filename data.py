@@ -96,7 +96,7 @@ def split(scenes, seed=0, hold_out=""):
     tile) is never cut. Other groups are divided 3 : 1 : 1 by seed, or 3 : 1 if there is a test
     part: images within each class, tiles at random. With a train part they are left out instead.
     hold_out, a disaster of xBD, becomes the test part. All other images then go into train or val,
-    also those of the folder test/.
+    also those of test/ and hold/.
     """
     official = scenes.official
     if hold_out:
