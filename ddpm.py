@@ -137,7 +137,7 @@ class Diffusion(nn.Module):
             # x / sqrt(1 - beta) plus noise of variance beta / (1 - beta). Weigh each by the inverse
             # of its variance: this is the mean, Eq. 7 (Algorithm 2 writes it with eps). sigma^2 is
             # 1 over the sum of the inverses (the smaller of the two choices that the paper offers).
-            # This is the step at the top: s'^2 - sigma^2 = (1 - beta) (s'^2 / s)^2.
+            # As at the top: eps gets sqrt(1 - beta) s'^2 / s = sqrt(s'^2 - sigma^2).
             mean = math.sqrt(abar_prev) * beta / (1 - abar) * x0
             mean += math.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar) * x
             sigma = math.sqrt((1 - abar_prev) / (1 - abar) * beta)
@@ -238,8 +238,8 @@ def second_order(x, x0, x_before, x0_before, before, now, after):
 
     A step of DDIM is exact, however long, if the guess x0 is the same all the way. But it is not.
     So take the step from `before` again, with the mean of the guesses at its ends (as UniPC-1 does,
-    Zhao et al. 2023, 2302.04867). And predict for the next step the guess in its middle, on the
-    line through these two guesses (DPM-Solver++ 2M, Lu et al. 2022, 2211.01095). Time is
+    Zhao et al. 2023, 2302.04867). And for the next step extend the line through these two guesses
+    to that step's middle (DPM-Solver++ 2M, Lu et al. 2022, 2211.01095). Time is
     log(a / s), in which steps are about equal.
     """
     x = ddim(x_before, (x0_before + x0) / 2, before, now)
@@ -253,10 +253,10 @@ def guided(model, x, t, cond, w):
     """Return the output with classifier-free guidance: Ho & Salimans 2022 (2207.12598), Eq. 6.
 
     Go w times the way from the output without the condition to the one with it (w is their w + 1).
-    The mean of eps, given x_t, is -s times the gradient of log p(x_t) (Tweedie's formula). So
-    with_cond - without is that of p(cond | x_t), by Bayes' rule, and the result is that of
-    p(x_t) p(cond | x_t)^w. With w > 1 images show their condition more clearly, and vary less. A
-    step is twice the work: cond.and_null() is cond, then as many dropped, (2 B).
+    The mean of eps, given x_t, is -s grad log p(x_t) (Tweedie's formula). So in terms of eps,
+    with_cond - without is -s grad log p(cond | x_t), by Bayes' rule, and the result is -s grad log
+    of p(x_t) p(cond | x_t)^w. With w > 1 images show their condition more clearly, and vary less.
+    A step is twice the work: cond.and_null() is cond, then as many dropped, (2 B).
     """
     if w == 1:
         return model(x, t, cond).to(x.dtype)                 # a network may compute in bfloat16

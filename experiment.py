@@ -915,7 +915,7 @@ def sentence(comparison, claim, explain):
         subject += f" ({claim.arm} against {claim.base})"
     nothing = f"made no difference that {claim.gain.seeds} seeds could show"
     return f"{subject} " + {
-        "helps": f"add {points.lstrip('+')}", "hurts": f"cost {points.lstrip('-')}",
+        "helps": f"add {points.lstrip('+')}", "hurts": f"hurt: {points}",
         "no difference shown": f"{nothing}: {points}",
         "too few seeds": f"get no verdict, as it takes three seeds: {points}",
         "below the linear baseline": f"get no verdict, as the linear baseline is higher: {points}",
@@ -1039,10 +1039,9 @@ def synthetic_html(comparison, count, near):
               else "Too few images to say whether the generator has memorised training images")
     found, expected = 100 * near.found / near.total, 100 * near.expected / near.total
     text = (f"{answer}. {found:.1f} % of {near.total} synthetic images are near-duplicates: nearer "
-            "to a training image of their class than any held-out image is. As many held-out ones "
-            f"were compared: by chance {expected:.1f} % would be (p {shown(near.p)}). Nearness is "
-            f"the correlation of {CELLS} x {CELLS} cells, in the best turn or flip. The nearest "
-            "pairs:")
+            "to a training image of their class than any of as many held-out images of it. If they "
+            f"were as new as those, {expected:.1f} % would be (p {shown(near.p)}). Nearness is the "
+            f"correlation of {CELLS} x {CELLS} cells, in the best turn or flip. The nearest pairs:")
     pairs = [["synthetic", near.synthetic[:8]], ["nearest real", near.nearest[:8]]]
     return [*body, tag("p", text), table(["", ""], pairs)]
 

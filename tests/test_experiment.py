@@ -566,7 +566,7 @@ def test_the_answer_is_a_paragraph_per_number_of_images_and_explains_controls_on
         r": \+0\.0 points \[-[0-9.]+, \+[0-9.]+\] of accuracy \(95 % interval\)\. Without "
         r"augmentation, synthetic images made no .*?: \+5\.0 points .*?\. Fresh real images "
         r"instead \(the upper bound: .*?\) add 30\.0 points \[\+.*?\]\. Copies of the real images "
-        r"\(the negative control: .*?\) cost 30\.0 points \[-.*?\]\.", first)
+        r"\(the negative control: .*?\) hurt: -30\.0 points \[-.*?\]\.", first)
     assert second.startswith("With 20 real images per class, synthetic images made no difference")
     assert "upper bound" not in second and "Fresh real images instead add 30.0 points" in second
     below = [replace(claim, verdict="below the linear baseline") for claim in found]
