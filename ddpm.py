@@ -16,9 +16,9 @@ The process p goes back, from x_t to x_{t-1}. The network's guess x0 gives eps =
 
 It takes many steps, because a network trained by squared error answers with the mean of all images
 that may have become x_t. At high noise this mean is a blur. A small step towards it leaves fewer
-images possible, and the next guess is sharper. With any sigma up to s' the noise in
-x_{t-1} has variance s'^2. DDPM takes 1,000 steps, with new noise in all but the last. DDIM adds
-none, sigma = 0, and takes 20 to 100; corrected by a rule of second order, it takes 12.
+images possible, and the next guess is sharper. With any sigma up to s' the noise in x_{t-1} has
+variance s'^2. DDPM takes 1,000 steps, with new noise in all but the last. DDIM adds none, sigma =
+0, and takes 20 to 100; corrected by a rule of second order, it takes 12.
 
     x0   an image in [-1, 1], (B, C, H, W), or the network's guess of it
     x    the noisy image x_t = a x0 + s eps    eps  normal noise N(0, I)
@@ -201,8 +201,8 @@ class Diffusion(nn.Module):
         one step crosses it. s / a ends at .01, one grey level. If steps = T, all t are visited.
 
         Why equal factors: the mean of N pixels has sqrt(N) times less noise than one. So a shape
-        twice as wide is decided at twice the noise: each doubling gets equally many steps.
-        12 evenly spaced t (cosine) jump from pure noise to s / a = 7, which loses half of the
+        twice as wide is decided at twice the noise: each doubling gets equally many steps. 12
+        evenly spaced t (cosine) jump from pure noise to s / a = 7, which loses half of the
         variation of brightness.
         """
         if not 1 <= steps <= self.T:
@@ -239,8 +239,8 @@ def second_order(x, x0, x_before, x0_before, before, now, after):
     A step of DDIM is exact, however long, if the guess x0 is the same all the way. But it is not.
     So take the step from `before` again, with the mean of the guesses at its ends (as UniPC-1 does,
     Zhao et al. 2023, 2302.04867). And for the next step extend the line through these two guesses
-    to that step's middle (DPM-Solver++ 2M, Lu et al. 2022, 2211.01095). Time is
-    log(a / s), in which steps are about equal.
+    to that step's middle (DPM-Solver++ 2M, Lu et al. 2022, 2211.01095). Time is log(a / s), in
+    which steps are about equal.
     """
     x = ddim(x_before, (x0_before + x0) / 2, before, now)
     if after[1] == 0:                                        # the last step ends at x0 itself

@@ -796,7 +796,7 @@ SCALES = {
                       arms=tuple(name for name in TASKS["buildings"].arms
                                  if name not in ("real", "balanced + copy-paste"))),
         medium=replace(_MEDIUM, counts=(32,), redraw=False, drawn=256),
-        full=replace(_FULL, counts=(0,), generated=5000, drawn=1000, redraw=False)),
+        full=replace(_FULL, counts=(300, 0), generated=5000, drawn=1000, redraw=False)),
 }
 
 
