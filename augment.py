@@ -21,7 +21,6 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw
 
 from data import grid, save_picture, to_uint8
 
@@ -391,13 +390,8 @@ def contact_sheet(x):
     rng = torch.Generator().manual_seed(0)
     names = ["none", *AUGMENTATIONS]
     rows = [compose(name)(x, torch.eye(len(x)), rng)[0] for name in names]
-    pictures = grid(to_uint8(torch.cat(rows)), len(x))
-    sheet = Image.new("RGB", (96 + pictures.width, pictures.height), "white")
-    sheet.paste(pictures, (96, 0))
-    for k, name in enumerate(names):
-        middle = (k + 0.5) * pictures.height / len(names)
-        ImageDraw.Draw(sheet).text((8, middle), name, "black", anchor="lm", font_size=14)
-    return sheet
+    labels = [name for name in names for _ in x]
+    return grid(to_uint8(torch.cat(rows)), len(x), names=labels)
 
 
 def main(path="runs/augment.png"):

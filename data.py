@@ -896,12 +896,21 @@ def to_pil(image):
     return Image.fromarray(rearrange(image.cpu(), "c h w -> h w c").numpy())
 
 
-def grid(images, columns, zoom=1):
-    """Arrange (N, C, H, W) uint8 in so many columns, with white lines between them: PIL."""
+def grid(images, columns, zoom=1, names=()):
+    """Arrange (N, C, H, W) uint8 in so many columns, with white lines between them: PIL.
+    names [N]: that of the first image of each row is written at its left.
+    """
     images = torch.nn.functional.pad(images[:, :3].cpu(), (1, 1, 1, 1), value=255)
     white = images.new_full((-len(images) % columns, *images.shape[1:]), 255)
     pil = to_pil(rearrange(torch.cat([images, white]), "(r k) c h w -> c (r h) (k w)", k=columns))
-    return pil.resize((pil.width * zoom, pil.height * zoom), Image.NEAREST)
+    pil = pil.resize((pil.width * zoom, pil.height * zoom), Image.NEAREST)
+    left = 8 * max(map(len, names), default=-2) + 16     # 14 px letters are at most 8 px wide
+    sheet = Image.new("RGB", (left + pil.width, pil.height), "white")
+    sheet.paste(pil, (left, 0))
+    for k, name in enumerate(names[::columns]):
+        middle = (k + 0.5) * zoom * images.shape[2]
+        ImageDraw.Draw(sheet).text((8, middle), name, "black", anchor="lm", font_size=14)
+    return sheet
 
 
 def save_picture(pil, path, **options):
@@ -1211,7 +1220,9 @@ def main(cfg):
     groups = f"{len(scenes.groups.unique())} {'tiles' if scenes.tiles else 'without duplicates'}"
     sizes = ", ".join(f"{len(index)} {part}" for part, index in split(scenes).items())
     print(f"{len(scenes):7} images of {len(scenes.classes)} classes, {groups}; {sizes}")
-    save_picture(grid(scenes.images[torch.cat(examples)], 10), cfg.out)
+    index = torch.cat(examples)
+    names = [scenes.classes[c] for c in scenes.labels[index].tolist()]
+    save_picture(grid(scenes.images[index], 10, names=names), cfg.out)
     print(f"examples: {cfg.out}")
 
 

@@ -5,7 +5,6 @@
     python train_cls.py --predict photos --out runs/cls         # writes predictions.csv
     python train_cls.py --data data/RSICD --learn clip --out runs/clip
     python train_cls.py --data data/NWPU-RESISC45 --init runs/clip/clip.pt --tune head
-    torchrun --nproc-per-node 4 train_cls.py ...                # a quarter of each batch per GPU
 
 On a CPU add: --size 32 --patch 4 --dim 64 --depth 1 --heads 2 --steps 1500 --batch 64 --lr 4e-3
 Training is counted in steps, not in epochs: with epochs, more images would mean more training.

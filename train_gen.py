@@ -2,8 +2,6 @@
 
     python train_gen.py --data data/NWPU-RESISC45 --out runs/gen
     python train_gen.py --sample runs/gen/generator.pt --classes river,forest --out runs/synthetic
-    python train_gen.py --data data/RSICD --condition text --out runs/text
-    python train_gen.py --sample runs/text/generator.pt --prompts "a river;a bridge" --out runs/said
     python train_gen.py --data data/xbd --condition pre,mask --out runs/xbd
     python train_gen.py --sample runs/xbd/generator.pt --reference TILES --count 1 --out runs/hit
     torchrun --nproc-per-node 4 train_gen.py ...                          # train on 4 GPUs
@@ -258,7 +256,8 @@ def save_samples(generator, real, preview, path, step):
     y, cfg = real.labels.unique().repeat_interleave(preview), generator.config
     steps, guidance = min(12, cfg.timesteps), (1.5 if cfg.drop else 1.0)
     images = generate(generator, y, 0, steps, guidance, examples(real, y))
-    grid = data.grid(images, preview, zoom=max(1, 64 // cfg.size))
+    names = [generator.classes[c] for c in y.tolist()]
+    grid = data.grid(images, preview, max(1, 64 // cfg.size), names)
     data.save_picture(grid, Path(path).with_name(f"samples-{step:06d}.png"))
 
 
@@ -402,7 +401,7 @@ def sample(cfg):
                       reference, cfg.strength, inpaint, texts)
     for k, (name, image) in enumerate(zip(names, images, strict=True), 1):
         data.save_picture(data.to_pil(image), out / name / f"{name}_{k:05d}.png")
-    data.save_picture(data.grid(images, min(per_row, 16)), out / "grid.png")
+    data.save_picture(data.grid(images, min(per_row, 16), names=names), out / "grid.png")
     print(f"{len(images)} images in {out}, all of them in {out}/grid.png")
 
 

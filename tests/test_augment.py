@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 import augment
@@ -356,6 +357,6 @@ def test_compose_applies_the_names_in_order_from_one_generator():
 def test_the_script_draws_a_row_for_every_augmentation(tmp_path):
     path, rows = tmp_path / "new" / "sheet.png", 1 + len(AUGMENTATIONS)
     augment.main(path)
-    sheet = np.array(augment.Image.open(path)).reshape(rows, 98, 96 + 8 * 98, 3)
+    sheet = np.array(Image.open(path)).reshape(rows, 98, 96 + 8 * 98, 3)
     assert len({row[:, :96].tobytes() for row in sheet}) == rows      # every name and
     assert len({row[:, 96:].tobytes() for row in sheet}) == rows      # every effect is another

@@ -124,6 +124,9 @@ def test_a_mask_is_saved_as_opacity_and_a_grid_has_white_lines(tmp_path):
     expected[:, 1:5, 1:5], expected[:, 1:5, 7:11], expected[:, 7:11, 1:5] = images
     large = np.asarray(data.grid(torch.from_numpy(images), 2, zoom=3))
     assert (large == expected.transpose(1, 2, 0).repeat(3, 0).repeat(3, 1)).all()
+    named = np.asarray(data.grid(torch.from_numpy(images), 2, zoom=3, names=["one", "", "three"]))
+    assert (named[:, 56:] == large).all() and (named[:, :8] == 255).all()
+    assert all((row[:, :56] < 128).any() for row in np.split(named, 2))   # one, three
 
 
 # ---- the split
@@ -622,7 +625,7 @@ def test_data_py_shows_what_is_in_a_tree(tmp_path, launch, monkeypatch):
     shown = launch(data, "--data", "t", "--size", 16, "--out", "x.png").stdout
     assert "40 images of 8 classes" in shown and "24 train, 8 val, 8 test" in shown
     with Image.open("x.png") as sheet:
-        assert sheet.size == (10 * 18, 4 * 18)                   # ten in a row
+        assert sheet.size == (8 * 17 + 16 + 10 * 18, 4 * 18)     # ten in a row, after names
     assert "8 tiles" in launch(data, "--data", "x", "--size", 16).stdout
 
 

@@ -337,7 +337,7 @@ def test_class_folders_are_learned_and_classes_are_sampled(run):
     chosen = data.choose(scenes, data.split(scenes)["train"], 2, 0)
     assert data.load("gen/generator.pt")["images"] == scenes[chosen].digest
     with Image.open("gen/samples-000002.png") as grid:   # 8 images of 8 classes, in white frames
-        assert grid.size == (8 * 8 * 10, 8 * 8 * 10)
+        assert grid.size == (8 * 17 + 16 + 8 * 8 * 10, 8 * 8 * 10)        # circular_farmland: 17
     assert not run(f"{SAMPLE} 3 --classes river,forest --seed 5 --guidance 3 --out out")
     generator = load_generator("gen/generator.pt")
     y = torch.tensor([generator.classes.index(name) for name in ("river", "forest")])
