@@ -390,8 +390,9 @@ def contact_sheet(x):
     rng = torch.Generator().manual_seed(0)
     names = ["none", *AUGMENTATIONS]
     rows = [compose(name)(x, torch.eye(len(x)), rng)[0] for name in names]
+    pictures = to_uint8(torch.cat(rows))
     labels = [name for name in names for _ in x]
-    return grid(to_uint8(torch.cat(rows)), len(x), names=labels)
+    return grid(pictures, len(x), names=labels)
 
 
 def main(path="runs/augment.png"):
