@@ -64,6 +64,8 @@ class Diffusion(nn.Module):
 
     def __init__(self, T=1000, schedule="cosine", predict="v", gamma=5.0):
         super().__init__()
+        if predict not in PREDICTS:
+            raise ValueError(f"predict is {predict}, must be one of {', '.join(PREDICTS)}")
         self.T, self.predict, self.gamma = T, predict, gamma
         self.abar = SCHEDULES[schedule](T)                # (T,) float64, stays on the CPU
         abar = self.abar.view(-1, 1, 1, 1)

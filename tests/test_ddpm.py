@@ -401,6 +401,8 @@ def test_impossible_requests_are_refused():
     z = source(2, 1, 2, 2)
     with pytest.raises(ValueError, match="T > 20"):
         Diffusion(20, "linear")
+    with pytest.raises(ValueError, match="one of v, eps, x0"):
+        Diffusion(predict="noise")
     for how, words in [(dict(steps=0), "sampling steps"), (dict(steps=101), "sampling steps"),
                        (dict(eta=0.5), "order 2"), (dict(known=(z(), z())), "order 2")]:
         with pytest.raises(ValueError, match=words):

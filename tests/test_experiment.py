@@ -608,11 +608,13 @@ def test_the_page_needs_nothing_else_and_has_the_answer_first(scenes):
         assert term in page
     for arm in scenes.comparison.arms:
         assert f"<td>{html.escape(arm)}<td" in page
+    assert scenes.comparison.near_duplicates[4].total == 48               # of the first draw
     assert page.count("<table") == page.count("<div class=scroll><table") == 4
     first, second = (100 * row["accuracy"] for row in scenes.comparison.rows_of("linear: real", 4))
     text = f"{(first + second) / 2:.1f} ± {abs(first - second) / 2**0.5:.1f}"
     assert f"<td>{text}<td>" in page and "<th>F1" not in page            # of 8 classes
-    assert "share" not in scenes.comparison.settings["cls"] and experiment.shown(0.044) == "0.044"
+    assert (experiment.shown(0.00099), experiment.shown(0.0444)) == ("< 0.001", "0.044")
+    assert "share" not in scenes.comparison.settings["cls"]
 
 
 def test_the_plot_puts_an_interval_where_its_axis_says(tmp_path):
