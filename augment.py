@@ -5,7 +5,7 @@ matter. It is the yardstick for synthetic data: a flip and a crop are free, a ge
 
 Everything works on whole batches, on their device, in two layers:
 
-    rotate(x, degrees)                        the formula: each parameter is a tensor (B,)
+    rotate(x, degrees)                  the formula: each parameter is a tensor (B,)
     AUGMENTATIONS["rotate"](x, y, rng)  draws a parameter for each image; returns new x, y
 
     x   images, float (B, C, H, W) in [-1, 1]. Channels are RGB triples: one picture, or two, after
@@ -319,7 +319,7 @@ def random_cutmix(x, y, rng):
     """
     H, W = x.shape[-2:]
     mixed = uniform(x, 0, 1, rng) < 0.5
-    side = (uniform(x, 0, 1, rng) * mixed).sqrt()                            # 0 mixes nothing
+    side = (uniform(x, 0, 1, rng) * mixed).sqrt()                                  # 0 mixes nothing
     partner = partners(x, rng)
     cy = integer(x, H, rng)
     cx = integer(x, W, rng)
@@ -359,8 +359,8 @@ OVERHEAD = "hflip,rot90,crop,color"
 def compose(names):
     """Return a function (x, y, rng) -> (x, y) for names such as "hflip,rot90,crop".
 
-    "" and "none" change nothing. rng: a torch.Generator on x's device, or None for the
-    global one of torch. Raises ValueError for unknown names.
+    "" and "none" change nothing. rng: a torch.Generator on x's device, or None for the global one
+    of torch. Raises ValueError for unknown names.
     """
     wanted = [] if names.strip() in ("", "none") else [name.strip() for name in names.split(",")]
     for name in wanted:

@@ -268,7 +268,7 @@ def read(root, size, labelled=True, pre=False, mask=False, cache="runs/cache"):
 
 def read_rows(root, rows, size, cache):
     """Read pictures root/name as Scenes; rows are {name: (class, place in PARTS, sentences)}.
-    Doubles are one group. Metadata come from root/metadata.csv, if there is one.
+    Duplicates are one group. Metadata come from root/metadata.csv, if there is one.
     """
     def make():
         images = decode_all(files, size)

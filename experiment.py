@@ -203,7 +203,6 @@ class Comparison:
     def __post_init__(self):
         self.out = Path(self.cfg.out) / self.name
         self.val, self.test = self.scenes[self.parts["val"]], self.scenes[self.parts["test"]]
-        self.metric = self.task.score
 
     @functools.cached_property
     def settings(self):
@@ -242,7 +241,7 @@ class Comparison:
 
     def mean(self, arm, count, column=""):
         """Return the mean of the score, or of a column, in %; nan if the arm was not run."""
-        values = [row[column or self.metric] for row in self.rows_of(arm, count)]
+        values = [row[column or self.task.score] for row in self.rows_of(arm, count)]
         return 100 * float(np.mean(values or [math.nan]))
 
 
@@ -390,7 +389,8 @@ def train_and_score(run):
 
     row = run._asdict() | dict(data=comparison.title)
     row |= {name: float(score(counts["test"])) for name, score in SCORES.items()}
-    row |= dict(train=float(SCORES[comparison.metric](counts["train"])), added=len(replacing or []),
+    row |= dict(train=float(SCORES[comparison.task.score](counts["train"])),
+                added=len(replacing or []),
                 steps=0 if arm.model in ("linear", "zero-shot") else cfg.steps)
     row |= {f"F1 {name}": float(value)
             for name, value in zip(test.classes, f1(counts["test"]), strict=True)}
@@ -567,7 +567,7 @@ def gain(scores, values):
     V_residual = (residual**2).sum() / ((S - 1) * (G - 1)) / (S * G)
     V_seeds = scores.var(ddof=1) / S
     V_images = max(of_image.var(ddof=1) / G - V_residual, 0)
-    if np.ptp(scores) < 1e-9:                    # of so few seeds, by chance
+    if np.ptp(scores) < 1e-9:                    # so few seeds are equal by chance
         V_seeds = V_residual
 
     # Half the width at each level. p is the level at which it equals |mean|.
@@ -611,7 +611,7 @@ def difference(comparison, arm, base, count):
         return None
     counts = [counts_per_group(test.labels, rows[seed]["answers"], test.groups, len(test.classes))
               for rows in both for seed in seeds]
-    scores, values = jackknife(np.stack(counts), SCORES[comparison.metric])
+    scores, values = jackknife(np.stack(counts), SCORES[comparison.task.score])
     S = len(seeds)
     return gain(scores[:S] - scores[S:], values[:S] - values[S:])
 
@@ -621,7 +621,7 @@ def commonest(comparison):
     test = comparison.test
     c = comparison.scenes.labels[comparison.parts["train"]].bincount().argmax()
     counts = class_counts(test.labels, c.expand(len(test)), len(test.classes))
-    return test.classes[c], 100 * float(SCORES[comparison.metric](counts))
+    return test.classes[c], 100 * float(SCORES[comparison.task.score](counts))
 
 
 def linear_baseline(comparison, count):
@@ -904,7 +904,7 @@ def sentence(comparison, claim, explain):
     """Write a Claim as a sentence; explain: say in half a sentence what a control is."""
     points = claim.gain.text(" points")
     if explain and claim.arm == comparison.task.main_arm:
-        points += f" of {comparison.metric} (95 % interval)"
+        points += f" of {comparison.task.score} (95 % interval)"
     subject, role = SUBJECTS[comparison.arms[claim.arm].source]
     if claim.arm == comparison.task.main_arm and not comparison.scale.redraw:
         subject += " of one generator"
@@ -928,7 +928,8 @@ def conditions(comparison):
     draws = "the same training images and one generator (others may give another gain)"
     if scale.redraw:
         draws = "training images and a generator each, from one pool, so that they overlap"
-    duplicates, tiles = f" ({len(scenes) - len(scenes.groups.unique())} found)", ""
+    duplicates = f" ({len(scenes) - len(scenes.groups.unique())} found)"
+    tiles = ""
     rest = "" if comparison.cfg.data else "Drawn pictures say nothing about the world."
     if scenes.tiles:
         duplicates = ", and the buildings of a tile,"
@@ -963,7 +964,7 @@ def claim_table(comparison, found):
     for claim in found:
         name = comparison.label(f"{claim.arm} against {claim.base}", claim.count)
         rows.append([name, claim.gain.text(), claim.verdict, shown(claim.p)])
-    return ["claim", f"points of {comparison.metric} [95 %]", "verdict", "p after Holm"], rows
+    return ["claim", f"points of {comparison.task.score} [95 %]", "verdict", "p after Holm"], rows
 
 
 def arms_table(comparison):
@@ -975,7 +976,7 @@ def arms_table(comparison):
     rows = [[f"always {name}", "", f"{trivial:.1f}"]]
     for count in comparison.scale.counts:
         for arm in comparison.arms:
-            values = [100 * row[comparison.metric] for row in comparison.rows_of(arm, count)]
+            values = [100 * row[comparison.task.score] for row in comparison.rows_of(arm, count)]
             if not values:
                 continue
             augmented = "" if comparison.arms[arm].augment == "none" else "yes"
@@ -985,9 +986,9 @@ def arms_table(comparison):
             cells += [gain.text() if gain else "" for gain in gains]
             means = [comparison.mean(arm, count, column) for column in ("train", *columns)]
             rows.append(cells + [f"{mean:.1f}" for mean in means])
-    return ["arm", "augmented", f"{comparison.metric}, %",
-            *(f"points of {comparison.metric} against {base}" for base in bases),
-            f"{comparison.metric} on real training images, %",
+    return ["arm", "augmented", f"{comparison.task.score}, %",
+            *(f"points of {comparison.task.score} against {base}" for base in bases),
+            f"{comparison.task.score} on real training images, %",
             *(f"{column}, %" for column in columns)], rows
 
 
@@ -1066,8 +1067,8 @@ def interval_plot(comparison, found):
         y = 40 * k + 26
         parts.append(f'<text x="4" y="{y - 12}">{name}</text><path stroke-width="3" '
                      f'd="M{x(left)} {y}H{x(right)}M{x(mean)} {y - 6}v12"/>')
-    caption = (f"Gain in {comparison.metric}, in points: mean (tick) and 95 % interval (line) over "
-               "seeds and test images.")
+    caption = (f"Gain in {comparison.task.score}, in points: mean (tick) and 95 % interval (line) "
+               "over seeds and test images.")
     return (f'<figure><svg viewBox="0 0 440 {foot + 20}" role="img">{"".join(parts)}</svg>'
             f"{tag('figcaption', caption)}</figure>")
 

@@ -238,7 +238,7 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
         losses[step] = loss.detach()                        # without waiting for the GPU
         is_log_step = (step + 1) % every == 0 or step + 1 == cfg.steps
         if is_log_step or time.monotonic() - last_save > SAVE_SECONDS:
-            means = [part.mean().item() for part in losses[:step + 1].split(every)]
+            means = [part.mean().item() for part in losses[:step + 1].cpu().split(every)]
             data.check_finite(model, means[-1], step + 1)
             if path and data.rank() == 0:
                 if is_log_step and preview:
