@@ -52,8 +52,7 @@ class Scenes:
     groups: torch.Tensor                 # (N,) int64: images of one group go into the same part
     official: torch.Tensor = None        # (N,) int64, places in PARTS, or NO_PART
     tiles: bool = False                  # the groups are the tiles of xBD, else duplicates
-    metadata: torch.Tensor = None        # (N, M) float32, nan where unknown
-    metadata_names: tuple = ()           # M names
+    metadata: torch.Tensor = None        # (N, M) float32, nan where unknown: of xBD, XBD_METADATA
     captions: list = None                # of each image, a tuple of sentences
 
     def __post_init__(self):
@@ -267,9 +266,7 @@ def read(root, size, labelled=True, pre=False, mask=False, cache="runs/cache"):
 
 
 def read_rows(root, rows, size, cache):
-    """Read pictures root/name as Scenes; rows are {name: (class, place in PARTS, sentences)}.
-    Duplicates are one group. Metadata come from root/metadata.csv, if there is one.
-    """
+    """Read pictures root/name as Scenes; rows are {name: (class, place in PARTS, sentences)}."""
     def make():
         images = decode_all(files, size)
         return dict(images=images, groups=group_duplicates(fingerprint(images)))
@@ -283,8 +280,8 @@ def read_rows(root, rows, size, cache):
         print(f"{root.name} lacks a part of train, val, test: the one beside train is test, "
               "and a quarter of train is val")
         parts = [TEST if part > TRAIN else NO_PART for part in parts]
-    return Scenes(**content, **read_metadata(root, names), names=names, labels=labels,
-                  classes=classes, official=torch.tensor(parts), captions=list(captions))
+    return Scenes(**content, labels=labels, classes=classes, names=names,
+                  official=torch.tensor(parts), captions=list(captions))
 
 
 def below(root, pattern):
@@ -323,19 +320,6 @@ def decode_all(paths, size):
     return torch.stack(results)
 
 
-def read_metadata(root, names):
-    """Read root/metadata.csv, if any: a header, then a row per picture, with its name first."""
-    path = root / "metadata.csv"
-    if not path.exists():
-        return {}
-    with one_line_error(path), open(path, newline="", encoding="utf-8-sig") as file:
-        header, *lines = csv.reader(file)
-        known = {line[0]: [float(cell or "nan") for cell in line[1:]] for line in lines if line}
-        unknown = [math.nan] * len(header[1:])
-        metadata = torch.tensor([known.get(name, unknown) for name in names])
-        return dict(metadata=metadata, metadata_names=tuple(header[1:]))
-
-
 def cached_tree(make, root, files, cache, **settings):
     """Return make(), which `cache` keeps until one of the files of root or a setting changes."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -352,9 +336,8 @@ NO_CLASSES = "mask masks label labels target targets annotations gt".split()    
 
 
 def folder_rows(root):
-    """List the pictures root/<class>/*, or root/<part>/<class>/*, for read_rows.
-
-    The parts are folders (PART_NAMES), or in RESISC45 lists.
+    """List the pictures root/<class>/* or root/<part>/<class>/*, for read_rows.
+    Parts are folders (PART_NAMES) or, of RESISC45, lists.
     """
     names = below(root, "*/**/*")
     in_parts = any(name.split("/")[0].lower() in PART_NAMES for name in names)
@@ -474,8 +457,7 @@ def read_xbd(root, size, pre=False, mask=False, cache="runs/cache"):
     print(content.pop("summary"))
     folders = [name.split("/")[0] for name in content["names"]]
     official = [TEST if folder in ("test", "hold") else NO_PART for folder in folders]
-    return Scenes(**content, official=torch.tensor(official), tiles=True,
-                  metadata_names=XBD_METADATA)
+    return Scenes(**content, official=torch.tensor(official), tiles=True)
 
 
 def find_tiles(root):
@@ -665,8 +647,7 @@ class Canvas:
         self.random = random
         self.image = Image.new("RGB", (2 * size, 2 * size))
         self.pen = ImageDraw.Draw(self.image, "RGBA")
-        self.scale = random.uniform(0.75, 1.25)
-        self.axes = size * self.scale * rotation(random.uniform(0, 2 * np.pi))
+        self.axes = size * random.uniform(0.75, 1.25) * rotation(random.uniform(0, 2 * np.pi))
         self.origin = size * random.uniform(0.75, 1.25, 2)
         self.shadow = random.uniform(0.5, 1.3) * CIRCLE[random.integers(32)]     # of height 1
         self.texture = 0
@@ -697,11 +678,11 @@ class Canvas:
 
     def render(self):
         """Return the picture at its final size, with texture, light and haze: PIL RGB."""
-        self.light, self.haze = self.random.uniform(-22, 22), self.random.uniform(0, 0.25)
+        light, haze = self.random.uniform(-22, 22), self.random.uniform(0, 0.25)
         pixels = np.asarray(self.image.reduce(2), np.float32)
         pixels = pixels * (1 + self.random.uniform(0.03, 0.09) * self.texture[..., None])
-        pixels = 115 + self.random.uniform(0.75, 1.2) * (pixels - 112) + self.light
-        pixels += self.haze * (np.array([190, 198, 206]) - pixels)
+        pixels = 115 + self.random.uniform(0.75, 1.2) * (pixels - 112) + light
+        pixels += haze * (np.array([190, 198, 206]) - pixels)
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -710,7 +691,7 @@ SCENES = ("beach", "circular_farmland", "dense_residential", "forest", "intersec
 
 
 def draw_scene(name, random, size=128):
-    """Draw a scene of a class of SCENES: PIL RGB, and its scale, light and haze."""
+    """Draw a scene of a class of SCENES: PIL RGB of size x size pixels."""
     c = Canvas(random, size, LAND)
     for spot in random.uniform(-1.3, 1.3, (random.poisson(4), 2)):       # what may lie anywhere
         c.paint(spot + random.uniform(0.1, 0.6, 2) * SQUARE, LAND)
@@ -756,22 +737,18 @@ def draw_scene(name, random, size=128):
             for cell in np.ndindex(n, n):
                 spot = 2.4 * radius * (np.array(cell) - (n - 1) / 2)
                 c.solid(spot + radius * CIRCLE, lid, 0.4 * radius)
-    return c.render(), (c.scale, c.light, c.haze)
+    return c.render()
 
 
 def draw_tree(root, per_class, seed=0, size=128):
-    """Draw scenes, root/<class>/<class>_001.jpg ..., and metadata.csv, unless root is there."""
+    """Draw scenes, root/<class>/<class>_001.jpg ..., unless root is there."""
     root, new = Path(root), Path(f"{root}.part")         # .part of a killed run is drawn over
     if root.exists():
         return root
-    rows = []
     for name, k in progress([*product(SCENES, range(1, per_class + 1))], "drawing scenes"):
         random = np.random.default_rng([seed, SCENES.index(name), k])
-        pil, metadata = draw_scene(name, random, size)
-        path = f"{name}/{name}_{k:03d}.jpg"
-        save_picture(pil, new / path, quality=90)
-        rows.append((path, *metadata))
-    save_csv(new / "metadata.csv", ("picture", "scale", "light", "haze"), rows)
+        pil = draw_scene(name, random, size)
+        save_picture(pil, new / f"{name}/{name}_{k:03d}.jpg", quality=90)
     return new.replace(root)
 
 

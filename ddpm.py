@@ -25,8 +25,7 @@ variance s'^2. DDPM takes 1,000 steps, with new noise in all but the last. DDIM 
     t    0 (a little noise) .. T - 1 (noise)   v    a eps - s x0, see `target`
     w    scale of guidance, 1 is none          eta  1: new noise as in DDPM, 0: none (DDIM)
 
-DDPM, with Algorithms 1 and 2: Ho et al. 2020 (2006.11239), who count t from 1. DDIM: Song et al.
-2021 (2010.02502).
+DDPM: Ho et al. 2020 (2006.11239), who count t from 1. DDIM: Song et al. 2021 (2010.02502).
 """
 import math
 from dataclasses import dataclass
@@ -41,18 +40,16 @@ from torch import nn
 
 def linear_abar(T):
     """Return the schedule of Ho et al., section 4: beta rises from 1e-4 to 0.02 (for T = 1000)."""
-    if T <= 20:
-        raise ValueError(f"the linear schedule needs T > 20, not {T}: beta would reach 1")
-    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-    return (1 - beta * 1000 / T).cumprod(0)               # fewer steps, each with more noise
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T      # few are larger
+    return (1 - beta.clamp(max=0.999)).cumprod(0)
 
 
 def cosine_abar(T):
     """Return the schedule of Nichol & Dhariwal 2021 (2102.09672), Eq. 17: a squared cosine."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # .008, else beta starts near 0
-    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)                 # f ends at 0: beta would be 1
-    return (1 - beta).cumprod(0)
+    beta = 1 - f[1:] / f[:-1]
+    return (1 - beta.clamp(max=0.999)).cumprod(0)                # f ends at 0: beta would be 1
 
 
 SCHEDULES = {"cosine": cosine_abar, "linear": linear_abar}
@@ -64,8 +61,6 @@ class Diffusion(nn.Module):
 
     def __init__(self, T=1000, schedule="cosine", predict="v", gamma=5.0):
         super().__init__()
-        if predict not in PREDICTS:
-            raise ValueError(f"predict is {predict}, must be one of {', '.join(PREDICTS)}")
         self.T, self.predict, self.gamma = T, predict, gamma
         self.abar = SCHEDULES[schedule](T)                # (T,) float64, stays on the CPU
         abar = self.abar.view(-1, 1, 1, 1)
@@ -90,9 +85,8 @@ class Diffusion(nn.Module):
 
     def x0_from(self, x, out, a, s):
         """Return x0: solve x = a x0 + s eps, where the network's output is v, eps or x0."""
-        if self.predict == "v":
-            return a * x - s * out                        # = (a^2 + s^2) x0
-        return (x - s * out) / a if self.predict == "eps" else out
+        from_v = a * x - s * out                          # = (a^2 + s^2) x0
+        return {"v": from_v, "eps": (x - s * out) / a, "x0": out}[self.predict]
 
     def loss(self, model, x0, cond, drop=0.1, rng=None):
         """Return the loss of Algorithm 1 on images x0 (B, C, H, W): the weighted squared error.
@@ -114,8 +108,7 @@ class Diffusion(nn.Module):
         That loss is min(SNR, gamma) times the squared error of x0, where SNR = (a / s)^2. As x is
         given, an error of 1 in x0 is one of a / s in eps and of 1 / s in v: `scale` is the square
         of that (1 / s^2 = SNR + 1). With gamma = inf it is the plain error of eps, L_simple
-        (Ho et al. Eq. 14). A finite gamma keeps low noise, where SNR is huge, from outweighing the
-        rest: min-SNR, Hang et al. 2023 (2303.09556).
+        (Ho et al. Eq. 14). Else low noise weighs less: min-SNR, Hang et al. 2023 (2303.09556).
         """
         snr = (self.sqrt_abar[t] / self.sqrt_1m_abar[t]).flatten() ** 2
         scale = {"x0": 1, "eps": snr, "v": snr + 1}[self.predict]
@@ -173,7 +166,6 @@ class Diffusion(nn.Module):
         if start:
             a, s = level[0]
             x = a * start[0] + s * x
-        x_before = x0_before = None
         for k, t in enumerate(ts):           # no .item() in here: it would wait for the GPU
             (a, s), (a_next, s_next) = level[k], level[k + 1]
             out = network(x, torch.full((len(x),), t, device=x.device))
@@ -203,9 +195,8 @@ class Diffusion(nn.Module):
         one step crosses it. s / a ends at .01, one grey level. If steps = T, all t are visited.
 
         Why equal factors: the mean of N pixels has sqrt(N) times less noise than one. So a shape
-        twice as wide is decided at twice the noise: each doubling gets equally many steps. 12
-        evenly spaced t (cosine) jump from pure noise to s / a = 7, which loses half of the
-        variation of brightness.
+        twice as wide is decided at twice the noise: each doubling gets equally many steps. 12 even
+        t (cosine) jump from noise to s / a = 7, and lose half of the variation of brightness.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
@@ -365,8 +356,7 @@ class Replay:
 
     Python takes longer to launch the kernels of a small network than a GPU to run them. The first
     call sets up cuDNN and cuBLAS, which must not be recorded. A graph reads and writes fixed
-    places: x and t are copied there; weights and conditions must stay where they are. So a Replay
-    lives as long as one call of `sample`.
+    places: x and t are copied there, and a Replay lives only as long as one call of `sample`.
     """
 
     def __init__(self, network):

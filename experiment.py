@@ -47,9 +47,9 @@ import train_cls
 import train_gen
 from augment import AUGMENTATIONS, OVERHEAD
 from data import Scenes, UserError, flag, listed
-from train_cls import accuracy, class_counts, counts_per_group, f1, harmonic_f1, macro_f1
+from train_cls import accuracy, class_counts, counts_per_group, f1, macro_f1
 
-SCORES = {"accuracy": accuracy, "macro-F1": macro_f1, "harmonic F1": harmonic_f1}
+SCORES = {"accuracy": accuracy, "macro-F1": macro_f1}
 
 
 # ---- arms
@@ -784,9 +784,8 @@ _MEDIUM = replace(
                          lr=1e-3, warmup=100, ema=0.995, augment="none"),
     cls=train_cls.Config(patch=8, dim=128, depth=2, heads=4, steps=2000, batch=64, lr=2e-3,
                          warmup=100))
-_FULL = Scale(
-    counts=(10, 70, 400), seeds=5, redraw=True, generated=700, sampling_steps=12, guidance=1.5,
-    drawn=700, gen=train_gen.Config(augment="none"), cls=train_cls.Config())
+_FULL = replace(_MEDIUM, counts=(10, 70, 400), generated=700, drawn=700,
+                gen=train_gen.Config(augment="none"), cls=train_cls.Config())
 SCALES = {
     "scenes": dict(smoke=_SMOKE, small=_SMALL, medium=_MEDIUM, full=_FULL),
     "buildings": dict(
@@ -928,8 +927,7 @@ def conditions(comparison):
     draws = "the same training images and one generator (others may give another gain)"
     if scale.redraw:
         draws = "training images and a generator each, from one pool, so that they overlap"
-    duplicates = f" ({len(scenes) - len(scenes.groups.unique())} found)"
-    tiles = ""
+    duplicates, tiles = f" ({len(scenes) - len(scenes.groups.unique())} found)", ""
     rest = "" if comparison.cfg.data else "Drawn pictures say nothing about the world."
     if scenes.tiles:
         duplicates = ", and the buildings of a tile,"
@@ -943,9 +941,8 @@ def conditions(comparison):
         "step are equal: synthetic images (or fresh ones, or copies) replace half of the real "
         "ones, or all if the arm is synthetic alone. p: how often equal arms would differ this "
         "much by chance, corrected by Holm's method, for controls separately. No interval is "
-        "corrected. There is no verdict if the means of both arms are below the linear baseline: "
-        "the better of a linear classifier (on colours and edges of the real images) and always "
-        "answering the commonest class.",
+        "corrected. There is no verdict if both arms are below the linear baseline: a linear "
+        "classifier on colours and edges of the real images, or always the commonest class.",
         f"This holds for {comparison.title} at {scale.cls.size} px, {len(test)} test images"
         f"{tiles}, {comparison.seeds_done()} seeds (repetitions) with "
         f"{draws}; {scale.gen.steps} steps of a generator, {scale.generated} synthetic images per "
@@ -1103,8 +1100,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8886 }
 td:first-child { min-width: 8rem } td + td { white-space: nowrap }
-svg { width: 100%; max-width: 36rem; font-size: 13px; fill: currentColor }
-path { stroke: currentColor }
+svg { width: 100%; max-width: 36rem; font-size: 13px; fill: currentColor; stroke: currentColor }
 text { paint-order: stroke; stroke: Canvas; stroke-width: 5px }
 img { image-rendering: pixelated; display: block }
 </style><title>QUESTION</title><h1>QUESTION</h1>""".replace("QUESTION", __doc__.split("\n")[0])

@@ -254,22 +254,10 @@ def f1(counts):
     return 2 * hits / np.maximum(actual + predicted, 1)
 
 
-def occurring(counts):
-    """Return the counts of those classes that occur in any of them: means leave out the others."""
-    has_images = counts[..., 1, :].reshape(-1, counts.shape[-1]).any(0)
-    return counts[..., has_images]
-
-
 def macro_f1(counts):
-    """Return the mean F1 of the classes that occur, (..., 3, K) -> (...)."""
-    return f1(occurring(counts)).mean(-1)
-
-
-def harmonic_f1(counts):
-    """Return the harmonic mean F1 of the classes that occur, as xView2 does (of pixels)."""
-    per_class = f1(occurring(counts))
-    with np.errstate(divide="ignore"):                             # 1 / 0 = inf, and K / inf = 0
-        return per_class.shape[-1] / (1 / per_class).sum(-1)
+    """Return the mean F1 of the classes that have images, (..., 3, K) -> (...)."""
+    has_images = counts[..., 1, :].reshape(-1, counts.shape[-1]).any(0)
+    return f1(counts)[..., has_images].mean(-1)
 
 
 def adjust_logits(logits, labels, counts):

@@ -48,7 +48,7 @@ def edges(x, threshold=0.15):
 
 CONTROLS = {"lowres": lowres, "edges": edges}
 CONDITIONS = "pre", "mask", *CONTROLS, "metadata", "text", "class"
-ABOUT = "classes", "channels", "metadata_names", "words"    # of a Generator, also in its checkpoint
+ABOUT = "classes", "channels", "metadata", "words"          # of a Generator, also in its checkpoint
 SAVE_SECONDS = 120                                          # a killed run loses at most this
 
 
@@ -77,8 +77,7 @@ class Config(data.Settings):
     def __post_init__(self):
         super().__post_init__()
         compose(self.augment)                                # ValueError if there is no such name
-        SCHEDULES[self.schedule](self.timesteps)             # ValueError if the chain is too short
-        self.given = data.listed(self.condition)        # list of names
+        self.given = data.listed(self.condition)             # list of names
         if not set(self.given) <= set(CONDITIONS):
             raise ValueError(f"--condition {self.condition}: known are {', '.join(CONDITIONS)}")
         if self.width % 8:
@@ -130,13 +129,13 @@ def split_channels(x, names):
 class Generator(nn.Module):
     """A noise process (diffusion) and a U-Net (network) with random weights by config.seed.
 
-    channels: of a training image. Metadata and text need metadata_names and a vocabulary (words).
+    channels: of a training image. metadata: how many values it has. words: the vocabulary.
     """
 
-    def __init__(self, config, classes, channels, metadata_names=(), words=()):
+    def __init__(self, config, classes, channels, metadata=0, words=()):
         super().__init__()
         self.config, self.classes, self.channels = config, classes, channels
-        self.metadata_names, self.words = metadata_names, words
+        self.metadata, self.words = metadata, words
         torch.manual_seed(config.seed)
         x0, control = split_channels(torch.zeros(1, channels, 8, 8), config.given)
         control_channels = 0 if control is None else control.shape[1]
@@ -144,7 +143,7 @@ class Generator(nn.Module):
         encoder = TextEncoder(len(words) + 3, LENGTH, 2 * config.width, 2, heads) if words else None
         self.diffusion = Diffusion(config.timesteps, config.schedule, config.predict, config.gamma)
         self.network = UNet(len(classes), x0.shape[1], config.width, config.mults, config.blocks,
-                            config.patch, control_channels, len(metadata_names), encoder)
+                            config.patch, control_channels, metadata, encoder)
         self.to(data.pick_device(), memory_format=torch.channels_last)      # a quarter faster
 
     def condition(self, y, scenes=None, texts=None, turn=0):
@@ -156,7 +155,7 @@ class Generator(nn.Module):
         if "text" in names and "class" not in names:
             y = torch.full_like(y, -1)
         cond = Condition(y.to(device))
-        if self.metadata_names:
+        if self.metadata:
             cond.metadata = scenes.metadata.to(device)
         if self.words:
             texts = texts or [sentences[turn % len(sentences)] for sentences in scenes.captions]
@@ -172,11 +171,11 @@ def new_generator(real, cfg):
                  metadata=real.metadata.isnan().all())
     if missing := [name for name in cfg.given if lacks.get(name)]:
         raise UserError(f"--condition {', '.join(missing)}: the data have none; pre and mask are "
-                        "of an xBD tree, text of a caption set, metadata of xBD or metadata.csv")
-    metadata_names = list(real.metadata_names) if "metadata" in cfg.given else []
+                        "of an xBD tree, as are metadata; text is of a caption set")
+    metadata = real.metadata.shape[1] if "metadata" in cfg.given else 0
     words = vocabulary(map(" ".join, real.captions)) if "text" in cfg.given else []
-    generator = Generator(cfg, real.classes, C, metadata_names, words)
-    if metadata_names:
+    generator = Generator(cfg, real.classes, C, metadata, words)
+    if metadata:
         generator.network.metadata.fit(real.metadata)
     return generator.eval()
 
@@ -347,7 +346,7 @@ def requests(cfg, generator):
 
 def read_reference(cfg, generator):
     """Return the Scenes of --reference, or None. Raises UserError if the generator needs others."""
-    C, names, size = generator.channels, generator.metadata_names, generator.config.size
+    C, size = generator.channels, generator.config.size
     needs = [name for name in generator.config.given if name not in ("text", "class")]
     if bool(needs or cfg.strength or cfg.inpaint) != bool(cfg.reference):
         raise UserError(f"--reference is {'not needed' if cfg.reference else 'missing'}: it is for "
@@ -355,9 +354,8 @@ def read_reference(cfg, generator):
     if not cfg.reference:
         return None
     reference = data.read(cfg.reference, size, labelled=False, pre=C >= 6, mask=C in (4, 7))
-    if reference.images.shape[1] != C or names and list(reference.metadata_names) != names:
-        raise UserError(f"--reference {cfg.reference}: {cfg.sample} needs {C} channels (over 3: an "
-                        f"xBD tree), and in a metadata.csv: {', '.join(names) or 'nothing'}")
+    if (C > 3 or generator.metadata) and not reference.tiles:
+        raise UserError(f"--reference {cfg.reference}: {cfg.sample} needs an xBD tree")
     return reference
 
 

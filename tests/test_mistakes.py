@@ -36,7 +36,6 @@ data | --data deep | deep/Images?
 data | --data few | too few
 data | --data broken | broken/forest/3.png
 data | --data sixteen | sixteen/forest/3.png
-data | --data table | table/metadata.csv
 data | --data json | json/dataset.json
 data | --data gone | gone/dataset.json
 data | --data xbd-wkt | drawn-flood_00000001_post_disaster.json
@@ -58,7 +57,6 @@ train_gen | --schedule cubic | --schedule cubic
 train_gen | --augment hflip,zoom | zoom
 train_gen | --augment cutmix | cutmix mixes classes
 train_gen | --augment hflip,,crop | unknown augmentation ''; known: hflip, vflip
-train_gen | --schedule linear --timesteps 20 | T > 20
 train_gen | --size 10 --mults 1,2 --condition lowres | lowres
 train_gen | --condition edgs | known are pre, mask, lowres
 train_gen | GEN --condition pre,mask | pre, mask
@@ -81,7 +79,8 @@ train_gen | --sample gen.pt --out made | made
 train_gen | --sample sure.pt --guidance 2 | sure.pt
 train_gen | --sample evil.pt | ../x
 train_gen | --sample pre.pt | --reference
-train_gen | --sample pre.pt --reference good | needs 6 channels
+train_gen | --sample pre.pt --reference good | needs an xBD tree
+train_gen | --sample metadata.pt --reference good | needs an xBD tree
 train_gen | --sample text.pt --prompts xyzzy | --prompts
 train_cls | --share 0.5 | need each other
 train_cls | --patch 5 | patches of 5
@@ -150,7 +149,7 @@ def world(tmp_path_factory):
     pictures(w, "deep/Images/forest/1.png", "made/forest/1.png", "foreign/moon/1.png")
     for folder in ("json", "gone", "wrong", "exp/scenes/2/seed0"):
         (w / folder).mkdir(parents=True)
-    for name in ("broken", "sixteen", "table"):
+    for name in ("broken", "sixteen"):
         shutil.copytree(w / "good", w / name)
     Image.fromarray(np.full((16, 16), 2000, np.uint16)).save(w / "sixteen/forest/3.png")
     data.draw_xbd(w / "xbd", 4, side=96)
@@ -159,7 +158,7 @@ def world(tmp_path_factory):
     label = "train/labels/drawn-flood_00000001_post_disaster.json"
     text = (w / "xbd" / label).read_text().replace("POLYGON", "CIRCLE")
     contents = {"note": "x", "broken/forest/3.png": "x", "json/dataset.json": '{"images": [',
-                "table/metadata.csv": "picture,a\nforest/1.png,b", f"xbd-wkt/{label}": text,
+                f"xbd-wkt/{label}": text,
                 "gone/dataset.json": '{"annotations": [{"filename": "2.png", "text_output": "x"}]}',
                 "exp/scenes/2/seed0/real.json": '{"accuracy":'}
     for name, text in contents.items():
@@ -171,13 +170,15 @@ def world(tmp_path_factory):
     real = data.read(w / "good", 16, cache=w / "cache")
     said = replace(real, captions=[("a river",)] * len(real))
     twice = replace(real, images=torch.cat([real.images] * 2, 1))
+    measured = replace(real, metadata=real.labels[:, None].float())
     evil = replace(real, classes=["../x", "river"])
     train = real[data.split(real)["train"]]
     for name, scenes, change in (
             ("gen", real, {}), ("parts/generator", train, {}), ("done/generator", evil, {}),
             ("evil", evil, {}),
             ("sure", real, dict(drop=0.0)), ("pre", twice, dict(condition="pre")),
-            ("text", said, dict(condition="text"))):
+            ("text", said, dict(condition="text")),
+            ("metadata", measured, dict(condition="metadata"))):
         train_gen.train(scenes, replace(GEN, **change), w / f"{name}.pt")
     train_cls.fit(train, None, CLS, w / "cls/classifier.pt")
     good, content = data.load(w / "gen.pt"), (w / "gen.pt").read_bytes()

@@ -217,8 +217,7 @@ def stairs(n, seed):
     metadata = torch.stack([5 + 3 * light, torch.full_like(light, math.nan)], 1)
     sentences = ("falls", "It falls!"), ("It rises.", "rises to the right")
     return Scenes(data.to_uint8(x), y, ["down", "up"], [f"{k}" for k in range(n)], torch.arange(n),
-                  metadata=metadata, metadata_names=("light", "haze"),
-                  captions=[sentences[c] for c in y.tolist()])
+                  metadata=metadata, captions=[sentences[c] for c in y.tolist()])
 
 
 @pytest.fixture(scope="module")
