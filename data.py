@@ -94,8 +94,7 @@ def split(scenes, seed=0, hold_out=""):
     Official parts are kept (of xBD test/ and hold/). A group (duplicates, or the buildings of a
     tile) is never cut. Other groups are divided 3 : 1 : 1 by seed, or 3 : 1 if there is a test
     part: images within each class, tiles at random. With a train part they are left out instead.
-    hold_out, a disaster of xBD, becomes the test part. All other images then go into train or val,
-    also those of test/ and hold/.
+    hold_out, a disaster of xBD, becomes the test part; the rest, also of test/, is train and val.
     """
     official = scenes.official
     if hold_out:
@@ -136,8 +135,7 @@ def split(scenes, seed=0, hold_out=""):
     check_classes(scenes, parts["train"])
     for name, index in parts.items():
         if len(index) == 0:
-            raise UserError(f"too few images for a {name} split ({len(scenes)} in all): "
-                            "five per class will do")
+            raise UserError(f"too few images for a {name} split: five per class will do")
     return parts
 
 
@@ -163,8 +161,7 @@ def choose(scenes, index, count, seed):
     for c, pool in enumerate(pools):
         if len(pool) < count:
             kind = "tiles" if scenes.tiles else f"images of {scenes.classes[c]}"
-            raise UserError(f"{count} asked for, but there are {len(pool)} {kind} to train on: "
-                            "ask for fewer")
+            raise UserError(f"{count} asked for, of {len(pool)} {kind} to train on: give fewer")
     chosen = torch.cat([pool[:count or None] for pool in pools])
     if scenes.tiles:
         chosen = index[torch.isin(tiles, chosen)]
@@ -277,8 +274,7 @@ def read_rows(root, rows, size, cache):
     classes = sorted(set(labels))
     labels = torch.tensor([classes.index(label) for label in labels])
     if TRAIN in parts and len(set(parts) - {NO_PART}) < 3:
-        print(f"{root.name} lacks a part of train, val, test: the one beside train is test, "
-              "and a quarter of train is val")
+        print(f"{root.name} lacks a part: the one beside train is test, a quarter of train val")
         parts = [TEST if part > TRAIN else NO_PART for part in parts]
     return Scenes(**content, labels=labels, classes=classes, names=names,
                   official=torch.tensor(parts), captions=list(captions))
@@ -315,8 +311,7 @@ def decode_all(paths, size):
     broken = [f"{path} ({result})" for path, result in zip(paths, results, strict=True)
               if isinstance(result, Exception)]
     if broken:
-        raise UserError(f"{len(broken)} of {len(paths)} pictures do not decode: mend or remove "
-                        f"{preview(broken)}")
+        raise UserError(f"{len(broken)} of {len(paths)} do not decode: remove {preview(broken)}")
     return torch.stack(results)
 
 
@@ -864,8 +859,7 @@ def lr_at(step, cfg):
 def check_finite(model, loss, step):
     """Raise UserError if the loss or a weight is not finite, before such weights are saved."""
     if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError(f"the loss is {loss:.3g} at step {step}, or a weight is not finite: "
-                        "lower --lr")
+        raise UserError(f"loss {loss:.3g} at step {step}, or a weight is not finite: lower --lr")
 
 
 def to_pil(image):
@@ -988,8 +982,7 @@ def load_checkpoint(path, *kinds):
         raise UserError(f"no checkpoint at {path}: train one first, or give another path")
     content = load(path)
     if not isinstance(content, dict) or content.get("kind") not in kinds:
-        raise UserError(f"{path} is not the checkpoint of a {' or '.join(kinds)}: "
-                        "give another path")
+        raise UserError(f"{path} is no checkpoint of a {' or '.join(kinds)}: give another")
     return content
 
 
@@ -1160,8 +1153,7 @@ def launch(main, config, argv=None):
     try:
         tree = getattr(cfg, "data", "")
         if tree and Path(cfg.out).resolve().is_relative_to(Path(tree).resolve()):
-            raise UserError(f"--out {cfg.out} would be read as a part of {tree}: "
-                            "give a folder elsewhere")
+            raise UserError(f"--out {cfg.out} is inside of {tree}: give a folder elsewhere")
         join_processes()
         return main(cfg)
     except (UserError, OSError) as error:

@@ -64,8 +64,8 @@ class Diffusion(nn.Module):
         self.T, self.predict, self.gamma = T, predict, gamma
         self.abar = SCHEDULES[schedule](T)                # (T,) float64, stays on the CPU
         abar = self.abar.view(-1, 1, 1, 1)
-        self.register_buffer("sqrt_abar", abar.sqrt().float(), persistent=False)
-        self.register_buffer("sqrt_1m_abar", (1 - abar).sqrt().float(), persistent=False)
+        self.register_buffer("sqrt_abar", abar.sqrt().float())
+        self.register_buffer("sqrt_1m_abar", (1 - abar).sqrt().float())
 
     # ---- training: Algorithm 1
 
@@ -166,6 +166,7 @@ class Diffusion(nn.Module):
         if start:
             a, s = level[0]
             x = a * start[0] + s * x
+        x_before = x0_before = None
         for k, t in enumerate(ts):           # no .item() in here: it would wait for the GPU
             (a, s), (a_next, s_next) = level[k], level[k + 1]
             out = network(x, torch.full((len(x),), t, device=x.device))
@@ -229,11 +230,10 @@ def ddim(x, x0, now, after, sigma=0.0):
 def second_order(x, x0, x_before, x0_before, before, now, after):
     """Return a better x at the level now, and the x0 to step towards: no new call of the network.
 
-    A step of DDIM is exact, however long, if the guess x0 is the same all the way. But it is not.
-    So take the step from `before` again, with the mean of the guesses at its ends (as UniPC-1 does,
+    A step of DDIM is exact, however long, if the guess x0 is the same all the way. It is not. So
+    take the step from `before` again, with the mean of the guesses at its ends (as UniPC-1 does,
     Zhao et al. 2023, 2302.04867). And for the next step extend the line through these two guesses
-    to that step's middle (DPM-Solver++ 2M, Lu et al. 2022, 2211.01095). Time is log(a / s), in
-    which steps are about equal.
+    to that step's middle (DPM-Solver++ 2M, Lu et al. 2022, 2211.01095). Time is log(a / s).
     """
     x = ddim(x_before, (x0_before + x0) / 2, before, now)
     if after[1] == 0:                                        # the last step ends at x0 itself

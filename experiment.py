@@ -10,9 +10,6 @@ xBD), trains a generator on them alone, and makes images with it. Then for each 
 trains and scores the same classifier, and says what one arm gains over another. README.md, "What
 the comparison promises", has the rules that make this fair.
 
-A stopped experiment goes on when its command is repeated: every finished classifier has left a JSON
-file in --out, every generator a checkpoint, and every set of synthetic images a .pt file.
-
 This file in order: arms, runs, statistics, near-duplicates, scales and flags, page, terminal.
 """
 import base64
@@ -389,9 +386,9 @@ def train_and_score(run):
 
     row = run._asdict() | dict(data=comparison.title)
     row |= {name: float(score(counts["test"])) for name, score in SCORES.items()}
+    steps = 0 if arm.model in ("linear", "zero-shot") else cfg.steps
     row |= dict(train=float(SCORES[comparison.task.score](counts["train"])),
-                added=len(replacing or []),
-                steps=0 if arm.model in ("linear", "zero-shot") else cfg.steps)
+                added=len(replacing or []), steps=steps)
     row |= {f"F1 {name}": float(value)
             for name, value in zip(test.classes, f1(counts["test"]), strict=True)}
     row |= dict(answers=answers["test"].tolist(), seconds=round(time.perf_counter() - start, 1),
@@ -559,8 +556,7 @@ def gain(scores, values):
     means 1 .67 .33 0. V_residual = .833 / 6 / 12 = .0116, V_seeds = .0625 / 3 = .0208, V_images =
     .185 / 4 - .0116 = .0347, half = sqrt(4.303^2 .0208 + 3.182^2 .0347) = .859: .50 +- .86.
 
-    In simulations of accuracy with 3 and 8 independent seeds the interval holds the true gain in 93
-    to 98.5 % of cases.
+    In simulations of accuracy with 3 and 8 seeds the interval holds the true gain in 93 to 98.5 %.
     """
     (S, G), of_image = values.shape, values.mean(0)
     residual = values - values.mean(1, keepdims=True) - of_image + values.mean()
@@ -694,8 +690,7 @@ def find_near_duplicates(real, synthetic, held_out, most=4000):
 
     All are Scenes. The generator was trained on real and never saw those of the list held_out. Of
     each class as many synthetic as held-out images are compared, up to `most` in all; None if there
-    are none. If the s synthetic images are as new as the n held-out ones, they are in random order
-    of nearness:
+    are none. If the s synthetic images are as new as the n held-out ones, their order is random:
 
         P(at least k synthetic ones are nearer than all n) = C(s, k) / C(s + n, k)    Rosenbaum 1954
 
@@ -812,7 +807,7 @@ class Config(data.Settings):
     counts: tuple = flag((), "by comma: real images per class, or of buildings tiles (0: all)", 0)
     seeds: int = flag(0, "repetitions", 0, 1000)
     redraw: bool = flag(False, "new training images and a new generator for each seed")
-    size: int = flag(0, "side of the images in pixels, a multiple of 8", 0, 512)
+    size: int = flag(0, "side of the images in pixels", 0, 512)
     generated: int = flag(0, "synthetic images per class", 0, 1_000_000)
     gen_steps: int = flag(0, "optimizer steps of a generator", 0)
     cls_steps: int = flag(0, "optimizer steps of a classifier", 0)
@@ -828,8 +823,6 @@ class Config(data.Settings):
                 raise ValueError(f"--{name} {unknown[0]}: known are {', '.join(known)}")
         if self.counts and not (self.data or self.task):
             raise ValueError("--counts needs --task, scenes or buildings")
-        if self.size % 8:
-            raise ValueError(f"--size {self.size} is not a multiple of 8")
         self.resolved("scenes")                              # refuses sizes that do not fit
 
     def tasks(self):
@@ -941,8 +934,8 @@ def conditions(comparison):
         "step are equal: synthetic images (or fresh ones, or copies) replace half of the real "
         "ones, or all if the arm is synthetic alone. p: how often equal arms would differ this "
         "much by chance, corrected by Holm's method, for controls separately. No interval is "
-        "corrected. There is no verdict if both arms are below the linear baseline: a linear "
-        "classifier on colours and edges of the real images, or always the commonest class.",
+        "corrected. There is no verdict if both arms are below the linear baseline: the better of "
+        "a linear classifier (on colours and edges of real images) and always the commonest class.",
         f"This holds for {comparison.title} at {scale.cls.size} px, {len(test)} test images"
         f"{tiles}, {comparison.seeds_done()} seeds (repetitions) with "
         f"{draws}; {scale.gen.steps} steps of a generator, {scale.generated} synthetic images per "
@@ -966,14 +959,14 @@ def claim_table(comparison, found):
 
 def arms_table(comparison):
     """Return the header and the rows of the table of all arms, below always the commonest class."""
-    test, (name, trivial) = comparison.test, commonest(comparison)
+    test, score, (name, trivial) = comparison.test, comparison.task.score, commonest(comparison)
     columns = [f"F1 {test.classes[c]}" for c in test.labels.unique()]
     columns *= len(columns) <= 5                 # of more, results.csv has them
     bases = [base for base in comparison.task.bases if base in comparison.arms]
     rows = [[f"always {name}", "", f"{trivial:.1f}"]]
     for count in comparison.scale.counts:
         for arm in comparison.arms:
-            values = [100 * row[comparison.task.score] for row in comparison.rows_of(arm, count)]
+            values = [100 * row[score] for row in comparison.rows_of(arm, count)]
             if not values:
                 continue
             augmented = "" if comparison.arms[arm].augment == "none" else "yes"
@@ -983,10 +976,8 @@ def arms_table(comparison):
             cells += [gain.text() if gain else "" for gain in gains]
             means = [comparison.mean(arm, count, column) for column in ("train", *columns)]
             rows.append(cells + [f"{mean:.1f}" for mean in means])
-    return ["arm", "augmented", f"{comparison.task.score}, %",
-            *(f"points of {comparison.task.score} against {base}" for base in bases),
-            f"{comparison.task.score} on real training images, %",
-            *(f"{column}, %" for column in columns)], rows
+    return ["arm", "augmented", f"{score}, %", *(f"points against {base}" for base in bases),
+            f"{score} on real training images, %", *(f"{column}, %" for column in columns)], rows
 
 
 def write_page(comparisons):
@@ -998,8 +989,7 @@ def write_page(comparisons):
             rows += comparison.rows.values()
     commits = sorted({row["commit"] for row in rows})
     body += [tag("h2", "Run it again"), tag("pre", shlex.join(["python", *sys.argv])),
-             tag("p", f"torch {torch.__version__}, commit {', '.join(commits)}. Every run is a row "
-                 "of results.csv.")]
+             tag("p", f"torch {torch.__version__}, commit {', '.join(commits)}; see results.csv")]
     data.write(out / "report.html", HEAD + "\n".join(body))
     header = list(dict.fromkeys(name for row in rows for name in row if name != "answers"))
     cells = [[row.get(name, "") for name in header] for row in rows]
@@ -1017,8 +1007,7 @@ def task_html(comparison):
     return [*body, tag("h3", "Claims"), table(*claim_table(comparison, found)),
             *(tag("p", text) for text in conditions(comparison)),
             tag("h3", "All arms"), table(*arms_table(comparison)),
-            tag("p", "±: standard deviation over the seeds. A seed has arms with fresh images if "
-                 "enough unused training images are left.")]
+            tag("p", "±: standard deviation over seeds. Fresh images: if enough are left unused.")]
 
 
 def synthetic_html(comparison, count, near):
@@ -1036,10 +1025,9 @@ def synthetic_html(comparison, count, near):
               else "No sign of memorised training images" if near.least_p < ALARM
               else "Too few images to say whether the generator has memorised training images")
     found, expected = 100 * near.found / near.total, 100 * near.expected / near.total
-    text = (f"{answer}. {found:.1f} % of {near.total} synthetic images are near-duplicates: nearer "
-            "to a training image of their class than any of as many held-out images of it. If they "
-            f"were as new as those, {expected:.1f} % would be (p {shown(near.p)}). Nearness is the "
-            f"correlation of {CELLS} x {CELLS} cells, in the best turn or flip. The nearest pairs:")
+    text = (f"{answer}. {found:.1f} % of {near.total} synthetic images are near-duplicates: they "
+            "correlate more with a training image of their class than any of as many held-out "
+            f"images. By chance {expected:.1f} % would (p {shown(near.p)}). The nearest pairs:")
     pairs = [["synthetic", near.synthetic[:8]], ["nearest real", near.nearest[:8]]]
     return [*body, tag("p", text), table(["", ""], pairs)]
 
@@ -1064,8 +1052,7 @@ def interval_plot(comparison, found):
         y = 40 * k + 26
         parts.append(f'<text x="4" y="{y - 12}">{name}</text><path stroke-width="3" '
                      f'd="M{x(left)} {y}H{x(right)}M{x(mean)} {y - 6}v12"/>')
-    caption = (f"Gain in {comparison.task.score}, in points: mean (tick) and 95 % interval (line) "
-               "over seeds and test images.")
+    caption = f"Gain in points of {comparison.task.score}; 95 % interval over seeds and test images"
     return (f'<figure><svg viewBox="0 0 440 {foot + 20}" role="img">{"".join(parts)}</svg>'
             f"{tag('figcaption', caption)}</figure>")
 
@@ -1115,12 +1102,11 @@ def print_plan(comparison, missing, generators, jobs):
     counts = " and ".join(str(count or "all") for count in scale.counts)
     networks = [run for run in missing if run.task == comparison.name
                 and arms[run.arm].model not in ("linear", "zero-shot")]
-    paths = [comparison.folder(count) / f"draw{draw}" / "generator.pt"
-             for task, count, draw in generators if task == comparison.name]
-    untrained = len(paths) - sum(map(Path.exists, paths))
+    untrained = [draw for task, count, draw in generators if task == comparison.name
+                 and not (comparison.folder(count) / f"draw{draw}" / "generator.pt").exists()]
     print(f"{comparison.title}: {len(scenes)} images of {len(scenes.classes)} classes at "
           f"{scale.cls.size} px ({sizes})\n  {counts} {comparison.task.unit} x {scale.seeds} seeds "
-          f"x {len(arms)} arms\n  what takes the time: {untrained} generators of {scale.gen.steps} "
+          f"x {len(arms)} arms\n  time goes into {len(untrained)} generators of {scale.gen.steps} "
           f"steps, then {len(networks)} classifiers of {scale.cls.steps} steps, {jobs} at a time")
 
 

@@ -601,9 +601,7 @@ def main(cfg):
         cfg = replace(cfg, size=load_weights(cfg.init)[2])
     scenes, out = data.read(cfg.data, cfg.size), Path(cfg.out)
     parts = data.split(scenes)
-    real = scenes[parts["train"]]
-    if cfg.per_class:
-        real = scenes[data.choose(scenes, parts["train"], cfg.per_class, cfg.seed)]
+    real = scenes[data.choose(scenes, parts["train"], cfg.per_class, cfg.seed)]
 
     if cfg.learn == "mae":
         return fit_mae(real, cfg, out / "mae.pt")

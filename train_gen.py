@@ -327,8 +327,7 @@ def requests(cfg, generator):
     known = generator.classes
     names = data.listed(cfg.classes) or known
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"{cfg.sample} knows no class {data.preview(unknown)}; it knows "
-                        f"{', '.join(known)}")
+        raise UserError(f"{cfg.sample} knows no {data.preview(unknown)}: give {', '.join(known)}")
     if not generator.words:
         return [(name, known.index(name), "") for name in names]
 
@@ -410,8 +409,7 @@ def main(cfg):
     if cfg.sample:
         return sample(cfg)
     scenes = data.read(cfg.data, cfg.size, pre="pre" in cfg.given, mask=True)
-    index = data.split(scenes)["train"]
-    index = data.choose(scenes, index, cfg.per_class, cfg.seed) if cfg.per_class else index
+    index = data.choose(scenes, data.split(scenes)["train"], cfg.per_class, cfg.seed)
     path = Path(cfg.out) / "generator.pt"
     print(f"{len(index)} images of {len(scenes.classes)} classes; look at {cfg.out}/samples-*.png")
     train(scenes[index], cfg, path, cfg.every, preview=8)

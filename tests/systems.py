@@ -97,7 +97,7 @@ def super_resolution(lab):
 
 
 def metadata(lab):
-    """DiffusionSat, given two numbers: they are nearer to those of its images than by class alone."""
+    """DiffusionSat, given two numbers, which its images show more clearly than by class alone."""
     train, test = lab.scenes
     rows = {"class alone": generate(lab.generator(train), test.labels, 1),
             "metadata": generate(lab.generator(train, "metadata"), test.labels, 1, reference=test)}

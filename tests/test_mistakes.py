@@ -70,7 +70,7 @@ train_gen | --sample bomb.pt | bomb.pt
 train_gen | --sample parts/generator.pt | parts/generator.pt
 train_gen | --sample later.pt | later.pt
 train_gen | --sample cls/classifier.pt | cls/classifier.pt
-train_gen | --sample gen.pt --classes forest,moon | no class moon; it knows forest
+train_gen | --sample gen.pt --classes forest,moon | knows no moon: give forest, river
 train_gen | --sample gen.pt --sampling-steps 2000 | --sampling-steps 2000
 train_gen | --sample gen.pt --reference good | is not needed
 train_gen | --sample gen.pt --strength 0.5 | --reference
@@ -98,7 +98,7 @@ train_cls | CLS --learn clip | caption set
 train_cls | CLS --share 0.5 --synthetic foreign | good lacks: moon
 train_cls | CLS --steps 3 --out cls | cls/classifier.pt is of a run with another steps:
 train_cls | CLS --steps 2 --out shape | shape/classifier.pt cannot be read (RuntimeError
-train_cls | CLS --steps 2 --out wrong | wrong/classifier.pt is not the checkpoint of a classifier
+train_cls | CLS --steps 2 --out wrong | wrong/classifier.pt is no checkpoint of a classifier
 train_cls | CLS --lr 1e30 --steps 9 --out x | --lr
 train_cls | --data good --init none.pt | none.pt
 train_cls | --data good --init gen.pt | gen.pt
@@ -172,7 +172,7 @@ def world(tmp_path_factory):
     twice = replace(real, images=torch.cat([real.images] * 2, 1))
     measured = replace(real, metadata=real.labels[:, None].float())
     evil = replace(real, classes=["../x", "river"])
-    train = real[data.split(real)["train"]]
+    train = real[data.choose(real, data.split(real)["train"], 0, 0)]
     for name, scenes, change in (
             ("gen", real, {}), ("parts/generator", train, {}), ("done/generator", evil, {}),
             ("evil", evil, {}),
