@@ -994,7 +994,7 @@ def resume(path, kind, identity, parts, fresh):
     if not path or not Path(path).exists():
         return fresh
     saved = load_checkpoint(path, kind)
-    old, new = ({**run, **run["config"], "config": None} for run in (saved, identity))
+    old, new = ({**run, **run["config"], "config": 0, "seen": 0} for run in (saved, identity))
     if different := [name for name in new if old.get(name) != new[name]]:
         raise UserError(f"{path} is of a run with another {preview(different)}: "
                         "give another --out, or remove it")

@@ -203,12 +203,12 @@ def save_finished(path, model, identity):
 def identity_of(cfg, real, synthetic=None):
     """Return all that decides the weights of a run, and the fingerprints of what it has seen."""
     sets = [scenes for scenes in (real, synthetic) if scenes]
-    seen = [data.fingerprint(scenes.images).numpy().tobytes() for scenes in sets]
+    seen = [data.fingerprint(scenes.images) for scenes in sets]
     if Path(cfg.init).is_file():
         seen.append(data.load(cfg.init)["seen"])
     return dict(config=data.settings_of(cfg, Config), classes=real.classes, tiles=real.tiles,
                 channels=real.images.shape[1], images=[scenes.digest for scenes in sets],
-                seen=b"".join(seen))
+                seen=torch.cat(seen))
 
 
 @torch.no_grad()
@@ -467,8 +467,7 @@ def check_init(path, scenes, parts):
     if not Path(path).is_file():                                   # published weights do not say
         return
     seen = data.load_checkpoint(path, "clip", "classifier", "mae", "generator")["seen"]
-    prints = torch.frombuffer(bytearray(seen), dtype=torch.uint8).view(-1, 192)
-    _, names = data.leaks(prints, scenes, parts)
+    _, names = data.leaks(seen, scenes, parts)
     if names:
         raise UserError(f"{path} was trained on {len(names)} of the val and test pictures "
                         f"({data.preview(names)}): give one that has not seen them")

@@ -61,7 +61,7 @@ train_gen | --size 10 --mults 1,2 --condition lowres | lowres
 train_gen | --condition edgs | known are pre, mask, lowres
 train_gen | GEN --condition pre,mask | pre, mask
 train_gen | GEN --steps 3 --out done | done/generator.pt
-train_gen | GEN --steps 2 --out done | another images, seen, classes:
+train_gen | GEN --steps 2 --out done | another images, classes:
 train_gen | GEN --steps 2 --out parts | parts/generator.pt cannot be read (KeyError: 'ema')
 train_gen | GEN --lr 1e30 --steps 9 --out x | --lr
 train_gen | --sample none.pt | none.pt
