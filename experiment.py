@@ -1007,7 +1007,7 @@ def task_html(comparison):
     return [*body, tag("h3", "Claims"), table(*claim_table(comparison, found)),
             *(tag("p", text) for text in conditions(comparison)),
             tag("h3", "All arms"), table(*arms_table(comparison)),
-            tag("p", "±: standard deviation over seeds. Fresh images: where enough are unused.")]
+            tag("p", "±: standard deviation over seeds, of which some may lack fresh images.")]
 
 
 def synthetic_html(comparison, count, near):
