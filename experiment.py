@@ -934,8 +934,8 @@ def conditions(comparison):
         "step are equal: synthetic images (or fresh ones, or copies) replace half of the real "
         "ones, or all if the arm is synthetic alone. p: how often equal arms would differ this "
         "much by chance, corrected by Holm's method, for controls separately. No interval is "
-        "corrected. No verdict is given if both arms are below the linear baseline: the better of a "
-        "linear classifier (on colours and edges) and always answering the commonest class.",
+        "corrected. No verdict is given if both arms are below the linear baseline: the better of "
+        "a linear classifier (on colours and edges) and always answering the commonest class.",
         f"This holds for {comparison.title} at {scale.cls.size} px, {len(test)} test images"
         f"{tiles}, {comparison.seeds_done()} seeds (repetitions) with "
         f"{draws}; {scale.gen.steps} steps of a generator, {scale.generated} synthetic images per "
