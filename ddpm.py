@@ -40,7 +40,7 @@ from torch import nn
 
 def linear_abar(T):
     """Return the schedule of Ho et al., section 4: beta rises from 1e-4 to 0.02 (for T = 1000)."""
-    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T      # few are larger
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T   # the same sum for any T
     return (1 - beta.clamp(max=0.999)).cumprod(0)
 
 
@@ -132,7 +132,7 @@ class Diffusion(nn.Module):
             # x / sqrt(1 - beta) plus noise of variance beta / (1 - beta). Weigh each by the inverse
             # of its variance: this is the mean, Eq. 7 (Algorithm 2 writes it with eps). sigma^2 is
             # 1 over the sum of the inverses (the smaller of the two choices that the paper offers).
-            # As at the top: eps gets sqrt(1 - beta) s'^2 / s = sqrt(s'^2 - sigma^2).
+            # Put in x = a x0 + s eps, and it is the step back at the top.
             mean = math.sqrt(abar_prev) * beta / (1 - abar) * x0
             mean += math.sqrt(1 - beta) * (1 - abar_prev) / (1 - abar) * x
             sigma = math.sqrt((1 - abar_prev) / (1 - abar) * beta)
@@ -196,8 +196,8 @@ class Diffusion(nn.Module):
         one step crosses it. s / a ends at .01, one grey level. If steps = T, all t are visited.
 
         Why equal factors: the mean of N pixels has sqrt(N) times less noise than one. So a shape
-        twice as wide is decided at twice the noise: each doubling gets equally many steps. 12 even
-        t (cosine) jump from noise to s / a = 7, and lose half of the variation of brightness.
+        twice as wide is decided at twice the noise: each doubling gets equally many steps. 12
+        evenly spaced t (cosine) jump to s / a = 7, and lose half of the variation of brightness.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")

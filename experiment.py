@@ -563,7 +563,7 @@ def gain(scores, values):
     V_residual = (residual**2).sum() / ((S - 1) * (G - 1)) / (S * G)
     V_seeds = scores.var(ddof=1) / S
     V_images = max(of_image.var(ddof=1) / G - V_residual, 0)
-    if np.ptp(scores) < 1e-9:                    # so few seeds are equal by chance
+    if np.ptp(scores) < 1e-9:                    # equal by chance, as they are few
         V_seeds = V_residual
 
     # Half the width at each level. p is the level at which it equals |mean|.
@@ -925,10 +925,10 @@ def conditions(comparison):
     if scenes.tiles:
         duplicates = ", and the buildings of a tile,"
         tiles = f" of {len(test.groups.unique())} tiles"
-        rest += (" A building is seen after the disaster, with its mask. Only the rarer classes "
-                 "are generated and replaced. Balanced: classes are drawn equally often; then the "
-                 "logits are shifted towards common classes, as far as is best on the "
-                 f"{len(comparison.val)} val images. Macro-F1 is the mean of the classes' F1.")
+        rest += (" A building is seen after the disaster, with its mask. Here only rarer classes "
+                 "are generated, and half of these replaced. Balanced: classes are drawn equally "
+                 "often; then the logits are shifted towards common classes, as far as is best on "
+                 f"the {len(comparison.val)} val images. Macro-F1 is the mean of the classes' F1.")
     return (
         "A claim compares two arms, which are ways to train the classifier. Steps and images per "
         "step are equal: synthetic images (or fresh ones, or copies) replace half of the real "
@@ -1007,7 +1007,7 @@ def task_html(comparison):
     return [*body, tag("h3", "Claims"), table(*claim_table(comparison, found)),
             *(tag("p", text) for text in conditions(comparison)),
             tag("h3", "All arms"), table(*arms_table(comparison)),
-            tag("p", "±: standard deviation over seeds, of which some may lack fresh images.")]
+            tag("p", "±: standard deviation over seeds; rows of fresh images may have fewer.")]
 
 
 def synthetic_html(comparison, count, near):
@@ -1025,9 +1025,9 @@ def synthetic_html(comparison, count, near):
               else "No sign of memorised training images" if near.least_p < ALARM
               else "Too few images to say whether the generator has memorised training images")
     found, expected = 100 * near.found / near.total, 100 * near.expected / near.total
-    text = (f"{answer}. {found:.1f} % of {near.total} synthetic images are near-duplicates: they "
-            "correlate more with a training image of their class than any of as many held-out "
-            f"images. By chance {expected:.1f} % would (p {shown(near.p)}). The nearest pairs:")
+    text = (f"{answer}. {found:.1f} % of {near.total} synthetic images are near-duplicates: each "
+            "correlates more with a training image of its class than any of as many held-out ones "
+            f"does. By chance {expected:.1f} % would be (p {shown(near.p)}). The nearest pairs:")
     pairs = [["synthetic", near.synthetic[:8]], ["nearest real", near.nearest[:8]]]
     return [*body, tag("p", text), table(["", ""], pairs)]
 

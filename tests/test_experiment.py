@@ -587,8 +587,8 @@ def test_near_duplicates_are_on_the_page(scenes, p, least_p, text):
     near = {4: NearDuplicates(8, 1, 0.4, p, least_p, pair, pair)}
     comparison = replace(scenes.comparison, near_duplicates=near)
     page = "".join(experiment.task_html(comparison))
-    assert f"{text}" in page and "12.5 % of 8 synthetic images are near-duplicates: they" in page
-    assert "By chance 5.0 % would (p " in page and page.count("<img") == 8 * 2 + 2
+    assert f"{text}" in page and "12.5 % of 8 synthetic images are near-duplicates: each" in page
+    assert "By chance 5.0 % would be (p " in page and page.count("<img") == 8 * 2 + 2
     answer = " ".join(experiment.answers(comparison, experiment.claims(comparison)))
     assert ("12.5 % of the synthetic images are near-duplicates of" in answer) is (p < 0.01)
     page = "".join(experiment.task_html(replace(comparison, near_duplicates={4: None})))
@@ -601,7 +601,7 @@ def test_the_page_needs_nothing_else_and_has_the_answer_first(scenes):
     assert page.count(title) == 2 and "http" not in page and "<script" not in page
     order = [page.index(text) for text in (
         "<p class=answer>With 4 real images per class, synthetic images", "<svg", "<h3>Synthetic",
-        "near-duplicates: they", "<h3>Claims", "<h3>All arms", "Run it again")]
+        "near-duplicates: each", "<h3>Claims", "<h3>All arms", "Run it again")]
     assert order == sorted(order)
     for term in ("(the upper bound: ", "(the negative control: ", "arms, which are ways to train",
                  "the linear baseline: the better of a linear", "over seeds and test images"):
