@@ -14,11 +14,11 @@ The process p goes back, from x_t to x_{t-1}. The network's guess x0 gives eps =
 
     one step back     x_{t-1} = a' x0 + sqrt(s'^2 - sigma^2) eps + sigma noise     (' is t-1)
 
-It takes many steps, because a network trained by squared error answers with the mean of all images
-that may have become x_t. At high noise this mean is a blur. A small step towards it leaves fewer
-images possible, and the next guess is sharper. With any sigma up to s' the noise in x_{t-1} has
-variance s'^2. DDPM takes 1,000 steps, with new noise in all but the last. DDIM adds none, sigma =
-0, and takes 20 to 100; corrected by a rule of second order, it takes 12.
+Its two noises together have variance s'^2, for any sigma up to s'. The way back takes many steps,
+because a network trained by squared error answers with the mean of all images that may have become
+x_t. At high noise this mean is a blur. A small step towards it leaves fewer images possible, and
+the next guess is sharper. DDPM takes 1,000 steps, with new noise in all but the last. DDIM adds
+none, sigma = 0, and takes 20 to 100; corrected by a rule of second order, it takes 12.
 
     x0   an image in [-1, 1], (B, C, H, W), or the network's guess of it
     x    the noisy image x_t = a x0 + s eps    eps  normal noise N(0, I)
@@ -196,8 +196,8 @@ class Diffusion(nn.Module):
         one step crosses it. s / a ends at .01, one grey level. If steps = T, all t are visited.
 
         Why equal factors: the mean of N pixels has sqrt(N) times less noise than one. So a shape
-        twice as wide is decided at twice the noise: each doubling gets equally many steps. 12
-        evenly spaced t (cosine) jump to s / a = 7, and lose half of the variation of brightness.
+        twice as wide is decided at twice the noise: each doubling gets equally many steps. 12 t
+        evenly spaced (cosine) first jump to s / a = 7: images vary half as much in brightness.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")

@@ -926,7 +926,7 @@ def conditions(comparison):
         duplicates = ", and the buildings of a tile,"
         tiles = f" of {len(test.groups.unique())} tiles"
         rest += (" A building is seen after the disaster, with its mask. Here only rarer classes "
-                 "are generated, and half of these replaced. Balanced: classes are drawn equally "
+                 "are generated, and half of each replaced. Balanced: classes are drawn equally "
                  "often; then the logits are shifted towards common classes, as far as is best on "
                  f"the {len(comparison.val)} val images. Macro-F1 is the mean of the classes' F1.")
     return (
@@ -1007,7 +1007,7 @@ def task_html(comparison):
     return [*body, tag("h3", "Claims"), table(*claim_table(comparison, found)),
             *(tag("p", text) for text in conditions(comparison)),
             tag("h3", "All arms"), table(*arms_table(comparison)),
-            tag("p", "±: standard deviation over seeds; rows of fresh images may have fewer.")]
+            tag("p", "±: standard deviation over seeds; fresh images may have fewer seeds.")]
 
 
 def synthetic_html(comparison, count, near):
@@ -1018,7 +1018,7 @@ def synthetic_html(comparison, count, near):
         real, made = (scenes.images[scenes.labels == c][:8] for scenes in (subset.real, synthetic))
         rows += [[f"{synthetic.classes[c]}: real", real], ["synthetic", made]]
     body = [tag("h3", f"Synthetic images, with {comparison.amount(count)}"),
-            table(["", "real training images, and synthetic ones (of seed 0)"], rows)]
+            table(["", "real training images, and synthetic ones of the first generator"], rows)]
     if not near:
         return body
     answer = ("More near-duplicates than by chance: a sign of memorised images" if near.p < ALARM
@@ -1026,8 +1026,8 @@ def synthetic_html(comparison, count, near):
               else "Too few images to say whether the generator has memorised training images")
     found, expected = 100 * near.found / near.total, 100 * near.expected / near.total
     text = (f"{answer}. {found:.1f} % of {near.total} synthetic images are near-duplicates: each "
-            "correlates more with a training image of its class than any of as many held-out ones "
-            f"does. By chance {expected:.1f} % would be (p {shown(near.p)}). The nearest pairs:")
+            "correlates more with a training image of its class than any held-out one does. By "
+            f"chance {expected:.1f} % would be (p {shown(near.p)}). The nearest pairs:")
     pairs = [["synthetic", near.synthetic[:8]], ["nearest real", near.nearest[:8]]]
     return [*body, tag("p", text), table(["", ""], pairs)]
 
