@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 PARTS = "train", "val", "test"
 TRAIN, TEST, NO_PART = 0, 2, -1          # places in PARTS; -1: the data set names no part
+NO_PRINTS = torch.zeros(0, dtype=torch.uint8)            # no fingerprints, see fingerprint()
 
 
 class UserError(Exception):
@@ -54,6 +55,8 @@ class Scenes:
     tiles: bool = False                  # the groups are the tiles of xBD, else duplicates
     metadata: torch.Tensor = None        # (N, M) float32, nan where unknown: of xBD, XBD_METADATA
     captions: list = None                # of each image, a tuple of sentences
+    tile_prints: torch.Tensor = NO_PRINTS        # (T, 192): the fingerprint of each group of tiles
+    generator_saw: torch.Tensor = NO_PRINTS      # (S, 192): fingerprints, if they are synthetic
 
     def __post_init__(self):
         if self.captions is None:
@@ -84,6 +87,15 @@ class Scenes:
         hashed.update(self.images.contiguous().numpy())
         hashed.update(self.metadata.numpy().tobytes())
         return hashed.hexdigest()[:12]
+
+    def prints(self):
+        """Return the fingerprints of the images, then those of their tiles: (N or 2 N, 192)."""
+        tiles = self.tile_prints[self.groups] if self.tiles else NO_PRINTS
+        return torch.cat([fingerprint(self.images), tiles])
+
+    def seen(self):
+        """Return the fingerprints of all that a network sees by training on these images."""
+        return torch.cat([self.prints(), self.generator_saw]).unique(dim=0)
 
 
 # ---- split: how images get into train, val and test; and choose: some of them to train on
@@ -136,6 +148,9 @@ def split(scenes, seed=0, hold_out=""):
     for name, index in parts.items():
         if len(index) == 0:
             raise UserError(f"too few images for a {name} split: five per class will do")
+        lacking = [c for k, c in enumerate(scenes.classes) if k not in scenes.labels[index]]
+        if lacking:
+            print(f"no {name} image of {preview(lacking)}")
     return parts
 
 
@@ -173,8 +188,7 @@ def check_classes(scenes, index):
     """Raise UserError if a class has no image among the training images index (n,)."""
     for c, name in enumerate(scenes.classes):
         if c not in scenes.labels[index]:
-            raise UserError(f"no image to train on is {name}: "
-                            "ask for more, or hold out another event")
+            raise UserError(f"no image of {name} to train on: give more, or other parts")
 
 
 # ---- duplicates: pictures that are the same, however they were encoded
@@ -228,14 +242,14 @@ def group_duplicates(prints):
 
 def leaks(prints, scenes, parts):
     """Find which prints are of val or test pictures: indices into prints, names in scenes."""
-    held_out = torch.cat([parts["val"], parts["test"]])
-    i, j = same_pictures(prints, fingerprint(scenes.images[held_out]))
-    return i.unique(), [scenes.names[k] for k in held_out[j.unique()].tolist()]
+    held_out = scenes[torch.cat([parts["val"], parts["test"]])]
+    i, j = same_pictures(prints, held_out.prints())
+    return i.unique(), [held_out.names[k] for k in (j % len(held_out)).unique().tolist()]
 
 
 # ---- sources: pictures in files
 
-SUFFIXES = ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif"
+SUFFIXES = ".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif"
 FORMATS = "JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF"    # none that starts a program, as EPS does
 
 
@@ -255,7 +269,8 @@ def read(root, size, labelled=True, pre=False, mask=False, cache="runs/cache"):
         if not names:
             raise UserError(f"no pictures in {root}: give one ({', '.join(SUFFIXES)}) or a folder")
         return read_rows(root, dict.fromkeys(names, ("", NO_PART, ())), size, cache)
-    captions = [*root.glob("dataset*.json"), *root.glob("captions.json")]
+    captions = [path for name in ("dataset.json", "dataset_*.json", "captions.json")
+                for path in root.glob(name)]
     if len(captions) > 1:
         raise UserError(f"{root} has {preview(captions)}: keep one of them here")
     rows = caption_rows(captions[0]) if captions else folder_rows(root)
@@ -273,11 +288,16 @@ def read_rows(root, rows, size, cache):
     labels, parts, captions = zip(*rows.values(), strict=True)
     classes = sorted(set(labels))
     labels = torch.tensor([classes.index(label) for label in labels])
+    twice = (labels != labels[content["groups"]]).nonzero().flatten().tolist()
+    if twice:
+        print(f"{len(twice)} pictures are in two classes: {preview(names[k] for k in twice)}")
+    seen = [load_checkpoint(path, "generator")["seen"] for path in root.glob("generator*.pt")]
     if TRAIN in parts and len(set(parts) - {NO_PART}) < 3:
         print(f"{root.name} lacks a part: the one beside train is test, a quarter of train val")
         parts = [TEST if part > TRAIN else NO_PART for part in parts]
     return Scenes(**content, labels=labels, classes=classes, names=names,
-                  official=torch.tensor(parts), captions=list(captions))
+                  official=torch.tensor(parts), captions=list(captions),
+                  generator_saw=torch.cat([NO_PRINTS, *seen]))
 
 
 def below(root, pattern):
@@ -317,9 +337,9 @@ def decode_all(paths, size):
 
 def cached_tree(make, root, files, cache, **settings):
     """Return make(), which `cache` keeps until one of the files of root or a setting changes."""
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = [(s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, files)]
     code = Path(__file__).read_bytes()                   # a mended reader reads anew
-    key = repr((root.resolve(), settings, stats, code))
+    key = repr((root.resolve(), settings, files, stats, code))
     hashed = hashlib.sha256(key.encode()).hexdigest()[:12]
     return cached(Path(cache) / f"{root.resolve().name}-{hashed}.pt", make)
 
@@ -336,28 +356,31 @@ def folder_rows(root):
     """
     names = below(root, "*/**/*")
     in_parts = any(name.split("/")[0].lower() in PART_NAMES for name in names)
-    part_of = {}                                         # {"river_001": its place in PARTS}
+    part_of = {}                         # {"river_001" or "river/river_001": its place in PARTS}
     for k, part in enumerate(PARTS):
-        path = root / f"resisc45-{part}.txt"
-        if path.exists():
-            part_of |= {Path(line).stem: k for line in path.read_text().split()}
+        for path in root.glob(f"*{part}.txt"):
+            lines = filter(str.strip, path.read_text("utf-8").splitlines())
+            part_of |= {str(Path(line.strip()).with_suffix("")): k for line in lines}
     rows, others = {}, []
     for name in names:
         *above, label, file = name.split("/")
-        first = above[0].lower() if above else ""
-        if len(above) == in_parts and (first in PART_NAMES) == in_parts:
-            rows[name] = label, PART_NAMES.get(first, part_of.get(Path(file).stem, NO_PART)), ()
+        first, stem = above[0].lower() if above else "", Path(file).stem
+        part = part_of.get(f"{label}/{stem}", part_of.get(stem, NO_PART))
+        unlisted = part_of and part == NO_PART
+        if len(above) == in_parts and (first in PART_NAMES) == in_parts and not unlisted:
+            rows[name] = label, PART_NAMES.get(first, part), ()
         else:
             others.append(name)
     if not rows:
         deeper = [name.split("/")[0] for name in others if name.count("/") > 1]
         hint = f"; did you mean {root / deeper[0]}?" if deeper else ""
+        hint = "; no picture is in its lists" if part_of else hint
         raise UserError(f"{root} has no folders with pictures, one for each class{hint}; "
                         "the README tells how to get RESISC45")
     firsts = {name.split("/")[0] for name in names}
     others += [name for name in glob.glob("*/", root_dir=root) if name[:-1] not in firsts]
     if others:
-        print(f"left out of {root}, {len(others)} not in a class folder: {preview(others)}")
+        print(f"left out of {root}, {len(others)} not in a class folder or list: {preview(others)}")
     for folder in sorted({(root / name).parent for name in rows}):
         if folder.name.lower() in (*NO_CLASSES, *PART_NAMES) or any(folder.glob("*.pt")):
             raise UserError(f"{folder} is no class: give a tree with a folder for each class")
@@ -420,8 +443,8 @@ def caption_rows(path):
     rows = {}
     for file, part, sentences in entries:
         if name := name_of.get(file):
-            before = rows[name][2] if name in rows else ()
-            rows[name] = label_of.get(file, "scene"), part, before + sentences
+            _, before, more = rows.get(name, ("", NO_PART, ()))          # test beats train
+            rows[name] = label_of.get(file, "scene"), max(part, before), more + sentences
     return rows
 
 
@@ -485,10 +508,12 @@ def crop_tree(root, tiles, size, pre, mask):
     tile_of = [name.split("/")[1] for name in names]     # a tile in two folders is one group
     print_of = dict(zip(tile_of, prints, strict=True))
     number = {tile: k for k, tile in enumerate(print_of)}
-    groups = group_duplicates(torch.cat(list(print_of.values())))
+    tile_prints = torch.cat(list(print_of.values()))
+    groups = group_duplicates(tile_prints)
     return dict(images=torch.stack(images), names=list(names), metadata=torch.tensor(metadata),
                 labels=torch.tensor([DAMAGE.index(label) for label in labels]), classes=DAMAGE,
-                groups=groups[[number[tile] for tile in tile_of]], summary=summary)
+                groups=groups[[number[tile] for tile in tile_of]], tile_prints=tile_prints,
+                summary=summary)
 
 
 def crop_tile(tile, files, size, pre, mask):
@@ -914,7 +939,8 @@ def atomic(path):
 def write(path, content):
     """Write bytes, or text as UTF-8, atomically."""
     with atomic(path) as temporary:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        text = content if isinstance(content, bytes) else content.encode(errors="replace")
+        temporary.write_bytes(text)
 
 
 def save_csv(path, header, rows):

@@ -211,8 +211,8 @@ class Comparison:
             del scale["cls"][name]                           # which the arm decides
         weights = Path(init).read_bytes() if Path(init).is_file() else init.encode()
         return json.loads(json.dumps(scale | dict(
-            images=self.scenes.digest, weights=hashlib.sha256(weights).hexdigest()[:12],
-            hold_out=self.cfg.hold_out)))
+            images=[self.scenes[index].digest for index in self.parts.values()],
+            weights=hashlib.sha256(weights).hexdigest()[:12])))
 
     def folder(self, count):
         """Return the folder for a number of real images."""

@@ -203,7 +203,7 @@ def save_finished(path, model, identity):
 def identity_of(cfg, real, synthetic=None):
     """Return all that decides the weights of a run, and the fingerprints of what it has seen."""
     sets = [scenes for scenes in (real, synthetic) if scenes]
-    seen = [data.fingerprint(scenes.images) for scenes in sets]
+    seen = [scenes.seen() for scenes in sets]
     if Path(cfg.init).is_file():
         seen.append(data.load(cfg.init)["seen"])
     return dict(config=data.settings_of(cfg, Config), classes=real.classes, tiles=real.tiles,
@@ -570,7 +570,8 @@ def read_synthetic(cfg, scenes, parts):
     for path in Path(cfg.synthetic).glob("generator*.pt"):         # train_gen leaves it there
         check_init(path, scenes, parts)
     number = torch.tensor([classes.index(name) for name in synthetic.classes])
-    leaked, names = data.leaks(data.fingerprint(synthetic.images), scenes, parts)
+    leaked, names = data.leaks(synthetic.prints(), scenes, parts)
+    leaked = (leaked % len(synthetic)).unique()
     if len(leaked):
         print(f"left out {len(leaked)} of {len(synthetic)} pictures of {cfg.synthetic}, which are "
               f"val or test pictures of {cfg.data}: {data.preview(names)}", file=sys.stderr)
@@ -586,8 +587,8 @@ def score(model, scenes, parts, test):
         counts = class_counts(held_out.labels, predicted, len(scenes.classes))
         print(f"{part}: accuracy {accuracy(counts):.3f}, macro-F1 {macro_f1(counts):.3f}, "
               f"of {len(held_out)} images")
-        pairs = zip(scenes.classes, f1(counts), strict=True)
-        print("F1 per class:", ", ".join(f"{name} {value:.2f}" for name, value in pairs))
+        rows = zip(scenes.classes, f1(counts), counts[1], strict=True)
+        print("F1 per class:", ", ".join(f"{name} {value:.2f}" for name, value, n in rows if n))
 
 
 def main(cfg):

@@ -211,7 +211,7 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
 
     state = dict(model=model, ema=averaged, optimizer=optimizer)
     identity = dict(config=data.settings_of(cfg, Config), images=real.digest,
-                    seen=data.fingerprint(real.images))     # for train_cls.check_init: no leak
+                    seen=real.seen())                       # for train_cls.check_init: no leak
     identity |= {name: getattr(generator, name) for name in ABOUT}
     saved = data.resume(path, "generator", identity, state,
                         fresh=dict(step=0, losses=torch.zeros(cfg.steps)))
@@ -393,7 +393,8 @@ def sample(cfg):
     if cfg.inpaint:
         inpaint = read_mask(cfg.inpaint, size).expand(len(names), 1, -1, -1)
     saved = data.load_checkpoint(cfg.sample, "generator")   # what it has seen goes with its images
-    data.save(out / f"generator-{saved['images']}.pt", dict(kind="generator", seen=saved["seen"]))
+    seen = torch.cat([saved["seen"], *([reference.seen()] if reference else [])])
+    data.save(out / f"generator-{names[0]}.pt", dict(kind="generator", seen=seen))
     images = generate(generator, torch.tensor(classes), cfg.seed, cfg.sampling_steps, cfg.guidance,
                       reference, cfg.strength, inpaint, texts)
     for k, (name, image) in enumerate(zip(names, images, strict=True), 1):
