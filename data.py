@@ -188,7 +188,7 @@ def check_classes(scenes, index):
     """Raise UserError if a class has no image among the training images index (n,)."""
     for c, name in enumerate(scenes.classes):
         if c not in scenes.labels[index]:
-            raise UserError(f"no image of {name} to train on: give more, or other parts")
+            raise UserError(f"no image to train on is {name}: give more, or other parts")
 
 
 # ---- duplicates: pictures that are the same, however they were encoded
@@ -240,13 +240,6 @@ def group_duplicates(prints):
         groups = joined
 
 
-def leaks(prints, scenes, parts):
-    """Find which prints are of val or test pictures: indices into prints, names in scenes."""
-    held_out = scenes[torch.cat([parts["val"], parts["test"]])]
-    i, j = same_pictures(prints, held_out.prints())
-    return i.unique(), [held_out.names[k] for k in (j % len(held_out)).unique().tolist()]
-
-
 # ---- sources: pictures in files
 
 SUFFIXES = ".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif"
@@ -291,6 +284,9 @@ def read_rows(root, rows, size, cache):
     twice = (labels != labels[content["groups"]]).nonzero().flatten().tolist()
     if twice:
         print(f"{len(twice)} pictures are in two classes: {preview(names[k] for k in twice)}")
+    largest = (content["groups"] == content["groups"].mode().values).nonzero().flatten().tolist()
+    if len(largest) > 9:
+        print(f"{len(largest)} look the same: one part has {preview(names[k] for k in largest)}")
     seen = [load_checkpoint(path, "generator")["seen"] for path in root.glob("generator*.pt")]
     if TRAIN in parts and len(set(parts) - {NO_PART}) < 3:
         print(f"{root.name} lacks a part: the one beside train is test, a quarter of train val")
@@ -321,18 +317,11 @@ def decode(path, size):
 
 def decode_all(paths, size):
     """Decode pictures on all cores: (N, 3, size, size) uint8. UserError if one does not decode."""
-    def attempt(path):
-        try:
+    def work(path):
+        with one_line_error(path):
             return torch.from_numpy(decode(path, size))
-        except Exception as error:                       # Pillow raises a dozen kinds
-            return error
 
-    results = in_threads(attempt, paths, "reading pictures")
-    broken = [f"{path} ({result})" for path, result in zip(paths, results, strict=True)
-              if isinstance(result, Exception)]
-    if broken:
-        raise UserError(f"{len(broken)} of {len(paths)} do not decode: remove {preview(broken)}")
-    return torch.stack(results)
+    return torch.stack(in_threads(work, paths, "reading pictures"))
 
 
 def cached_tree(make, root, files, cache, **settings):
@@ -420,7 +409,10 @@ def caption_rows(path):
     label_of = {}                                        # {file: its class}
     for file in path.parent.glob("txtclasses*/*.txt"):   # RSICD: a list of files per class
         with one_line_error(file):
-            label_of |= dict.fromkeys(file.read_text("utf-8").split(), file.stem)
+            listed = file.read_text("utf-8").split()
+        if both := label_of.keys() & set(listed):
+            raise UserError(f"{file} lists {min(both)}, and so does another class: keep one")
+        label_of |= dict.fromkeys(listed, file.stem)
     numbered = {f"{n + 1}.tif": UC_MERCED[n // 100].replace(" ", "") for n in range(2100)}
     if numbered.keys() == {file for file, *_ in entries}:            # UCM-Captions
         label_of = numbered

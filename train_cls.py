@@ -385,14 +385,12 @@ def initial_model(cfg, classes, channels):
     return Tuned(*weights, classes) if weights else make_classifier(cfg, len(classes), channels)
 
 
-# ---- CLIP (from images and sentences), MAE (from images alone), and tuning of their weights
+# ---- CLIP, from images and sentences, and tuning of trained weights
 
 def new_model(kind, cfg, identity):
-    """Return a "classifier", "clip" or "mae" with new weights, for a run of this identity."""
+    """Return a "classifier" or a "clip" with new weights, for a run of this identity."""
     if kind == "classifier":
         return initial_model(cfg, identity["classes"], identity["channels"])
-    if kind == "mae":
-        return vit.MAE(initial_model(cfg, [""], 3), cfg.dim, cfg.heads, cfg.patch)
     image = initial_model(cfg, range(cfg.dim), 3)                  # axes in the place of classes
     text = TextEncoder(len(identity["words"]) + 3, LENGTH, cfg.dim, cfg.depth, cfg.heads)
     return vit.CLIP(image, text)
@@ -424,22 +422,6 @@ def fit_clip(scenes, cfg, path=None):
     return model, partial(word_tokens, words=words)
 
 
-def fit_mae(scenes, cfg, path=None):
-    """Train a ViT as a masked autoencoder on the images of Scenes. Return the ViT in eval mode."""
-    device, augment = data.pick_device(), compose(cfg.augment)
-    images = scenes.images.to(device)
-    identity = identity_of(cfg, scenes)
-    model = new_model("mae", cfg, identity).to(device, memory_format=torch.channels_last)
-
-    def loss(step, rng):
-        index = torch.randint(len(images), (cfg.batch,), device=device, generator=rng)
-        x, _ = augment(data.to_float(images[index]), None, rng)
-        with data.autocast(device):
-            return model(x, rng)
-
-    return train(model, loss, cfg, path, "mae", identity, "MAE").vit
-
-
 def load(path, *kinds):
     """Return a trained model, in eval mode, its Config, and all that its checkpoint holds."""
     saved = data.load_checkpoint(path, *kinds)
@@ -456,18 +438,24 @@ def load_weights(path):
         with data.one_line_error(f"--init {path} is no file, and as published weights it"):
             model = vit.Published(path).to(data.pick_device()).eval()
         return model, model.tokens, model.size
-    model, cfg, saved = load(path, "clip", "classifier", "mae")
-    if saved["kind"] == "clip":
-        return model, partial(word_tokens, words=saved["words"]), cfg.size
-    return model.vit if saved["kind"] == "mae" else model, None, cfg.size
+    model, cfg, saved = load(path, "clip", "classifier")
+    is_clip = saved["kind"] == "clip"
+    return model, partial(word_tokens, words=saved["words"]) if is_clip else None, cfg.size
+
+
+def leaks(prints, scenes, parts):
+    """Find which prints are of val or test pictures: indices into prints, names in scenes."""
+    held_out = scenes[torch.cat([parts["val"], parts["test"]])]
+    i, j = data.same_pictures(prints, held_out.prints())
+    return i.unique(), [held_out.names[k] for k in (j % len(held_out)).unique().tolist()]
 
 
 def check_init(path, scenes, parts):
     """Raise UserError if the checkpoint at path was trained on val or test pictures of scenes."""
     if not Path(path).is_file():                                   # published weights do not say
         return
-    seen = data.load_checkpoint(path, "clip", "classifier", "mae", "generator")["seen"]
-    _, names = data.leaks(seen, scenes, parts)
+    seen = data.load_checkpoint(path, "clip", "classifier", "generator")["seen"]
+    _, names = leaks(seen, scenes, parts)
     if names:
         raise UserError(f"{path} was trained on {len(names)} of the val and test pictures "
                         f"({data.preview(names)}): give one that has not seen them")
@@ -525,17 +513,17 @@ class Script(Config):
     out: str = flag("runs/cls", "folder of classifier.pt")
     predict: str = flag("", "classify this folder: writes predictions.csv beside classifier.pt")
     test: bool = flag(False, "score on test too: once, when nothing is left to choose")
-    learn: str = flag("classes", "what to learn", choices=("classes", "clip", "mae"))
+    learn: str = flag("classes", "what to learn", choices=("classes", "clip"))
 
     def __post_init__(self):
         super().__post_init__()
         if "copypaste" in data.listed(self.augment):
             raise ValueError("--augment copypaste needs masks, which only experiment.py gives")
         if self.learn != "classes":
-            no_vit = self.model == "linear" or self.learn == "mae" and self.model == "cnn"
-            if "cutmix" in data.listed(self.augment) or self.init or self.share or no_vit:
+            linear, cutmix = self.model == "linear", "cutmix" in data.listed(self.augment)
+            if cutmix or linear or self.init or self.share:
                 raise ValueError(f"--learn {self.learn} goes without --init, --synthetic, --share, "
-                                 "cutmix, --model linear, and mae without --model cnn")
+                                 "cutmix and --model linear")
         if bool(self.synthetic) != (self.share > 0):
             raise ValueError("--synthetic and --share need each other: a tree, and a probability")
 
@@ -570,7 +558,7 @@ def read_synthetic(cfg, scenes, parts):
     for path in Path(cfg.synthetic).glob("generator*.pt"):         # train_gen leaves it there
         check_init(path, scenes, parts)
     number = torch.tensor([classes.index(name) for name in synthetic.classes])
-    leaked, names = data.leaks(synthetic.prints(), scenes, parts)
+    leaked, names = leaks(synthetic.prints(), scenes, parts)
     leaked = (leaked % len(synthetic)).unique()
     if len(leaked):
         print(f"left out {len(leaked)} of {len(synthetic)} pictures of {cfg.synthetic}, which are "
@@ -603,8 +591,6 @@ def main(cfg):
     parts = data.split(scenes)
     real = scenes[data.choose(scenes, parts["train"], cfg.per_class, cfg.seed)]
 
-    if cfg.learn == "mae":
-        return fit_mae(real, cfg, out / "mae.pt")
     if cfg.learn == "clip":
         model, tokens = fit_clip(real, cfg, out / "clip.pt")
         print("zero-shot, by the names of the classes:")

@@ -210,9 +210,8 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
     conditions = [generator.condition(real.labels, real, turn=turn) for turn in range(turns)]
 
     state = dict(model=model, ema=averaged, optimizer=optimizer)
-    identity = dict(config=data.settings_of(cfg, Config), images=real.digest,
-                    seen=real.seen())                       # for train_cls.check_init: no leak
-    identity |= {name: getattr(generator, name) for name in ABOUT}
+    identity = dict(config=data.settings_of(cfg, Config), images=real.digest, seen=real.seen())
+    identity |= {name: getattr(generator, name) for name in ABOUT}      # seen: against leaks
     saved = data.resume(path, "generator", identity, state,
                         fresh=dict(step=0, losses=torch.zeros(cfg.steps)))
     done, losses, last_save = saved["step"], saved["losses"].to(device), time.monotonic()

@@ -1,4 +1,4 @@
-"""The vision transformer (ViT) that classifies images. Below it: MAE, CLIP, and published CLIPs.
+"""The vision transformer (ViT) that classifies images. Below it: CLIP, and published CLIPs.
 
 The ViT (Dosovitskiy et al. 2021, 2010.11929) has the plain form of Beyer et al. 2022 (2205.01580):
 fixed sin-cos positions instead of learned ones, the mean of all tokens instead of a class token.
@@ -170,41 +170,6 @@ class ViT(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(x))                                  # (B, K)
-
-
-# ---- MAE: the same blocks, trained without labels
-
-class MAE(nn.Module):
-    """Masked autoencoder: the ViT sees a quarter of the patches, a decoder draws the others.
-
-    He et al. 2022, 2111.06377. The convolutions of the ViT see grey in place of a masked patch.
-    """
-    def __init__(self, vit, dim, heads, patch):
-        super().__init__()
-        self.vit, self.patch = vit, patch
-        self.mask_token = nn.Parameter(0.02 * torch.randn(dim))
-        self.decoder = nn.Sequential(
-            Block(dim, heads), nn.LayerNorm(dim), nn.Linear(dim, 3 * patch**2))
-
-    def forward(self, x, generator):
-        """Return the mean squared error on the masked patches of images x (B, 3, H, W)."""
-        p, vit = self.patch, self.vit
-        pixels = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)       # (B, L, P)
-        B, L, _ = pixels.shape
-        order = torch.rand(B, L, device=x.device, generator=generator).argsort(1)
-        visible = order[:, :L // 4]                                                 # (B, L/4)
-        masked = x.new_ones(B, L).scatter(1, visible, 0.0)                          # 1 or 0
-
-        grid = rearrange(1 - masked, "b (h w) -> b 1 h w", h=x.shape[2] // p)
-        shown = x * grid.repeat_interleave(p, 2).repeat_interleave(p, 3)            # (B, 3, H, W)
-        index = visible[..., None].expand(-1, -1, len(self.mask_token))
-        tokens = (vit.stem(shown) + vit.positions).gather(1, index)                 # (B, L/4, D)
-        tokens = vit.norm(vit.blocks(tokens))
-        canvas = self.mask_token.to(tokens.dtype).expand(B, L, -1).scatter(1, index, tokens)
-        # The target of a patch: its pixels, less their mean, over their standard deviation
-        target = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-4)
-        error = (self.decoder(canvas + vit.positions) - target).square().mean(2)    # (B, L)
-        return (error * masked).sum() / masked.sum()
 
 
 # ---- CLIP: the same blocks for images and language

@@ -33,14 +33,13 @@ class Lab:
         self.out /= f"{count}-{steps}"
         self.gen, self.cls = replace(small.gen, steps=steps), replace(small.cls, steps=steps // 2)
         real = data.read(data.draw_tree(self.out / "scenes", count), 24, cache=self.out / "cache")
-        measured = torch.stack([brightness(real.images), colourfulness(real.images)], 1)
-        pairs = zip(real.labels, measured[:, 0] > measured[:, 0].median(), strict=True)
+        light = brightness(real.images)
+        pairs = zip(real.labels, light > light.median(), strict=True)
         captions = [(sentence(*pair),) for pair in pairs]
-        self.scenes = halves(replace(real, metadata=measured, captions=captions))
+        self.scenes = halves(replace(real, metadata=light[:, None], captions=captions))
         self.classifier = train_cls.fit(self.scenes[0], None, self.cls)
 
-        # RGB after a disaster, RGB before it, mask: 7 channels
-        xbd = data.draw_xbd(self.out / "xbd", 3 * count // 5)
+        xbd = data.draw_xbd(self.out / "xbd", 3 * count // 5)        # RGB after, RGB before, mask
         self.buildings = halves(data.read_xbd(xbd, 24, True, True, cache=self.out / "cache"))
 
     def generator(self, real, condition="", name="class"):
@@ -75,10 +74,6 @@ def brightness(images):                                      # of each, grey lev
     return images.float().mean((1, 2, 3))
 
 
-def colourfulness(images):                                   # of each, grey levels
-    return (images.float().amax(1) - images.float().amin(1)).mean((1, 2))
-
-
 def rms(a, b):                                               # grey levels
     return (a.float() - b.float()).square().mean().sqrt().item()
 
@@ -97,14 +92,12 @@ def super_resolution(lab):
 
 
 def metadata(lab):
-    """DiffusionSat, given two numbers, which its images show more clearly than by class alone."""
+    """DiffusionSat, given the brightness: images follow it more closely than by class alone."""
     train, test = lab.scenes
     rows = {"class alone": generate(lab.generator(train), test.labels, 1),
             "metadata": generate(lab.generator(train, "metadata"), test.labels, 1, reference=test)}
-    lab.show("metadata", rows, lambda images: {
-        f"correlation of {measure.__name__}":
-        torch.corrcoef(torch.stack([measure(test.images), measure(images)]))[0, 1]
-        for measure in (brightness, colourfulness)})
+    lab.show("metadata", rows, lambda images: {"correlation": torch.corrcoef(
+        torch.stack([test.metadata[:, 0], brightness(images)]))[0, 1]})
 
 
 def inpainting(lab):

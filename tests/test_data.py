@@ -451,7 +451,7 @@ def test_drawn_damage_is_as_frequent_as_stated_and_shows_after_the_disaster(draw
 
 # ---- folders and captions
 
-def test_a_class_is_a_folder_and_what_is_no_double_a_group(tmp_path, read):
+def test_a_class_is_a_folder_and_what_is_no_double_a_group(tmp_path, read, capsys):
     root = tree(tmp_path / "t", ("river", "beach", "forest"))
     pictures(root, "river/.hidden.png", ".trash/x.png", "river/deep/y.png", "top.png")
     (root / "river").rename(tmp_path / "elsewhere")              # links are followed
@@ -464,8 +464,12 @@ def test_a_class_is_a_folder_and_what_is_no_double_a_group(tmp_path, read):
         assert (data.decode(root / name, 20) == image.numpy()).all()
     chain = torch.tensor([[0], [1], [2], [9]]).expand(-1, 192)
     assert data.group_duplicates(chain).tolist() == [0, 0, 0, 3]         # duplicates of duplicates
+    for k in range(9):
+        shutil.copy(root / "forest/forest_0.png", root / f"river/copy_{k}.png")
+    assert len(read(root)) == 27 and (out := capsys.readouterr().out)
+    assert "9 pictures are in two classes: river/copy_0.png" in out and "10 look the same" in out
     (root / "river/river_2.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"1 of 18 .*remove .*river/river_2\.png"):
+    with pytest.raises(UserError, match=r"river/river_2\.png cannot be read .*remove"):
         read(root)
 
 
@@ -478,12 +482,22 @@ def test_pictures_may_have_no_class(tmp_path, read):
     assert one.names == ["2.PNG"] and (one.images[0] == every.images[1]).all()
 
 
-def test_the_lists_of_resisc45_are_its_parts(tmp_path, read):
-    root = tree(tmp_path / "t", count=4)
-    for k, part in enumerate(("test", "train", "val")):          # the fourth is in no list
-        (root / f"resisc45-{part}.txt").write_text(f"forest_{k}.JPG\nriver/river_{k}.png\n")
-    parts = data.split(read(root))
-    assert [index.tolist() for index in parts.values()] == [[1, 5], [2, 6], [0, 4]]
+def test_lists_name_the_parts_and_what_they_leave_out_is_left_out(tmp_path, read, capsys):
+    root = pictures(tmp_path / "t", *[f"{label}/{k}.png" for label in "ab" for k in range(5)],
+                    "b/other.png", "a/more.png")
+    for k, part in enumerate(("test", "train", "val")):
+        (root / f"any-{part}.txt").write_text(f"a/{k}.JPG\nb/{2 - k}.png \n\nother.png\n")
+    found = read(root)
+    parts = [[found.names[k] for k in index] for index in data.split(found).values()]
+    assert parts == [["a/1.png", "b/1.png"], ["a/2.png", "b/0.png"],
+                     ["a/0.png", "b/2.png", "b/other.png"]]
+    assert "5 not in a class folder or list: a/3.png" in capsys.readouterr().out
+    (root / "any-test.txt").unlink()                     # what it has named is not trained on
+    assert {"a/0.png", "b/2.png"}.isdisjoint(read(root).names)
+    for path in root.glob("*.txt"):
+        path.write_text("x.png")
+    with pytest.raises(UserError, match="no picture is in its lists"):
+        read(root)
 
 
 def karpathy(*images):
@@ -511,7 +525,11 @@ def test_a_caption_set_gives_sentences_parts_and_classes(tmp_path, read, content
     root = pictures(tmp_path / "t", *names, "imgs/without_a_sentence.png")
     (root / file).write_text(json.dumps(content))
     if "rsicd" in file:
-        data.write(root / "txtclasses_rsicd/forest.txt", "7.png")
+        for name in ("forest", "lake"):
+            data.write(root / f"txtclasses_rsicd/{name}.txt", "7.png")
+        with pytest.raises(UserError, match="lists 7.png, and so does another class"):
+            read(root)
+        (root / "txtclasses_rsicd/lake.txt").unlink()
         with pytest.raises(UserError, match="2 pictures of .* in no class list, a_1.png first"):
             read(root)
         for name, files in dict(river="a_1.png\nelse.png\n", beach="8.png").items():
@@ -536,6 +554,10 @@ def test_captions_say_which_picture_and_which_list_they_mean(tmp_path, read, cap
     parts = data.split(read(root))
     assert [len(index) for index in parts.values()] == [1, 2, 2]
     assert "left out 1 of 6 images" in capsys.readouterr().out
+    entries += [("val/1.png", "test", ["y"]), ("val/1.png", "train", ["z"])]
+    (root / "dataset.json").write_text(json.dumps(karpathy(*entries)))
+    found = read(root)                                           # test beats val and train
+    assert (found.official[3], found.captions[3]) == (2, ("x", "y", "z"))
     data.split(scenes([0, 1, 2, 3, 4, 5], [0, 1] * 3, [0, 0, 1, 2, -1, -1]))
     assert "left out 2 of 6 images" in capsys.readouterr().out
     (root / "dataset_new.json").write_text("{}")
@@ -571,8 +593,14 @@ def test_a_cache_is_used_until_a_file_or_the_size_changes(tmp_path, read, monkey
         path.write_bytes(other)
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 10**9))
     assert (read(root).images[[10, 11]] == first[[11, 10]]).all()
+    for path in paths:
+        os.utime(path, ns=(1, 1))
+    assert len(contents[0]) == len(contents[1]) and not (read(root).images == first).all()
+    for old, new in ((paths[0], root / "x"), paths[::-1], (root / "x", paths[1])):       # again
+        old.rename(new)
+    assert (read(root).images == first).all()
     paths[1].unlink()
-    assert (read(root).images == first[[*range(10), 11]]).all()
+    assert (read(root).images == first[:11]).all()
     assert read(root, 4).images.shape == (11, 3, 4, 4)
 
     root = tile(tmp_path / "x", "a_00000001", [house()])

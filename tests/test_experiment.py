@@ -384,6 +384,13 @@ def test_other_settings_are_refused_in_the_same_folder(scenes, change, name):
         experiment.main(replace(scenes.comparison.cfg, **change))
 
 
+def test_other_parts_are_refused_in_the_same_folder(scenes, monkeypatch):
+    swapped = scenes.comparison.parts | dict(val=scenes.comparison.parts["test"])
+    monkeypatch.setattr(data, "split", lambda *_, **__: swapped)
+    with pytest.raises(data.UserError, match="has another images"):
+        experiment.main(scenes.comparison.cfg)
+
+
 def test_synthetic_images_of_other_settings_are_never_read(scenes, monkeypatch):
     """Not even where no classifier was finished, whose row would refuse them."""
     asked, subset = [], experiment.choose_subset(scenes.comparison, 4, 0)

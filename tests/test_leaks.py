@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_data import house, karpathy, pictures, tile
 
@@ -18,7 +19,7 @@ CLS = train_cls, "--size 16 --patch 8 --dim 16 --depth 1 --heads 1 --steps 2 --b
 GEN, PLAN = (train_gen, "--data"), (experiment, "--scale smoke --counts 2 --dry-run --data")
 
 
-def plant(root, layout, part="train", codes=("png",), numbers=range(40)):
+def plant(root, layout, part="train", codes=("png",), numbers=range(40), shift=0):
     """Write pictures of noise as class folders, a caption set or tiles of xBD."""
     for k in numbers:
         label, code = data.DAMAGE[k % 4], codes[k % len(codes)]
@@ -26,7 +27,8 @@ def plant(root, layout, part="train", codes=("png",), numbers=range(40)):
         if layout == "captions":
             data.write(f"{root}/txtclasses-{path.stem}/{label}.txt", path.name)
         if layout == "tiles":
-            tile(Path(root), path.stem, [house(label, side / 4 * np.r_[1, 1, 3, 3])], part, side)
+            box = side / 4 * np.r_[1, 1, 3, 3] - shift
+            tile(Path(root), path.stem, [house(label, box)], part, side)
             path = Path(root, part, f"images/{path.stem}_post_disaster.png")
         noise = np.random.default_rng(k).integers(60, 200, (8, 8, 3), np.uint8)
         if part == "test":                               # turned and mirrored, in all eight ways
@@ -46,7 +48,7 @@ def run(launch, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layout, other, learn, weights, said", [
     ("folders", "captions", "clip", "a/clip.pt", "40 pictures of other, classified by c/"),
-    ("captions", "tiles", "mae", "a/mae.pt", "c/classifier.pt classifies whole pictures"),
+    ("captions", "tiles", "classes", "a/classifier.pt", "c/classifier.pt classifies whole"),
     ("tiles", "folders", "classes", "a/classifier.pt", "c/classifier.pt classifies crops of")])
 def test_no_picture_is_trained_on_and_tested(layout, other, learn, weights, said, run, monkeypatch):
     plant("real", layout)
@@ -76,13 +78,46 @@ def test_no_picture_is_trained_on_and_tested(layout, other, learn, weights, said
     assert len([*Path("k").iterdir()]) == 2
 
 
+def test_what_a_generator_has_seen_follows_its_images(run):
+    plant("real", "folders")
+    plant("new", "folders", numbers=range(40, 80))
+    small = "--size 16 --width 8 --mults 1,2 --blocks 1 --steps 1 --batch 2 --out"
+    sample = "--count 1 --classes destroyed --out"
+    for data_set, out in (("new", "g"), ("real", "h")):
+        assert run(*GEN, data_set, small, out).returncode == 0
+    start = "--sample g/generator.pt --reference real/train/destroyed --strength .1"
+    assert run(train_gen, start, sample, "a").returncode == 0        # shows it test pictures
+    assert run(train_gen, "--sample h/generator.pt", sample, "b").returncode == 0
+    for folder in ("destroyed", "major-damage"):             # the real set changes its split
+        for path in sorted(Path("real/train", folder).iterdir())[:5]:
+            path.unlink()
+    for name in "ab":
+        refused = run(*CLS, f"real --synthetic {name} --share 1").stderr
+        assert f"{name}/generator-destroyed.pt was trained on" in refused
+    assert run(*CLS, "new --synthetic b --share 1 --out c").returncode == 0
+    assert "c/classifier.pt was trained on" in run(*CLS, "real --init c/classifier.pt").stderr
+    seen = data.load("h/generator.pt")["seen"]
+    assert torch.isin(seen, data.read("b", 16).seen()).all()         # so a generator of b keeps it
+
+
+def test_crops_of_a_tested_tile_are_its_crops_wherever_they_are_cut(run):
+    plant("real", "tiles")
+    plant("moved", "tiles", shift=6)
+    done = run(*CLS, "real --synthetic moved --share .5")
+    assert "left out 16 of 40 pictures of moved, " in done.stderr
+    plant("fewer", "tiles", numbers=range(8, 40), shift=6)           # so its parts are others
+    assert run(*CLS, "fewer --out c").returncode == 0
+    refused = run(*CLS, "real --init c/classifier.pt --out d").stderr
+    assert "c/classifier.pt was trained on" in refused
+
+
 @pytest.mark.parametrize("folders, text", [
     ("Train/a Train/b Test/a", "12 train, 4 val, 8 test"), ("images masks", "t/masks is no class"),
     ("train/a validation/a", "6 train, 2 val, 8 test"), ("a run", "t/run is no class"),
     ("TRAINING/a Valid/a testing/a", "8 train, 8 val, 8 test"),
-    ("train/a train/b c", "9 not in a class folder: c/0"), ("images gt", "t/gt is no class"),
-    ("train/a holdout/a", "9 not in a class folder: holdout/a/0"), ("A label", "is no class"),
-    ("a b c/c", "9 not in a class folder: c/c/0.png"), ("images targets", "targets is no class"),
+    ("train/a train/b c", "9 not in a class folder or list: c/0"), ("images gt", "gt is no class"),
+    ("train/a holdout/a", "9 not in a class folder or list: holdout/"), ("A label", "is no class"),
+    ("a b c/c", "9 not in a class folder or list: c/c/0"), ("images targets", "is no class"),
     ("Train/a Train/Masks", "t/Train/Masks is no class"),
     ("train test", "no folders with pictures")])
 def test_parts_of_a_set_and_own_output_are_no_classes(folders, text, run):

@@ -1,4 +1,4 @@
-"""vit.py against its formulas, and what follows: the ViT, then MAE, CLIP, published weights."""
+"""vit.py against its formulas, and what follows: the ViT, then CLIP, published weights."""
 import json
 import math
 import sys
@@ -11,9 +11,8 @@ from test_unet import linear, without_gradient
 from torch import nn
 from torch.testing import assert_close
 
-import data
 import vit
-from vit import CLIP, MAE, Attention, Convolutions, Patches, Published, TextEncoder, ViT
+from vit import CLIP, Attention, Convolutions, Patches, Published, TextEncoder, ViT
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)                            # of published weights
 IDS = torch.tensor([[17, 3, 4, 19, 0, 0, 0], [17, 5, 6, 7, 8, 9, 19], [17, 19, 0, 0, 0, 0, 0]])
@@ -93,25 +92,6 @@ def positions_by_hand(rows, cols, dim):
                           for length in lengths] for row in range(rows) for col in range(cols)])
 
 
-def mae_by_hand(model, x, order):
-    """He et al. 2022, patch by patch; of 2 x 2 patches of 4 px the first in order is visible."""
-    errors = []
-    for image, (visible, *masked) in zip(x, order.tolist(), strict=True):
-        patches = image.unfold(1, 4, 4).unfold(2, 4, 4).permute(1, 2, 3, 4, 0).reshape(4, 48)
-        shown = torch.zeros_like(image)
-        i, j = 4 * (visible // 2), 4 * (visible % 2)
-        shown[:, i:i + 4, j:j + 4] = image[:, i:i + 4, j:j + 4]
-        tokens = (model.vit.stem(shown[None]) + model.vit.positions)[:, visible:visible + 1]
-        token = model.vit.norm(model.vit.blocks(tokens))[0, 0]
-        canvas = torch.stack([token if k == visible else model.mask_token for k in range(4)])
-        drawn = model.decoder(canvas[None] + model.vit.positions)[0]
-        for k in masked:
-            spread = (patches[k].var(correction=0) + 1e-4).sqrt()
-            target = (patches[k] - patches[k].mean()) / spread
-            errors.append((drawn[k] - target).square().mean())
-    return torch.stack(errors).mean()
-
-
 def test_attention_is_vaswani_eq_1_head_by_head():
     x, context = rand64(2, 3, 12), rand64(2, 4, 12) + 1
     mask = torch.tensor([[1, 0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 0, 1, 1]]).bool()
@@ -137,15 +117,6 @@ def test_the_vit_is_stem_plus_positions_then_blocks_norm_mean_and_head(stem, by_
     features = layer_norm(model.norm, tokens).sum(1) / side**2
     assert_close(model.features(x), features)
     assert_close(model(x), linear(model.head, features))
-
-
-def test_the_loss_of_mae_is_that_of_the_masked_patches_alone(no_waiting):
-    model, x = awake(MAE(ViT(1, 8, 4, 16, 1, 2), 16, 2, 4)), rand64(5, 3, 8, 8)
-    order = torch.rand(5, 4, generator=data.rng(3)).argsort(1)
-    assert_close(model(x, data.rng(3)), mae_by_hand(model, x, order))
-    with no_waiting():
-        model(x, data.rng(3)).backward()
-    assert without_gradient(model) == ["vit.head.weight", "vit.head.bias"]      # for classes
 
 
 def test_scores_are_cosines_of_image_and_text_which_is_read_at_its_end():
