@@ -296,10 +296,12 @@ def test_scores_are_those_of_the_answers(buildings):
     test = buildings.comparison.test
     row = rows_of(buildings.out)["buildings", "12", "0", "balanced + synthetic"]
     counts = train_cls.class_counts(test.labels.numpy(), np.array(row["answers"]), 4)
-    assert float(row["accuracy"]) == pytest.approx(accuracy(counts))
+    assert float(row["accuracy"]) == pytest.approx(accuracy(counts)) and int(row["added"]) > 0
     assert float(row["macro-F1"]) == pytest.approx(macro_f1(counts))
     f1 = dict(zip(test.classes, train_cls.f1(counts), strict=True))
     assert [float(row[f"F1 {name}"]) for name in f1] == pytest.approx(list(f1.values()))
+    cells = {cell[0]: cell for cell in experiment.arms_table(buildings.comparison)[1]}
+    assert cells["balanced + synthetic"][2] == f"{100 * macro_f1(counts):.1f}"
 
 
 def test_a_test_image_among_the_training_images_stops_the_run(trees, tmp_path, monkeypatch):
@@ -651,7 +653,8 @@ def test_the_terminal_ends_with_the_answers_and_the_claims_in_25_lines(tmp_path,
     assert len(printed.rstrip().splitlines()) <= 25 and str(tmp_path / "report.html") in printed
     for comparison in comparisons:
         found, header = experiment.claims(comparison), experiment.arms_table(comparison)[0]
-        assert "copy-paste" not in " ".join(header)                       # was not run
+        bases = [base for base in comparison.task.bases if "copy-paste" not in base]   # not run
+        assert header[3:3 + len(bases)] == [f"points against {base}" for base in bases]
         assert experiment.answers(comparison, found)[0] in " ".join(printed.split())
         assert len(found) >= 3
         for claim in found:

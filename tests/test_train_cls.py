@@ -417,7 +417,7 @@ STEPS = "--steps 8 --batch 16 --warmup 2".split()
 def test_from_a_mixture_to_scores_and_predictions(tmp_path, launch, model):
     data.draw_tree(tmp_path / "t", 5, size=16)
     data.draw_tree(tmp_path / "s", 2, seed=1, size=16)
-    flags = "--data t --out c --synthetic s --share 0.5 --per-class 2".split()
+    flags = "--data t --out c --synthetic s --share 0.5 --per-class 2 --seed 3".split()
     done = launch(train_cls, *flags, *SMALL, *STEPS, "--model", model, "--test")
     counted, first, second, test, _ = done.stdout.splitlines()
     assert counted == "16 real, 16 synthetic images of 8 classes"
@@ -429,7 +429,9 @@ def test_from_a_mixture_to_scores_and_predictions(tmp_path, launch, model):
     with open("c/predictions.csv") as file:
         header, *rows = csv.reader(file)
     assert header == ["picture", "predicted", "probability"]
-    scenes, (model, *_) = data.read("t", 16), train_cls.load("c/classifier.pt", "classifier")
+    scenes, (model, _, saved) = data.read("t", 16), train_cls.load("c/classifier.pt", "classifier")
+    chosen = data.choose(scenes, data.split(scenes)["train"], 2, 3)
+    assert saved["images"][0] == scenes[chosen].digest
     probability, predicted = outputs(model, scenes.images).softmax(1).max(1)
     names, classes, numbers = zip(*rows, strict=True)
     assert [*names] == scenes.names
