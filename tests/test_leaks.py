@@ -95,7 +95,7 @@ def test_what_a_generator_has_seen_follows_its_images(run):
         assert f"{name}/generator-destroyed.pt was trained on" in refused
     assert run(*CLS, "new --synthetic b --share 1 --out c").returncode == 0
     assert "c/classifier.pt was trained on" in run(*CLS, "real --init c/classifier.pt").stderr
-    train_gen.train(data.read("b", 16, cache="k"), train_gen.Config(16, 8, (1,), 1, steps=1), "k.pt")
+    train_gen.train(data.read("b", 8, cache="k"), train_gen.Config(8, 8, (1,), 1, steps=1), "k.pt")
     h, k = ({*map(tuple, data.load(path)["seen"].tolist())} for path in ("h/generator.pt", "k.pt"))
     assert h < k
 
