@@ -211,7 +211,7 @@ class Comparison:
             del scale["cls"][name]                           # which the arm decides
         weights = Path(init).read_bytes() if Path(init).is_file() else init.encode()
         return json.loads(json.dumps(scale | dict(
-            images=[self.scenes[index].digest for index in self.parts.values()],
+            images=[self.scenes[self.parts["train"]].digest, self.val.digest, self.test.digest],
             weights=hashlib.sha256(weights).hexdigest()[:12])))
 
     def folder(self, count):

@@ -399,7 +399,7 @@ def sample(cfg):
     for k, (name, image) in enumerate(zip(names, images, strict=True), 1):
         data.save_picture(data.to_pil(image), out / name / f"{name}_{k:05d}.png")
     data.save_picture(data.grid(images, min(per_row, 16), names=names), out / "grid.png")
-    print(f"{len(images)} images in {out}, all of them in {out}/grid.png")
+    print(f"{len(images)} images in {out}, all in {out}/grid.png; leave generator-*.pt with them")
 
 
 def main(cfg):
