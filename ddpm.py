@@ -176,10 +176,10 @@ class Diffusion(nn.Module):
 
             x0_ahead = x0
             if order == 2 and k > 0:
-                x, x0_ahead = second_order(x, x0, x_before, x0_before, *level[k - 1:k + 2])
+                x, x0_ahead = second_order(x0, x_before, x0_before, *level[k - 1:k + 2])
             x_before, x0_before = x, x0
 
-            beta = 1 - (a / a_next) ** 2                     # of the step from level k to k + 1
+            beta = 1 - (a / a_next) ** 2                     # of q from level k + 1 to k
             sigma = eta * s_next / s * math.sqrt(beta)       # DDIM Eq. 16: eta times that of DDPM
             x = ddim(x, x0_ahead, level[k], level[k + 1], sigma)
             if sigma > 0:
@@ -195,9 +195,9 @@ class Diffusion(nn.Module):
         The first is T - 1, where x starts, or `start`, a t. Above s / a = 60 nearly all is noise:
         one step crosses it. s / a ends at .01, one grey level. If steps = T, all t are visited.
 
-        Why equal factors: the mean of N pixels has sqrt(N) times less noise than one. So a shape
-        twice as wide is decided at twice the noise: each doubling gets equally many steps. 12 t
-        evenly spaced (cosine) first jump to s / a = 7: images vary half as much in brightness.
+        Why equal factors: a shape twice as wide has 4 times the pixels, and their mean half the
+        noise. So it is decided at twice the noise: each doubling gets equally many steps. 12
+        equal steps of t (cosine) jump to s / a = 7 first: too few images come out dark or bright.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
@@ -227,7 +227,7 @@ def ddim(x, x0, now, after, sigma=0.0):
     return a * x0 + math.sqrt(s**2 - sigma**2) * eps
 
 
-def second_order(x, x0, x_before, x0_before, before, now, after):
+def second_order(x0, x_before, x0_before, before, now, after):
     """Return a better x at the level now, and the x0 to step towards: no new call of the network.
 
     A step of DDIM is exact, however long, if the guess x0 is the same all the way. It is not. So

@@ -920,10 +920,10 @@ def conditions(comparison):
     draws = "the same training images and one generator (others may give another gain)"
     if scale.redraw:
         draws = "training images and a generator each, from one pool, so that they overlap"
-    duplicates, tiles = f" ({len(scenes) - len(scenes.groups.unique())} found)", ""
+    together, tiles = f"Duplicates ({len(scenes) - len(scenes.groups.unique())} were found)", ""
     rest = "" if comparison.cfg.data else "Drawn pictures say nothing about the world."
     if scenes.tiles:
-        duplicates = ", and the buildings of a tile,"
+        together = "The buildings of a tile, and of its duplicates,"
         tiles = f" of {len(test.groups.unique())} tiles"
         rest += (" A building is seen after the disaster, with its mask. Here only rarer classes "
                  "are generated, and half of each replaced. Balanced: classes are drawn equally "
@@ -934,13 +934,13 @@ def conditions(comparison):
         "step are equal: synthetic images (or fresh ones, or copies) replace half of the real "
         "ones, or all if the arm is synthetic alone. p: how often equal arms would differ this "
         "much by chance, corrected by Holm's method, for controls separately. No interval is "
-        "corrected. No verdict is given if both arms are below the linear baseline: the better of "
-        "a linear classifier (on colours and edges) and always answering the commonest class.",
+        "corrected. No verdict if both arms are below the linear baseline: the better of a linear "
+        "classifier on real images (colours and edges) and always answering the commonest class.",
         f"This holds for {comparison.title} at {scale.cls.size} px, {len(test)} test images"
         f"{tiles}, {comparison.seeds_done()} seeds (repetitions) with "
         f"{draws}; {scale.gen.steps} steps of a generator, {scale.generated} synthetic images per "
-        f"class, {scale.cls.steps} steps of a classifier. A picture and its duplicates{duplicates} "
-        f"stay in one part, so that no test image has a duplicate in training. {rest}")
+        f"class, {scale.cls.steps} steps of a classifier. {together} stay in one part, never in "
+        f"both training and test. {rest}")
 
 
 def shown(p):
@@ -1026,8 +1026,8 @@ def synthetic_html(comparison, count, near):
               else "Too few images to say whether the generator has memorised training images")
     found, expected = 100 * near.found / near.total, 100 * near.expected / near.total
     text = (f"{answer}. {found:.1f} % of {near.total} synthetic images are near-duplicates: each "
-            "correlates more with a training image of its class than any held-out one does. By "
-            f"chance {expected:.1f} % would be (p {shown(near.p)}). The nearest pairs:")
+            "is more like a training image of its class than any held-out image is. By chance "
+            f"{expected:.1f} % would be (p {shown(near.p)}). The nearest pairs:")
     pairs = [["synthetic", near.synthetic[:8]], ["nearest real", near.nearest[:8]]]
     return [*body, tag("p", text), table(["", ""], pairs)]
 

@@ -211,7 +211,7 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
 
     state = dict(model=model, ema=averaged, optimizer=optimizer)
     identity = dict(config=data.settings_of(cfg, Config), images=real.digest, seen=real.seen())
-    identity |= {name: getattr(generator, name) for name in ABOUT}      # seen: against leaks
+    identity |= {name: getattr(generator, name) for name in ABOUT}
     saved = data.resume(path, "generator", identity, state,
                         fresh=dict(step=0, losses=torch.zeros(cfg.steps)))
     done, losses, last_save = saved["step"], saved["losses"].to(device), time.monotonic()

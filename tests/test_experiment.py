@@ -597,7 +597,7 @@ def test_near_duplicates_are_on_the_page(scenes, p, least_p, text):
     comparison = replace(scenes.comparison, near_duplicates=near)
     page = "".join(experiment.task_html(comparison))
     assert f"{text}" in page and "12.5 % of 8 synthetic images are near-duplicates: each" in page
-    assert "chance 5.0 % would be (p " in page and page.count("<img") == 8 * 2 + 2
+    assert "5.0 % would be (p " in page and page.count("<img") == 8 * 2 + 2
     answer = " ".join(experiment.answers(comparison, experiment.claims(comparison)))
     assert ("12.5 % of the synthetic images are near-duplicates of" in answer) is (p < 0.01)
     page = "".join(experiment.task_html(replace(comparison, near_duplicates={4: None})))
