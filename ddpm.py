@@ -47,7 +47,7 @@ def linear_abar(T):
 def cosine_abar(T):
     """Return the schedule of Nichol & Dhariwal 2021 (2102.09672), Eq. 17: a squared cosine."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
-    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # .008, else beta starts near 0
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # .008: beta starts less near 0
     beta = 1 - f[1:] / f[:-1]
     return (1 - beta.clamp(max=0.999)).cumprod(0)                # f ends at 0: beta would be 1
 
@@ -196,8 +196,8 @@ class Diffusion(nn.Module):
         one step crosses it. s / a ends at .01, one grey level. If steps = T, all t are visited.
 
         Why equal factors: a shape twice as wide has 4 times the pixels, and their mean half the
-        noise. So it is decided at twice the noise: each doubling gets equally many steps. 12
-        equal steps of t (cosine) jump to s / a = 7 first: too few images come out dark or bright.
+        noise. So twice the noise decides it, and each doubling of s / a gets as many steps. 12
+        equal steps of t (cosine) jump to s / a = 7 first: overall brightness then varies too little.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")

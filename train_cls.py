@@ -152,7 +152,7 @@ def fit(real, synthetic, cfg, path=None, title="classifier", model=None):
 def train(model, loss, cfg, path, kind, identity, title, every=1000):
     """Train a model for cfg.steps steps, and return it in eval mode.
 
-    loss(step, rng) draws a batch and returns its mean loss. rng depends on seed and step alone. So
+    loss(step, rng) draws a batch and returns its mean loss. rng depends on seed, step and rank. So
     a run that was killed continues from its checkpoint (every `every` steps) to the same weights.
     kind, identity: they name the run. UserError if the file at `path` is of another run.
     """

@@ -198,7 +198,7 @@ def train(real, cfg, path=None, every=1000, preview=0, title="generator"):
 
     Every `every` steps it logs the mean loss and saves `preview` images per class beside path. It
     saves a checkpoint at path then, and every two minutes. A killed run goes on from it to the same
-    weights (on a CPU bit for bit), because random numbers depend on (seed, step) alone.
+    weights (on a CPU bit for bit), as random numbers depend on (seed, step, rank) alone.
     """
     device, augment = data.pick_device(), compose(cfg.augment)
     generator = new_generator(real, cfg)
