@@ -197,7 +197,7 @@ class Diffusion(nn.Module):
 
         Why equal factors: a shape twice as wide has 4 times the pixels, and their mean half the
         noise. So twice the noise decides it, and each doubling of s / a gets as many steps. 12
-        equal steps of t (cosine) jump to s / a = 7 first: overall brightness then varies too little.
+        equal steps of t (cosine) jump to s / a = 7 first: then brightness varies too little.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
