@@ -928,7 +928,7 @@ def conditions(comparison):
         rest += (" A building is seen after the disaster, with its mask. Here only rarer classes "
                  "have synthetic images, which replace half of theirs. Balanced: classes are drawn "
                  "equally often; then the logits are shifted towards common classes, as far as is "
-                 f"best on {len(comparison.val)} val images. Macro-F1 is the mean of the classes' F1.")
+                 f"best on {len(comparison.val)} val images. Macro-F1: the mean F1 of the classes.")
     return (
         "A claim compares two arms, which are ways to train the classifier. Steps and images per "
         "step are equal: synthetic images (or fresh ones, or copies) replace half of the real "
