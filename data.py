@@ -287,7 +287,9 @@ def read_rows(root, rows, size, cache):
     largest = (content["groups"] == content["groups"].mode().values).nonzero().flatten().tolist()
     if len(largest) > 9:
         print(f"{len(largest)} look the same: one part has {preview(names[k] for k in largest)}")
-    seen = [load_checkpoint(path, "generator")["seen"] for path in root.glob("generator*.pt")]
+    paths = [*root.glob("**/generator*.pt")]             # train_gen leaves them beside its images
+    paths += root.parent.glob("generator*.pt") if classes == [""] else []    # or above a reference
+    seen = [load_checkpoint(path, "generator")["seen"] for path in paths]
     if TRAIN in parts and len(set(parts) - {NO_PART}) < 3:
         print(f"{root.name} lacks a part: the one beside train is test, a quarter of train val")
         parts = [TEST if part > TRAIN else NO_PART for part in parts]
@@ -341,21 +343,27 @@ NO_CLASSES = "mask masks label labels target targets annotations gt".split()    
 
 def folder_rows(root):
     """List the pictures root/<class>/* or root/<part>/<class>/*, for read_rows.
-    Parts are folders (PART_NAMES) or, of RESISC45, lists.
+    Parts are folders, or lists in the root, by PART_NAMES.
     """
     names = below(root, "*/**/*")
     in_parts = any(name.split("/")[0].lower() in PART_NAMES for name in names)
     part_of = {}                         # {"river_001" or "river/river_001": its place in PARTS}
-    for k, part in enumerate(PARTS):
-        for path in root.glob(f"*{part}.txt"):
-            lines = filter(str.strip, path.read_text("utf-8").splitlines())
-            part_of |= {str(Path(line.strip()).with_suffix("")): k for line in lines}
+    for path in sorted(root.glob("*.*")):
+        word = re.search(rf"(?<![a-z])({'|'.join(PART_NAMES)})(?![a-z])", path.stem.lower())
+        if word and path.suffix.lower() == ".txt":       # such as resisc45-train.txt
+            with one_line_error(path):
+                lines = filter(str.strip, path.read_text("utf-8-sig").splitlines())
+            for line in lines:
+                key, part = str(Path(line.strip()).with_suffix("")), PART_NAMES[word[1]]
+                part_of[key] = max(part, part_of.get(key, NO_PART))
+        elif word and path.suffix.lower() in (".csv", ".json"):
+            print(f"{path} is not read: a list of a part ends in .txt")
     rows, others = {}, []
     for name in names:
         *above, label, file = name.split("/")
         first, stem = above[0].lower() if above else "", Path(file).stem
         part = part_of.get(f"{label}/{stem}", part_of.get(stem, NO_PART))
-        unlisted = part_of and part == NO_PART
+        unlisted = part_of and part == NO_PART and not in_parts
         if len(above) == in_parts and (first in PART_NAMES) == in_parts and not unlisted:
             rows[name] = label, PART_NAMES.get(first, part), ()
         else:

@@ -311,6 +311,7 @@ def load_comparisons(cfg):
         title += f" with {cfg.hold_out} held out" * bool(cfg.hold_out)
         scenes = data.read(root, scale.cls.size, mask=True, cache=cache)
         parts, arms = data.split(scenes, hold_out=cfg.hold_out), cfg.selected_arms(task, scale.arms)
+        train_cls.check_seen(f"a generator in {root}", scenes.generator_saw, scenes, parts)
         if not arms:
             raise UserError(f"--arms {cfg.arms}: none is of {name}; give {', '.join(task.arms)}")
         if len(scenes.labels[parts["test"]].unique()) < 2:

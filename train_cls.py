@@ -9,6 +9,7 @@
 On a CPU add: --size 32 --patch 4 --dim 64 --depth 1 --heads 2 --steps 1500 --batch 64 --lr 4e-3
 Training is counted in steps, not in epochs: with epochs, more images would mean more training.
 """
+import hashlib
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -204,11 +205,13 @@ def identity_of(cfg, real, synthetic=None):
     """Return all that decides the weights of a run, and the fingerprints of what it has seen."""
     sets = [scenes for scenes in (real, synthetic) if scenes]
     seen = [scenes.seen() for scenes in sets]
+    weights = ""
     if Path(cfg.init).is_file():
         seen.append(data.load(cfg.init)["seen"])
+        weights = hashlib.sha256(Path(cfg.init).read_bytes()).hexdigest()
     return dict(config=data.settings_of(cfg, Config), classes=real.classes, tiles=real.tiles,
                 channels=real.images.shape[1], images=[scenes.digest for scenes in sets],
-                seen=torch.cat(seen))
+                weights=weights, seen=torch.cat(seen))
 
 
 @torch.no_grad()
@@ -454,10 +457,14 @@ def check_init(path, scenes, parts):
     """Raise UserError if the checkpoint at path was trained on val or test pictures of scenes."""
     if not Path(path).is_file():                                   # published weights do not say
         return
-    seen = data.load_checkpoint(path, "clip", "classifier", "generator")["seen"]
-    _, names = leaks(seen, scenes, parts)
+    check_seen(path, data.load_checkpoint(path, "clip", "classifier")["seen"], scenes, parts)
+
+
+def check_seen(what, seen, scenes, parts):
+    """Raise UserError if `what`, by the fingerprints seen, has seen val or test pictures."""
+    names = leaks(seen, scenes, parts)[1] if len(seen) else []
     if names:
-        raise UserError(f"{path} was trained on {len(names)} of the val and test pictures "
+        raise UserError(f"{what} was trained on {len(names)} of the val and test pictures "
                         f"({data.preview(names)}): give one that has not seen them")
 
 
@@ -555,8 +562,7 @@ def read_synthetic(cfg, scenes, parts):
     synthetic = data.read(cfg.synthetic, cfg.size)
     if unknown := sorted(set(synthetic.classes) - set(classes)):
         raise UserError(f"{cfg.synthetic} has classes that {cfg.data} lacks: {', '.join(unknown)}")
-    for path in Path(cfg.synthetic).glob("generator*.pt"):         # train_gen leaves it there
-        check_init(path, scenes, parts)
+    check_seen(f"the generator of {cfg.synthetic}", synthetic.generator_saw, scenes, parts)
     number = torch.tensor([classes.index(name) for name in synthetic.classes])
     leaked, names = leaks(synthetic.prints(), scenes, parts)
     leaked = (leaked % len(synthetic)).unique()
@@ -598,6 +604,7 @@ def main(cfg):
         return score(model, scenes, parts, cfg.test)
 
     check_init(cfg.init, scenes, parts)
+    check_seen(f"a generator in {cfg.data}", scenes.generator_saw, scenes, parts)
     if len(scenes.classes) < 2:
         raise UserError(f"{cfg.data} has one class, {scenes.classes[0]}: it takes two or more")
     synthetic = read_synthetic(cfg, scenes, parts)

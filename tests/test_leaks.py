@@ -92,7 +92,7 @@ def test_what_a_generator_has_seen_follows_its_images(run):
             path.unlink()
     for name in "ab":
         refused = run(*CLS, f"real --synthetic {name} --share 1").stderr
-        assert f"{name}/generator-destroyed.pt was trained on" in refused
+        assert f"the generator of {name} was trained on" in refused
     assert run(*CLS, "new --synthetic b --share 1 --out c").returncode == 0
     assert "c/classifier.pt was trained on" in run(*CLS, "real --init c/classifier.pt").stderr
     train_gen.train(data.read("b", 8, cache="k"), train_gen.Config(8, 8, (1,), 1, steps=1), "k.pt")
