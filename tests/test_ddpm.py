@@ -75,11 +75,9 @@ def test_the_mean_and_sigma_of_a_step_follow_from_bayes():
     """p(x_{t-1} | x_t, x0) is proportional to q(x_{t-1} | x0) q(x_t | x_{t-1}): on a fine grid."""
     diffusion, seen = Diffusion(30, predict="x0"), []
     abar = diffusion.abar.tolist()
-
     def network(x, t, cond):
         seen.append(x.item())
         return torch.full_like(x, 0.7)
-
     ones = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     diffusion.sample_ddpm(network, None, lambda: ones)       # so x_{t-1} is mean + sigma
     grid = torch.linspace(-12, 12, 200_001, dtype=torch.float64)         # of x_{t-1}

@@ -306,11 +306,9 @@ def test_scores_are_those_of_the_answers(buildings):
 
 def test_a_test_image_among_the_training_images_stops_the_run(trees, tmp_path, monkeypatch):
     split = data.split
-
     def leak(scenes, **more):
         parts = split(scenes, **more)
         return parts | dict(train=torch.cat([parts["train"], parts["test"][:1]]))
-
     monkeypatch.setattr(data, "split", leak)
     with pytest.raises(RuntimeError, match="in both the train and the test split"):
         watched(data=str(trees / "scenes"), out=str(tmp_path), counts=(4,))
@@ -353,7 +351,6 @@ def test_a_stopped_run_goes_on_with_1_and_2_jobs_to_equal_rows(scenes, tmp_path,
     arms = "real,real + synthetic,linear: synthetic only"
     cfg = replace(scenes.comparison.cfg, out=str(tmp_path), arms=arms, study="")
     fit, fits = train_cls.fit, []
-
     def stop_at_every_third(*args, **more):
         fits.append(args)
         if len(fits) % 3 == 0:

@@ -1,6 +1,7 @@
 """Nothing that is tested was trained on, whichever way it came in; no guess is silent."""
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,16 +82,24 @@ def test_what_a_generator_has_seen_follows_its_images(run):
     plant("real", "folders")
     plant("new", "folders", numbers=range(40, 80))
     small = "--size 16 --width 8 --mults 1,2 --blocks 1 --steps 1 --batch 2 --out"
-    sample = "--count 1 --classes destroyed --out"
+    sample = "--count 1 --out"
     for data_set, out in (("new", "g"), ("real", "h")):
         assert run(*GEN, data_set, small, out).returncode == 0
     start = "--sample g/generator.pt --reference real/train/destroyed --strength .1"
     assert run(train_gen, start, sample, "a").returncode == 0        # shows it test pictures
-    assert run(train_gen, "--sample h/generator.pt", sample, "b").returncode == 0
+    for which in ("h/generator.pt --classes destroyed", "g/generator.pt --classes no-damage"):
+        assert run(train_gen, "--sample", which, sample, "b").returncode == 0
+    start = start.replace("real/train", "a")                         # and to another, second hand
+    assert run(train_gen, start, sample, "e").returncode == 0
+    shutil.copytree("a", "m/train")                                  # or as a part of the real set
+    plant("m", "folders", "val", numbers=range(20))
+    plant("m", "folders", "test", numbers=range(20, 40))
+    for script in (CLS, PLAN):
+        assert "a generator in m was trained on 10 of" in run(*script, "m").stderr
     for folder in ("destroyed", "major-damage"):             # the real set changes its split
         for path in sorted(Path("real/train", folder).iterdir())[:5]:
             path.unlink()
-    for name in "ab":
+    for name in "abe":
         refused = run(*CLS, f"real --synthetic {name} --share 1").stderr
         assert f"the generator of {name} was trained on" in refused
     assert run(*CLS, "new --synthetic b --share 1 --out c").returncode == 0

@@ -279,11 +279,9 @@ def colours_and_edges_by_hand(image):
     """The same, pixel by pixel, of a uint8 image (C, H, W): a list."""
     features, (H, W) = [], image.shape[1:]
     pixel = (image.double() / 127.5 - 1).tolist()
-
     def grey(y, x):
         y, x = min(max(y, 0), H - 1), min(max(x, 0), W - 1)  # the border goes on outside
         return sum(channel[y][x] for channel in pixel[:3]) / 3
-
     for region in ([[255] * W] * H, *image[3:].tolist()):
         inside = [(y, x) for y in range(H) for x in range(W) if region[y][x] > 127]
         bins = [0.0] * 160                                   # 3 x 8 levels, 64 colours, 9 x 8 edges
@@ -397,6 +395,8 @@ def test_an_encoder_is_tuned_at_a_tenth_of_the_rate_of_its_head_or_not_at_all(
     assert saved["classes"] == ["river", "trees"]
     assert saved["seen"].shape == (2 * len(captioned) + 2, 192)          # also what the CLIP saw
     new = [replace(cfg, init="classifier.pt", seed=seed) for seed in (0, 1)]
+    weights = {train_cls.identity_of(run, captioned)["weights"] for run in (cfg, *new, LOOP)}
+    assert len(weights) == 3 and "" in weights               # the file's content, not its name
     first, second = (train_cls.initial_model(other, ["a", "b"], 3).head.weight for other in new)
     assert not torch.equal(first, second)                    # its seed, not that of --init
     if part == "head":                                       # is trained on features

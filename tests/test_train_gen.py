@@ -178,7 +178,6 @@ def test_edges_are_where_the_grey_rises_by_more_than_the_threshold_per_pixel():
         result = edges(x, *threshold)
         assert result.abs().eq(1).all()
         return result[0, 0] > 0
-
     step = (torch.arange(9) >= 4).float().expand(9, 9)   # half of it in each of two columns
     assert marked(0.31 * step).all(0).tolist() == [3 <= k <= 4 for k in range(9)]
     assert_close(marked(-0.31 * step.T), marked(0.31 * step).T)
@@ -260,11 +259,9 @@ def test_images_follow_the_control_image_the_metadata_and_the_sentence(condition
     {}, dict(strength=0.5), dict(inpaint=torch.rand(5, 1, 8, 8, generator=data.rng(0)) < 0.3)])
 def test_image_k_follows_from_seed_and_k_whatever_the_batch(conditioned, options):
     reference = stairs(5, 1)[torch.tensor([0, 1, 2, 0, 0])]
-
     def images(seed, **kw):
         how = dict(reference=reference, **options, **kw)
         return generate(conditioned, reference.labels, seed, 3, **how).int()
-
     whole = images(3)
     assert (whole - images(3, batch=2)).abs().max() <= 1
     assert len({tuple(x.flatten().tolist()) for x in [*whole, *images(4)]}) == 10    # no two alike

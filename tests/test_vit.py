@@ -228,13 +228,10 @@ class FakeModel(nn.Module):
         self.config = SimpleNamespace(vision_config=SimpleNamespace(image_size=12),
                                       text_config=SimpleNamespace(max_position_embeddings=5))
         self.wrap = (lambda z: SimpleNamespace(pooler_output=z)) if wrapped else (lambda z: z)
-
     def encode_image(self, x):
         return self.wrap(x.mean((2, 3)))
-
     def encode_text(self, ids):
         return self.wrap(ids[:, :3].float())
-
     get_image_features, get_text_features = encode_image, encode_text
 
 
@@ -250,10 +247,8 @@ def fake_transformers(wrapped):
     def tokenizer(texts, padding, truncation, max_length, return_tensors):
         assert (padding, truncation, return_tensors) == ("max_length", True, "pt")
         return SimpleNamespace(input_ids=torch.full((len(texts), max_length), len(texts[0])))
-
     def auto(thing):
         return SimpleNamespace(from_pretrained={"owner/name": thing}.__getitem__)
-
     processor = SimpleNamespace(image_mean=list(MEAN), image_std=list(STD))
     return SimpleNamespace(AutoModel=auto(FakeModel(wrapped)), AutoTokenizer=auto(tokenizer),
                            AutoImageProcessor=auto(processor))
