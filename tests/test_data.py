@@ -495,7 +495,7 @@ def test_lists_name_the_parts_and_what_they_leave_out_is_left_out(tmp_path, read
     (root / "any-test.txt").unlink()                     # what it has named is not trained on
     assert {"a/0.png", "b/2.png"}.isdisjoint(read(root).names)
     assert "7 not in a class folder or list: a/0.png" in capsys.readouterr().out
-    for path in root.glob("*.txt"):
+    for path in root.glob("*.[tT]*"):
         path.write_text("x.png")
     with pytest.raises(UserError, match="no picture is in its lists"):
         read(root)
