@@ -485,14 +485,15 @@ def test_pictures_may_have_no_class(tmp_path, read):
 def test_lists_name_the_parts_and_what_they_leave_out_is_left_out(tmp_path, read, capsys):
     root = pictures(tmp_path / "t", *[f"{label}/{k}.png" for label in "ab" for k in range(5)],
                     "b/other.png", "a/more.png")
-    for k, part in enumerate(("any-test.txt", "Train_list.txt", "VALID.TXT", "test.csv")):
-        (root / part).write_text(f"a/{k}.JPG\nb/{2 - k}.png \n\nother.png\n")
+    names = "Test.txt", "Train_list.txt", "VALID.TXT", "test.csv", "trainval.txt"
+    for k, name in enumerate(names):
+        (root / name).write_text(f"a/{k}.JPG\nb/{2 - k}.png \n\nother.png\n")
     found = read(root)
     assert "test.csv is not read" in capsys.readouterr().out
     parts = [[found.names[k] for k in index] for index in data.split(found).values()]
     assert parts == [["a/1.png", "b/1.png"], ["a/2.png", "b/0.png"],
                      ["a/0.png", "b/2.png", "b/other.png"]]
-    (root / "any-test.txt").unlink()                     # what it has named is not trained on
+    (root / "Test.txt").unlink()                     # what it has named is not trained on
     assert {"a/0.png", "b/2.png"}.isdisjoint(read(root).names)
     assert "7 not in a class folder or list: a/0.png" in capsys.readouterr().out
     for path in root.glob("*.[tT]*"):

@@ -123,7 +123,6 @@ def test_sample_ddpm_is_algorithm_2_as_printed_and_so_is_sample_with_order_1_and
 @pytest.mark.parametrize("strength", [None, 60])
 def test_order_1_is_ddim_eq_12_with_sigma_of_eq_16(eta, clip, inpaint, strength):
     """SDEdit: it begins at an image with the noise of t = 60.
-
     RePaint, Algorithm 1 with one round: known pixels are overwritten, as noisy as the others.
     """
     diffusion = Diffusion(100, predict="eps")
@@ -132,7 +131,6 @@ def test_order_1_is_ddim_eq_12_with_sigma_of_eq_16(eta, clip, inpaint, strength)
     ours = diffusion.sample(wild, TWO, source(2, 3, 2, 2), 7, eta=eta, order=1, clip=clip,
                             known=(x0_known, mask) if inpaint else None,
                             start=(x0_known, strength) if strength else None)
-
     z = source(2, 3, 2, 2)
     ts = diffusion.levels(7, strength)
     abar = [*cosine_abar(100)[ts].tolist(), 1.0]
