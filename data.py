@@ -287,9 +287,10 @@ def read_rows(root, rows, size, cache):
     largest = (content["groups"] == content["groups"].mode().values).nonzero().flatten().tolist()
     if len(largest) > 9:
         print(f"{len(largest)} look the same: one part has {preview(names[k] for k in largest)}")
-    paths = [*root.glob("**/generator*.pt")]             # train_gen leaves them beside its images
-    paths += root.parent.glob("generator*.pt") if classes == [""] else []    # or above a reference
-    seen = [load_checkpoint(path, "generator")["seen"] for path in paths]
+    found = glob.glob("**/generator*.pt", root_dir=root, recursive=True)     # beside its images
+    if classes == [""]:                                  # of a reference, they may lie above it
+        found += glob.glob("../generator*.pt", root_dir=root)
+    seen = [load_checkpoint(root / name, "generator")["seen"] for name in found]
     if TRAIN in parts and len(set(parts) - {NO_PART}) < 3:
         print(f"{root.name} lacks a part: the one beside train is test, a quarter of train val")
         parts = [TEST if part > TRAIN else NO_PART for part in parts]
