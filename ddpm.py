@@ -47,7 +47,7 @@ def linear_abar(T):
 def cosine_abar(T):
     """Return the schedule of Nichol & Dhariwal 2021 (2102.09672), Eq. 17: a squared cosine."""
     t = torch.arange(T + 1, dtype=torch.float64) / T
-    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # .008: beta starts less near 0
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # .008: no tiny beta at first
     beta = 1 - f[1:] / f[:-1]
     return (1 - beta.clamp(max=0.999)).cumprod(0)                # f ends at 0: beta would be 1
 
@@ -196,8 +196,8 @@ class Diffusion(nn.Module):
         one step crosses it. s / a ends at .01, one grey level. If steps = T, all t are visited.
 
         Why equal factors: a shape twice as wide has 4 times the pixels, and their mean half the
-        noise. So twice the noise decides it, and each doubling of s / a gets as many steps. 12
-        equal steps of t (cosine) jump to s / a = 7 first: then brightness varies too little.
+        noise. So it emerges at twice the noise, and all doublings of s / a get as many steps. 12
+        equal steps of t (cosine) jump to s / a = 7 first: images come out too alike in brightness.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: must be 1 to T = {self.T}")
@@ -246,10 +246,10 @@ def guided(model, x, t, cond, w):
     """Return the output with classifier-free guidance: Ho & Salimans 2022 (2207.12598), Eq. 6.
 
     Go w times the way from the output without the condition to the one with it (w is their w + 1).
-    The mean of eps, given x_t, is -s grad log p(x_t) (Tweedie's formula). So in terms of eps,
-    with_cond - without is -s grad log p(cond | x_t), by Bayes' rule, and the result is -s grad log
-    of p(x_t) p(cond | x_t)^w. With w > 1 images show their condition more clearly, and vary less.
-    A step is twice the work: cond.and_null() is cond, then as many dropped, (2 B).
+    If x_t has density p, the mean of eps is -s grad log p(x_t) (Tweedie's formula). So in terms of
+    eps, with_cond - without is -s grad log p(cond | x_t), by Bayes' rule, and the result is -s grad
+    log of p(x_t) p(cond | x_t)^w. With w > 1 images show their condition more clearly, and vary
+    less. A step is twice the work: cond.and_null() is cond, then as many dropped, (2 B).
     """
     if w == 1:
         return model(x, t, cond).to(x.dtype)                 # a network may compute in bfloat16

@@ -926,8 +926,8 @@ def conditions(comparison):
     if scenes.tiles:
         together = "The buildings of a tile, and of its duplicates,"
         tiles = f" of {len(test.groups.unique())} tiles"
-        rest += (" A building is seen after the disaster, with its mask. Here only rarer classes "
-                 "have synthetic images, which replace half of theirs. Balanced: classes are drawn "
+        rest += (" A building is seen after the disaster, with its mask. Here synthetic, fresh or "
+                 "copied images replace half of rarer classes only. Balanced: classes are drawn "
                  "equally often; then the logits are shifted towards common classes, as far as is "
                  f"best on {len(comparison.val)} val images. Macro-F1: the mean F1 of the classes.")
     return (
@@ -1008,7 +1008,7 @@ def task_html(comparison):
     return [*body, tag("h3", "Claims"), table(*claim_table(comparison, found)),
             *(tag("p", text) for text in conditions(comparison)),
             tag("h3", "All arms"), table(*arms_table(comparison)),
-            tag("p", "±: standard deviation over seeds; fresh images may have fewer seeds.")]
+            tag("p", "±: standard deviation over seeds")]
 
 
 def synthetic_html(comparison, count, near):
@@ -1019,7 +1019,7 @@ def synthetic_html(comparison, count, near):
         real, made = (scenes.images[scenes.labels == c][:8] for scenes in (subset.real, synthetic))
         rows += [[f"{synthetic.classes[c]}: real", real], ["synthetic", made]]
     body = [tag("h3", f"Synthetic images, with {comparison.amount(count)}"),
-            table(["", "real training images, and synthetic ones of the first generator"], rows)]
+            table(["", "real training images, and synthetic ones (of the first seed)"], rows)]
     if not near:
         return body
     answer = ("More near-duplicates than by chance: a sign of memorised images" if near.p < ALARM
