@@ -148,9 +148,8 @@ def split(scenes, seed=0, hold_out=""):
     for name, index in parts.items():
         if len(index) == 0:
             raise UserError(f"too few images for a {name} split: five per class will do")
-        lacking = [c for k, c in enumerate(scenes.classes) if k not in scenes.labels[index]]
-        if lacking:
-            print(f"no {name} image of {preview(lacking)}")
+        if names := lacking(scenes, index):
+            print(f"no {name} image of {preview(names)}")
     return parts
 
 
@@ -184,11 +183,16 @@ def choose(scenes, index, count, seed):
     return chosen
 
 
+def lacking(scenes, index):
+    """List the classes that have no image among the indices index (n,)."""
+    present = scenes.labels[index].unique().tolist()
+    return [name for c, name in enumerate(scenes.classes) if c not in present]
+
+
 def check_classes(scenes, index):
     """Raise UserError if a class has no image among the training images index (n,)."""
-    for c, name in enumerate(scenes.classes):
-        if c not in scenes.labels[index]:
-            raise UserError(f"no image to train on is {name}: give more, or other parts")
+    if names := lacking(scenes, index):
+        raise UserError(f"no image to train on is {names[0]}: give more, or other parts")
 
 
 # ---- duplicates: pictures that are the same, however they were encoded
@@ -331,9 +335,8 @@ def cached_tree(make, root, files, cache, **settings):
     """Return make(), which `cache` keeps until one of the files of root or a setting changes."""
     stats = [(s.st_ino, s.st_size, s.st_mtime_ns) for s in map(Path.stat, files)]
     code = Path(__file__).read_bytes()                   # a mended reader reads anew
-    key = repr((root.resolve(), settings, files, stats, code))
-    hashed = hashlib.sha256(key.encode()).hexdigest()[:12]
-    return cached(Path(cache) / f"{root.resolve().name}-{hashed}.pt", make)
+    key = hash_of(repr((root.resolve(), settings, files, stats, code)).encode())
+    return cached(Path(cache) / f"{root.resolve().name}-{key}.pt", make)
 
 
 # ---- sources: a folder per class
@@ -342,13 +345,9 @@ PART_NAMES = dict(train=0, training=0, val=1, valid=1, validation=1, test=2, tes
 NO_CLASSES = "mask masks label labels target targets annotations gt".split()     # nor with .pt
 
 
-def folder_rows(root):
-    """List the pictures root/<class>/* or root/<part>/<class>/*, for read_rows.
-    Parts are folders, or lists in the root, by PART_NAMES.
-    """
-    names = below(root, "*/**/*")
-    in_parts = any(name.split("/")[0].lower() in PART_NAMES for name in names)
-    part_of = {}                         # {"river_001" or "river/river_001": its place in PARTS}
+def listed_parts(root):
+    """Read the lists of parts in root: {"river_001" or "river/river_001": its place in PARTS}."""
+    part_of = {}
     for path in sorted(root.glob("*.*")):
         word = re.search(rf"(?<![a-z])({'|'.join(PART_NAMES)})(?![a-z])", path.stem.lower())
         if word and path.suffix.lower() == ".txt":       # such as resisc45-train.txt
@@ -359,7 +358,16 @@ def folder_rows(root):
                 part_of[key] = max(part, part_of.get(key, NO_PART))
         elif word and path.suffix.lower() in (".csv", ".json"):
             print(f"{path} is not read: a list of a part ends in .txt")
-    rows, others = {}, []
+    return part_of
+
+
+def folder_rows(root):
+    """List the pictures root/<class>/* or root/<part>/<class>/*, for read_rows.
+    Parts are folders, or lists in the root, by PART_NAMES.
+    """
+    names = below(root, "*/**/*")
+    in_parts = any(name.split("/")[0].lower() in PART_NAMES for name in names)
+    part_of, rows, others = listed_parts(root), {}, []
     for name in names:
         *above, label, file = name.split("/")
         first, stem = above[0].lower() if above else "", Path(file).stem
@@ -940,8 +948,14 @@ def atomic(path):
 def write(path, content):
     """Write bytes, or text as UTF-8, atomically."""
     with atomic(path) as temporary:
-        text = content if isinstance(content, bytes) else content.encode(errors="replace")
-        temporary.write_bytes(text)
+        if isinstance(content, str):
+            content = content.encode(errors="replace")
+        temporary.write_bytes(content)
+
+
+def hash_of(content):
+    """Return 12 hexadecimal digits that tell these bytes from any others."""
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def save_csv(path, header, rows):

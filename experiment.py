@@ -14,7 +14,6 @@ This file in order: arms, runs, statistics, near-duplicates, scales and flags, p
 """
 import base64
 import functools
-import hashlib
 import html
 import io
 import json
@@ -212,7 +211,7 @@ class Comparison:
         weights = Path(init).read_bytes() if Path(init).is_file() else init.encode()
         return json.loads(json.dumps(scale | dict(
             images=[self.scenes[self.parts["train"]].digest, self.val.digest, self.test.digest],
-            weights=hashlib.sha256(weights).hexdigest()[:12])))
+            weights=data.hash_of(weights))))
 
     def folder(self, count):
         """Return the folder for a number of real images."""
@@ -434,7 +433,7 @@ def synthesize(subset, arm):
         return images
 
     # The name holds all that decides the images, so that a set of other settings is never read.
-    content = hashlib.sha256(repr((cfg, steps, real.digest)).encode()).hexdigest()[:12]
+    content = data.hash_of(repr((cfg, steps, real.digest)).encode())
     file = f"synthetic-{generated}-guidance{guidance:g}-strength{arm.strength:g}-{content}.pt"
     images, names = data.cached(subset.out / file, make), [f"synthetic {k}" for k in range(len(y))]
     return Scenes(images, y, real.classes, names, torch.arange(len(y)))

@@ -9,7 +9,6 @@
 On a CPU add: --size 32 --patch 4 --dim 64 --depth 1 --heads 2 --steps 1500 --batch 64 --lr 4e-3
 Training is counted in steps, not in epochs: with epochs, more images would mean more training.
 """
-import hashlib
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -208,7 +207,7 @@ def identity_of(cfg, real, synthetic=None):
     weights = ""
     if Path(cfg.init).is_file():
         seen.append(data.load(cfg.init)["seen"])
-        weights = hashlib.sha256(Path(cfg.init).read_bytes()).hexdigest()
+        weights = data.hash_of(Path(cfg.init).read_bytes())
     return dict(config=data.settings_of(cfg, Config), classes=real.classes, tiles=real.tiles,
                 channels=real.images.shape[1], images=[scenes.digest for scenes in sets],
                 weights=weights, seen=torch.cat(seen))

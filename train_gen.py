@@ -275,6 +275,7 @@ def load_generator(path):
     with data.one_line_error(path):
         generator = Generator(Config(**saved["config"]), *[saved[name] for name in ABOUT])
         generator.network.load_state_dict(saved["ema"])
+        generator.seen = saved["seen"]                      # goes with its images
     return generator.eval()
 
 
@@ -386,14 +387,13 @@ def sample(cfg):
     reference, inpaint = read_reference(cfg, generator), None
     per_row = cfg.count * len(reference or [0])             # count for every picture of reference
     names, classes, texts = zip(*[row for row in rows for _ in range(per_row)], strict=True)
-    seen = data.load_checkpoint(cfg.sample, "generator")["seen"]        # goes with the images
+    seen = torch.cat([generator.seen, reference.seen()]) if reference else generator.seen
     if reference:
         index = torch.arange(len(reference)).repeat_interleave(cfg.count)
         reference = reference[index.repeat(len(rows))]
-        seen = torch.cat([seen, reference.seen()])
     if cfg.inpaint:
         inpaint = read_mask(cfg.inpaint, size).expand(len(names), 1, -1, -1)
-    data.save(out / f"generator-{seen.sum()}.pt", dict(kind="generator", seen=seen))
+    data.save(out / f"generator-{data.hash_of(seen.numpy())}.pt", dict(kind="generator", seen=seen))
     images = generate(generator, torch.tensor(classes), cfg.seed, cfg.sampling_steps, cfg.guidance,
                       reference, cfg.strength, inpaint, texts)
     for k, (name, image) in enumerate(zip(names, images, strict=True), 1):
